@@ -1,0 +1,31 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.icekit-setup
+SOURCES := icekit plugins tests
+
+.PHONY: setup demo test format
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade uv
+	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --group dev \
+		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture
+	touch $@
+
+demo: setup
+	$(BIN)/icekit run examples/tabletop.png --backbone tabletop --out runs/demo --overwrite \
+		--attribute colour --attribute material --attribute texture
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

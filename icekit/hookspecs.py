@@ -1,0 +1,88 @@
+"""Every hook of icekit. The docstring of a hook is its reference.
+
+A plugin is a module (or object) with functions of these names, marked with ``icekit.hookimpl`` and found through the
+entry-point group ``icekit``. Names and argument names are checked by pluggy at registration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pluggy
+
+if TYPE_CHECKING:
+    import click
+
+    from icekit.library import Extraction
+    from icekit.protocols import Attribute, Region, Step
+    from icekit.settings import Settings
+
+hookspec = pluggy.HookspecMarker("icekit")
+hookimpl = pluggy.HookimplMarker("icekit")
+
+
+@hookspec
+def register_backbones(register: Callable[[str, type], None]) -> None:
+    """Offer text-to-image models: ``register("sd21", StableDiffusion)``; see ``protocols.Backbone``."""
+
+
+@hookspec
+def register_retrievers(register: Callable[[str, type], None]) -> None:
+    """Offer retrievers, image -> words: ``register("clip", ClipRetriever)``; see ``protocols.Retriever``."""
+
+
+@hookspec
+def register_segmentors(register: Callable[[str, type], None]) -> None:
+    """Offer segmentors, image and word -> mask: ``register("xattn", CrossAttention)``; see ``protocols.Segmentor``."""
+
+
+@hookspec
+def register_learners(register: Callable[[str, type], None]) -> None:
+    """Offer learners, image and regions -> tokens: ``register("ice", IceLearner)``; see ``protocols.Learner``."""
+
+
+@hookspec
+def register_attributes(register: Callable[[Attribute], None]) -> None:
+    """Offer intrinsic attributes: ``register(Attribute("texture", anchor="texture", vocabulary=("plain", ...)))``."""
+
+
+@hookspec
+def register_commands(cli: click.Group) -> None:
+    """Add sub-commands to ``icekit``: ``@cli.command() ...``."""
+
+
+@hookspec
+def run_started(run_dir: Path, settings: Settings) -> None:
+    """A run begins (or goes on): its directory and its complete settings."""
+
+
+@hookspec
+def stage_started(name: str, total: int | None) -> None:
+    """A stage begins: ``load``, ``localise``, ``learn`` or ``generate``, with its number of steps where known."""
+
+
+@hookspec
+def region_found(region: Region) -> None:
+    """Stage one found a concept."""
+
+
+@hookspec
+def step_done(step: Step) -> None:
+    """A learning step is done. Called very often: be quick."""
+
+
+@hookspec
+def image_generated(done: int, total: int) -> None:
+    """A sample was generated."""
+
+
+@hookspec
+def run_finished(extraction: Extraction) -> None:
+    """The run is complete: its manifest is on disk."""
+
+
+@hookspec
+def run_failed(error: BaseException) -> None:
+    """The run ended early, by an error or by the user. What it had done is kept for ``--resume``."""

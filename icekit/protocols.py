@@ -1,0 +1,332 @@
+"""What a backbone, retriever, segmentor, learner and attribute must offer, and the values that pass between them.
+
+Conventions, everywhere in icekit:
+
+- an image is float32 ``[3, H, W]`` with values in [0, 1], square, its side ``backbone.image_size`` pixels;
+- a mask is bool ``[H, W]``, the size of its image;
+- latents are ``[B, C, h, w]``, already multiplied by the autoencoder's scaling factor;
+- timesteps are int64 ``[B]`` in [0, ``backbone.num_timesteps``);
+- every random choice comes from a ``torch.Generator`` on the CPU or a seed that the caller hands in.
+
+A component is a class with a nested pydantic model ``Settings``. A backbone is built as ``Backbone(settings, device)``,
+every other component as ``Component(settings, backbone)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
+    import torch
+    from PIL import Image
+    from torch import Tensor
+
+
+class ComponentSettings(BaseModel):
+    """Base of every component's ``Settings``: unknown keys are refused, a ``Field(description=...)`` is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class InputError(ValueError):
+    """The user's input or settings are wrong. The message names what was given and what would be right."""
+
+
+class RunError(RuntimeError):
+    """The run itself failed (a loss became NaN, nothing was found, ...). The message is one plain line."""
+
+
+# --- Stage one -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class View:
+    """What is still visible of the image after some concepts were erased.
+
+    original: the whole image, ``[3, H, W]`` in [0, 1].
+    pixels: the image with the erased parts filled in, ``[3, H, W]`` in [0, 1].
+    visible: bool ``[H, W]``, False where erased.
+    """
+
+    original: Tensor
+    pixels: Tensor
+    visible: Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A word a retriever proposes, with its score (cosine similarity or weight; higher is better)."""
+
+    word: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Region:
+    """One concept's place in the image: its running number, its word, the retriever's score, its mask ``[H, W]``."""
+
+    index: int
+    word: str
+    score: float
+    mask: Tensor
+
+    @property
+    def label(self) -> str:
+        """The word as it appears in tokens and file names: lower-case words joined by ``-``."""
+        return "-".join(re.findall(r"[^\W_]+", self.word.lower())) or "concept"
+
+
+class Retriever(Protocol):
+    """Image -> words (ICE's T)."""
+
+    def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+        """Words for what is still visible, best first, none of them equal or too similar to a word in ``used``.
+
+        An empty list says that nothing nameable is left: the erase loop stops.
+        """
+        ...
+
+
+class Segmentor(Protocol):
+    """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``."""
+
+    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
+        """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A mask, bool ``[H, W]``, and the word for it; None where the retriever is to name it."""
+
+    mask: Tensor
+    word: str | None = None
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """A segmentor that knows its masks without a word: the user's own files, or a clustering of the whole image.
+
+    Its masks are all the regions there are: there is no erase loop. Where a mask has no word, the retriever names it,
+    looking at that mask alone.
+    """
+
+    def propose(self, image: Tensor) -> list[Proposal]:
+        """The regions of the image ``[3, H, W]``, in the order in which they are to be numbered."""
+        ...
+
+
+# --- Stage two -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """An intrinsic attribute: one more token for every object.
+
+    name: as typed in ``--attribute`` and used in tokens (``<cup-0-colour>``).
+    anchor: the text that stands for the attribute itself; its text embedding is the anchor of the intrinsic triplet.
+    vocabulary: the words that a learned token of this attribute is named with.
+    aliases: other spellings of the name that are accepted.
+    """
+
+    name: str
+    anchor: str
+    vocabulary: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+
+
+def token_names(region: Region, attributes: Sequence[Attribute]) -> dict[str, str]:
+    """The tokens of one concept: ``{"category": "<cup-0>", "instance": "<cup-0-instance>", "colour": ...}``."""
+    stem = f"{region.label}-{region.index}"
+    names = {"category": f"<{stem}>", "instance": f"<{stem}-instance>"}
+    return names | {attribute.name: f"<{stem}-{attribute.name}>" for attribute in attributes}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One learning step: its number (from 1), the total, the phase's name and the losses by name (floats)."""
+
+    step: int
+    total: int
+    phase: str
+    losses: Mapping[str, float]
+
+
+class Checkpoint(Protocol):
+    """Where a learner keeps its state, so that a killed run can go on. Saving is atomic."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the JSON-able state of the last save, or None."""
+        ...
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the last save by this one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a learner returns.
+
+    tokens: float32 ``[embedding_dim]`` on the CPU per token name (every name of ``token_names`` for every region).
+    lora: weights of a LoRA adapter by diffusers' key (``unet.``...), empty when none was trained;
+        ``StableDiffusionPipeline.load_lora_weights`` reads them.
+    """
+
+    tokens: dict[str, Tensor]
+    lora: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Learner(Protocol):
+    """Image, regions, attributes -> tokens."""
+
+    def learn(
+        self,
+        image: Tensor,
+        regions: Sequence[Region],
+        attributes: Sequence[Attribute],
+        *,
+        seed: int,
+        checkpoint: Checkpoint,
+        on_step: Callable[[Step], None],
+    ) -> Learned:
+        """Learn the tokens of all regions.
+
+        Resumes from ``checkpoint`` when it holds a state, and then ends with the same tokens, bit for bit on the same
+        machine, as a run that was never interrupted. Calls ``on_step`` after every step.
+
+        Raises:
+            RunError: a loss became NaN or infinite.
+        """
+        ...
+
+
+# --- The model -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts.
+
+    sequence: ``[B, L, D]``, what the noise predictor attends to.
+    pooled: ``[B, P]``, L2-normalised: the paper's text encoder E. A backbone with several text encoders concatenates.
+    extra: whatever else the backbone's own predictor needs (SDXL's size embeddings, say).
+    """
+
+    sequence: Tensor
+    pooled: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class AttentionMaps(Protocol):
+    """The attention captured inside ``with backbone.capture_attention(...) as maps``. Gradients flow through."""
+
+    def cross(self, resolution: int) -> Tensor:
+        """Cross-attention, mean over heads and over the captured layers of that resolution.
+
+        Returns ``[B, L, r, r]``: for every pixel, weights over the L prompt positions that sum to one.
+        """
+        ...
+
+    def self_(self, resolution: int) -> Tensor:
+        """Self-attention, mean over heads and layers: ``[B, r*r, r*r]``, each row (one query) sums to one."""
+        ...
+
+
+class Backbone(Protocol):
+    """A pre-trained text-to-image model, taken apart once and shared by all components. Its weights are frozen.
+
+    Extra tokens: ``set_tokens`` gives the text encoder new words. Their rows may require gradients, and stay the
+    caller's: an optimiser that changes them in place changes what the next ``encode_prompts`` sees.
+    """
+
+    image_size: int
+    """Side of the images it takes and makes, pixels."""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of one image's latents."""
+    embedding_dim: int
+    """Length of one token's embedding row. Two text encoders: the sum of both, the backbone splits it."""
+    num_timesteps: int
+    device: torch.device
+    attention_resolutions: tuple[int, ...]
+    """Sides of the square attention grids of the noise predictor, largest first."""
+    unet: torch.nn.Module
+    """The noise predictor itself, for learners that fine-tune it."""
+
+    @property
+    def suggestions(self) -> Mapping[str, Any]:
+        """Settings this model works best with, by key as in ``--set`` (``"retriever.model"``); the user's own win."""
+        ...
+
+    def knows(self, word: str) -> bool:
+        """Whether the text encoder was trained with this word. A model of open vocabulary knows all."""
+        ...
+
+    def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
+        """Make these the extra tokens (replacing earlier ones): name ``<...>`` -> float32 ``[embedding_dim]``."""
+        ...
+
+    def word_embedding(self, word: str) -> Tensor:
+        """The row of a plain word, float32 ``[embedding_dim]``: the mean over its pieces if it has several."""
+        ...
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, extra tokens among them; gradients flow to rows that require them."""
+        ...
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """``encode_prompts(texts).pooled`` alone, ``[B, P]``: much cheaper for short texts."""
+        ...
+
+    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+        """For each word (or extra token) its positions in the encoded prompt. Raises InputError when not in it."""
+        ...
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` in [0, 1] -> latents (the mean of the posterior: no randomness)."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Latents -> ``[B, 3, H, W]`` in [0, 1]."""
+        ...
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The forward process q(x_t | x_0)."""
+        ...
+
+    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What ``predict`` should return: the noise, or v, as the model was trained."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The noise predictor's raw output, shape of ``noisy``."""
+        ...
+
+    def capture_attention(
+        self, cross: Collection[int] = (), self_: Collection[int] = (), places: Collection[str] = ("down", "mid", "up")
+    ) -> AbstractContextManager[AttentionMaps]:
+        """Capture cross- and self-attention of the layers at these resolutions and places, until the block ends.
+
+        Only these layers compute their weights explicitly, all others stay on the fused kernel. A second ``predict``
+        in the block replaces the first one's maps. Raises InputError for a resolution that the model does not have.
+        """
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        steps: int = 25,
+        guidance_scale: float = 7.5,
+        lora: Mapping[str, Tensor] | None = None,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt, not on its place in the batch."""
+        ...
