@@ -1,0 +1,175 @@
+"""Extra tokens in a CLIP text encoder."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from icekit.builtin.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end
+from icekit.protocols import InputError
+
+
+@pytest.fixture(params=[1, 2])
+def encoder(request) -> TextEncoder:
+    pipeline = tiny_models.tiny_pipeline(version=request.param)
+    return TextEncoder(pipeline.tokenizer, pipeline.text_encoder.requires_grad_(False))
+
+
+def row(seed: int, *, requires_grad: bool = False) -> torch.Tensor:
+    return torch.randn(32, generator=torch.Generator().manual_seed(seed)).requires_grad_(requires_grad)
+
+
+def test_every_word_of_the_tiny_tokenizer_is_one_token():
+    tokenizer = tiny_models.tiny_tokenizer()
+    for word in tiny_models.WORDS:
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+    text = "naïve “café” 北京 🙂!"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).replace(" ", "") == text.replace(
+        " ", ""
+    )
+
+
+def test_extended_embedding_looks_up_rows_by_id():
+    table = nn.Embedding(4, 2)
+    embedding = ExtendedEmbedding(table)
+    far, inside = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
+    embedding.set_rows({9: far, 2: inside})  # an id beyond the table, and one within it that is taken over
+    ids = torch.tensor([[0, 9], [2, 3]])
+    expected = torch.stack([torch.stack([table.weight[0], far]), torch.stack([inside, table.weight[3]])])
+    assert torch.equal(embedding(ids), expected)
+    embedding.set_rows({})
+    assert torch.equal(embedding(torch.tensor([2])), table.weight[[2]])
+
+
+def test_gradient_goes_to_the_row_and_nowhere_else(encoder):
+    first, second, unused = (row(seed, requires_grad=True) for seed in range(3))
+    encoder.set_tokens({"<cup-0>": first, "<cup-0-colour>": second, "<ball-1>": unused})
+    sequence, pooled = encoder.encode(["a <cup-0> of <cup-0-colour>"])
+    (sequence.sum() + pooled.square()[0, 0]).backward()
+    assert first.grad.abs().sum() > 0
+    assert second.grad.abs().sum() > 0
+    assert unused.grad is None or unused.grad.abs().sum() == 0
+    assert all(parameter.grad is None for parameter in encoder.model.parameters())
+
+
+def test_rows_stay_the_callers(encoder):
+    mine = row(0, requires_grad=True)
+    encoder.set_tokens({"<cup-0>": mine})
+    before = encoder.encode(["a <cup-0>"])[0].detach()
+    with torch.no_grad():
+        mine += 1
+    assert not torch.equal(encoder.encode(["a <cup-0>"])[0], before)
+
+
+def test_plain_prompts_are_the_models_own(encoder):
+    """Without extra tokens the sequence is what the text model itself returns, with them too."""
+    prompts = ["a photo of a red cup", ""]
+    pipeline = tiny_models.tiny_pipeline(version=2 if encoder.tokenizer.pad_token == "!" else 1)
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    expected = pipeline.text_encoder(ids).last_hidden_state
+    assert torch.equal(encoder.encode(prompts)[0], expected)
+    encoder.set_tokens({"<cup-0>": row(0)})
+    assert torch.equal(encoder.encode(prompts)[0], expected)
+
+
+def test_a_row_equal_to_a_words_is_that_word(encoder):
+    encoder.set_tokens({"<cup-0>": encoder.word_embedding("cup")})
+    for actual, expected in zip(
+        encoder.encode(["a red <cup-0> on a table"]), encoder.encode(["a red cup on a table"]), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_pooled_at_the_first_end_token():
+    hidden = torch.arange(16.0).reshape(2, 4, 2) + 1
+    ids = torch.tensor([[5, 9, 7, 7], [5, 7, 0, 0]])  # 7 ends; 9, an extra token, has the highest id
+    expected = nn.functional.normalize(torch.stack([hidden[0, 2], hidden[1, 1]]), dim=-1)
+    assert torch.equal(pool_at_end(hidden, ids, 7), expected)
+
+
+def test_pooled_is_at_the_end_of_the_prompt_with_extra_tokens(encoder):
+    encoder.set_tokens({"<cup-0>": row(0), "<cup-0-colour>": row(1)})
+    sequence, pooled = encoder.encode(["a <cup-0> <cup-0-colour> on a table", "cup"])
+    expected = nn.functional.normalize(torch.stack([sequence[0, 7], sequence[1, 2]]), dim=-1)
+    torch.testing.assert_close(pooled, expected)
+    torch.testing.assert_close(pooled.norm(dim=-1), torch.ones(2))
+
+
+def test_set_tokens_replaces(encoder):
+    encoder.set_tokens({"<cup-0>": row(0)})
+    first = encoder.encode(["a <cup-0>"])[0]
+    encoder.set_tokens({"<ball-1>": row(1), "<cup-0>": row(0)})
+    assert torch.equal(encoder.encode(["a <cup-0>"])[0], first)
+    encoder.set_tokens({"<ball-1>": row(1)})
+    with pytest.raises(InputError, match=r"unknown token <cup-0> in 'a <cup-0>'; known: <ball-1>"):
+        encoder.encode(["a <cup-0>"])
+    encoder.set_tokens({})
+    with pytest.raises(InputError, match="known: none"):
+        encoder.encode(["<ball-1>"])
+
+
+def test_tokens_are_whole_wherever_they_stand(encoder):
+    encoder.set_tokens({f"<cup-{index}>": row(index) for index in range(12)} | {"<cup-1-colour>": row(20)})
+    ids = encoder.token_ids(["red<cup-1><cup-11>cup,<cup-1-colour>!"])[0]
+    names = encoder.tokenizer.convert_ids_to_tokens(ids[1:7])
+    assert names == ["red</w>", "<cup-1>", "<cup-11>", "cup</w>", ",</w>", "<cup-1-colour>"]
+    encoder.set_tokens({"<Tasse-0>": row(0)})
+    with pytest.raises(InputError, match="<tasse-0>"):
+        encoder.token_ids(["<tasse-0>"])
+    assert encoder.token_positions("a <Tasse-0>", ["<Tasse-0>"]) == [[2]]
+
+
+def test_wrong_tokens(encoder):
+    for name in ("cup", "<a cup>", "<>", "<<cup>"):
+        with pytest.raises(InputError, match="angle brackets"):
+            encoder.set_tokens({name: row(0)})
+    with pytest.raises(InputError, match=r"<cup-0>: its row has shape \[5\], this model's have \[32\]"):
+        encoder.set_tokens({"<cup-0>": torch.zeros(5)})
+
+
+def test_token_positions(encoder):
+    encoder.set_tokens({"<cup-0>": row(0)})
+    prompt = "a zebra cup and a cupboard, <cup-0> red  Cup"
+    ids = encoder.token_ids([prompt])[0]
+    positions = dict(
+        zip(
+            ["zebra", "cup", "<cup-0>", "red cup"],
+            encoder.token_positions(prompt, ["zebra", "cup", "<cup-0>", "red cup"]),
+            strict=True,
+        )
+    )
+    names = encoder.tokenizer.convert_ids_to_tokens(ids)
+    assert [names[position] for position in positions["zebra"]] == ["z", "e", "b", "r", "a</w>"]
+    assert [names[position] for position in positions["cup"]] == ["cup</w>", "cup</w>"]
+    assert [names[position] for position in positions["<cup-0>"]] == ["<cup-0>"]
+    assert [names[position] for position in positions["red cup"]] == ["red</w>", "cup</w>"]
+    with pytest.raises(InputError, match=r"'ball': it is not in the prompt 'a cup'"):
+        encoder.token_positions("a cup", ["ball"])
+    with pytest.raises(InputError, match="it is empty"):
+        encoder.token_positions("a cup", [" "])
+
+
+def test_word_embedding(encoder):
+    table = encoder.model.get_input_embeddings().weight
+    ids = encoder.tokenizer("wood cup", add_special_tokens=False).input_ids
+    assert len(ids) == 2
+    torch.testing.assert_close(encoder.word_embedding("wood cup"), table[ids].mean(0))
+    assert not encoder.word_embedding("cup").requires_grad
+    with pytest.raises(InputError, match="empty"):
+        encoder.word_embedding("")
+    encoder.set_tokens({"<cup-0>": row(3, requires_grad=True)})
+    torch.testing.assert_close(encoder.word_embedding("<cup-0>"), row(3))
+
+
+def test_embed_is_the_pooled_part_of_encode(encoder):
+    encoder.set_tokens({"<cup-0>": row(0)})
+    texts = ["<cup-0>", "a photo of a red cup", ""]
+    torch.testing.assert_close(encoder.embed(texts), encoder.encode(texts)[1])
+
+
+def test_a_prompt_too_long_is_refused(encoder):
+    encoder.encode(["cup " * 75])
+    with pytest.raises(InputError, match=r"prompt too long, 78 tokens of at most 77: 'cup cup .*\.\.\.'"):
+        encoder.encode(["a cup", "cup " * 76])
