@@ -1,0 +1,62 @@
+"""The masked denoising loss of stage two: at which noise, with which noise, and where it counts."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def timestep_density(num_timesteps: int) -> Tensor:
+    """ICE's density of training timesteps: p(t) proportional to 1 - 0.5 cos(pi t / T), t = 0 ... T - 1.
+
+    Later, noisier steps come up to three times as often as early ones. Returns float64 ``[T]``, which sums to one.
+    """
+    t = torch.arange(num_timesteps, dtype=torch.float64)
+    density = 1 - 0.5 * torch.cos(math.pi * t / num_timesteps)
+    return density / density.sum()
+
+
+def offset_noise(shape: tuple[int, int, int, int], offset: float, generator: torch.Generator) -> Tensor:
+    """Gaussian noise plus ``offset`` times one Gaussian number per sample and channel ("noise offset").
+
+    The shift teaches the mean brightness, which pure white noise hardly touches. Returns float32 ``[B, C, h, w]``, CPU.
+    """
+    noise = torch.randn(shape, generator=generator)
+    return noise + offset * torch.randn((*shape[:2], 1, 1), generator=generator)
+
+
+def coverage(masks: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """How much of each cell of a coarser grid a mask covers: bool ``[B, H, W]`` -> float32 ``[B, h, w]`` in [0, 1]."""
+    return F.interpolate(masks.float().unsqueeze(1), size=size, mode="area").squeeze(1)
+
+
+def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks at latent resolution: cells at least half covered, and always the most covered one.
+
+    An object smaller than half a cell would vanish otherwise, and its loss with it.
+    bool ``[B, H, W]`` -> float32 ``[B, h, w]`` of 0 and 1; all zero only for an empty mask.
+    """
+    covered = coverage(masks, size)
+    most = covered.amax(dim=(1, 2), keepdim=True)
+    return ((covered >= most.clamp(max=0.5)) & (covered > 0)).float()
+
+
+def masked_denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor, by_area: bool = False) -> Tensor:
+    """L_recon of ICE (CVPR 2025): || M * prediction - M * target ||^2, one mean per sample.
+
+    Args:
+        prediction: the noise predictor's output, float ``[B, C, h, w]``.
+        target: noise or v, ``[B, C, h, w]``.
+        mask: ``[B, h, w]``, 0 or 1.
+        by_area: divide by the mask's share of the cells, so that a small object weighs as much as a large one. The
+            paper takes the plain mean over all cells.
+
+    Returns:
+        ``[B]``.
+    """
+    mask = mask.unsqueeze(1)
+    loss = (mask * prediction.float() - mask * target.float()).square().mean(dim=(1, 2, 3))
+    return loss / mask.mean(dim=(1, 2, 3)) if by_area else loss

@@ -1,0 +1,54 @@
+"""A low-rank adapter (LoRA; Hu et al., ICLR 2022) on a noise predictor's attention, while it is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from icekit.protocols import InputError
+
+ADAPTER = "icekit"
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+"""The projections of every attention layer, which is what diffusers' own LoRA training adapts."""
+
+
+@contextmanager
+def lora_adapter(unet: nn.Module, rank: int, generator: torch.Generator) -> Iterator[dict[str, nn.Parameter]]:
+    """Put an adapter on the UNet's attention projections, W + B A with A ``[rank, in]`` and B ``[out, rank]``.
+
+    B starts at zero, so that the predictor starts unchanged; A is drawn from ``generator``. The scale is one (alpha =
+    rank), which is what a LoRA file without alphas is read with. When the block ends the UNet is as it was before.
+
+    Yields:
+        The adapter's weights by diffusers' key (``unet.down_blocks. ... .to_q.lora_A.weight``), float32, to be trained.
+
+    Raises:
+        InputError: the noise predictor is not a diffusers model.
+    """
+    if not hasattr(unet, "add_adapter"):
+        raise InputError(f"refine_steps: {type(unet).__name__} takes no LoRA adapter, only diffusers models do; use 0")
+    from peft import LoraConfig
+
+    model = cast(Any, unet)  # diffusers' mixin, which nn.Module does not know of
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)), ADAPTER)
+    try:
+        weights = {
+            f"unet.{name.replace(f'.{ADAPTER}.', '.')}": parameter
+            for name, parameter in unet.named_parameters()
+            if f".{ADAPTER}." in name
+        }
+        for name, parameter in weights.items():
+            if ".lora_A." in name:
+                bound = 1 / math.sqrt(parameter.shape[1])  # peft's own default, Kaiming with a = sqrt(5)
+                drawn = torch.rand(parameter.shape, generator=generator) * 2 * bound - bound
+                parameter.data = drawn.to(parameter.device)
+            else:
+                parameter.data = torch.zeros(parameter.shape, device=parameter.device)
+        yield weights
+    finally:
+        model.unload_lora()
