@@ -1,0 +1,500 @@
+"""The orchestrator: an image goes in, a complete run directory comes out.
+
+Stage one finds regions (a word and a mask each), stage two learns tokens for them; then they are named and shown. What
+is done is on disk at once, and a run that goes on after any interruption ends with the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from icekit import images, library, naming, plugins, report
+from icekit.erase import erase, isolate
+from icekit.library import Extraction, Located, RunDirectory, Started
+from icekit.plugins import Observers, Plugins
+from icekit.protocols import (
+    Attribute,
+    Backbone,
+    Candidate,
+    InputError,
+    Learned,
+    Proposal,
+    Proposer,
+    Region,
+    Retriever,
+    RunError,
+    Segmentor,
+    Step,
+    View,
+    token_names,
+)
+from icekit.settings import Role, Settings, flatten, merge, validate
+
+CANDIDATES_TRIED = 5
+"""Words tried on one view before stage one gives up: as many as the published retriever re-ranks."""
+UNNAMED = "object"
+"""The word for a mask of the user's own that the retriever cannot name."""
+ATTENTION_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
+"""Where attention maps are looked at, as shares of the noise schedule."""
+ATTENTION_SIDE = 128
+"""Side of the saved attention maps, pixels."""
+
+
+def extract(
+    image: str | Path | Image.Image,
+    out: str | Path | None = None,
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    observers: Sequence[object] = (),
+    installed: Plugins | None = None,
+) -> Extraction:
+    """Find the concepts of an image, learn their tokens, and keep everything in a run directory.
+
+    Args:
+        image: a file in any common format, or a PIL image. Its centre square is used.
+        out: the run directory; ``runs/<stem of the image>`` if None.
+        settings: ``icekit.Settings``; the defaults if None.
+        resume: go on with the run in ``out`` if there is one, with its settings; a complete one is returned as it is.
+        overwrite: replace the run in ``out``.
+        observers: objects with observer hooks (``icekit.hookspecs``), for this run.
+        installed: the plugins to use; those of this Python environment if None.
+
+    Raises:
+        InputError: the image, the settings or ``out`` are wrong.
+        RunError: the run failed. What it had done is kept in ``out`` for ``resume``.
+    """
+    found = installed or plugins.installed()
+    source = images.load_image(image)
+    run = RunDirectory(out if out is not None else Path("runs") / source.stem)
+    with found.observed_by(observers) as tell, reproducible():
+        try:
+            return _Run(found, tell, run, source, settings or Settings()).to_the_end(resume=resume, overwrite=overwrite)
+        except BaseException as error:
+            tell.tell("run_failed", error=error)
+            raise
+
+
+class _Run:
+    """One run on its way: the settings, the models and the directory, stage by stage."""
+
+    def __init__(
+        self, found: Plugins, observers: Observers, run: RunDirectory, source: images.SourceImage, settings: Settings
+    ) -> None:
+        self.plugins = found
+        self.observers = observers
+        self.run = run
+        self.source = source
+        self.settings = settings
+        self.timings: dict[str, float] = {}
+
+    def to_the_end(self, *, resume: bool, overwrite: bool) -> Extraction:
+        self.run.check_usable(resume=resume, overwrite=overwrite)
+        goes_on = False
+        if resume and (started := self._started()):
+            self._take_up(started)
+            if self.run.is_complete:
+                return Extraction.open(self.run.path)
+            goes_on = True
+        self.plugins.resolve(self.settings)  # wrong settings must come out before a model takes minutes to load
+        device = resolve_device(self.settings.device)
+
+        self.timings = self.run.load_timings() if goes_on else {}
+        with self._stage("load"):
+            self.backbone: Backbone = self.plugins.component("backbone", self.settings.name_of("backbone"))(
+                self.plugins.component_settings("backbone", *self._choice("backbone")), device
+            )
+        self.settings = self.plugins.resolve(self.settings, self.backbone.suggestions)
+        self.attributes = [self.plugins.attribute(name) for name in self.settings.attributes]
+        if not goes_on:
+            picture = self.source.resized(self.backbone.image_size)
+            self.run.begin(self.settings, self.source.source, self.source.sha256, picture)
+        self.image = images.to_tensor(self.run.load_image())
+        self.observers.tell("run_started", run_dir=self.run.path, settings=self.settings)
+
+        with self._stage("localise", self.settings.max_concepts):
+            regions = self._localise()
+        with self._stage("learn"):
+            learned = self._learn(regions)
+        self.backbone.set_tokens(learned.tokens)
+        samples = sample_prompts(regions, self.attributes, self.settings.samples)
+        with self._stage("generate", len(samples)):
+            words = self._name(regions)
+            self._show_attention(regions)
+            self._generate(samples, learned)
+        self._finish(regions, words)
+        extraction = Extraction.open(self.run.path)
+        self.observers.tell("run_finished", extraction=extraction)
+        return extraction
+
+    # --- Going on ----------------------------------------------------------------------------------------------------
+
+    def _started(self) -> Started | None:
+        if not self.run.is_complete:
+            return self.run.started()
+        extraction = Extraction.open(self.run.path)
+        image = extraction.manifest["image"]
+        return Started(image["sha256"], image["source"], extraction.settings().model_dump(mode="json"))
+
+    def _take_up(self, started: Started) -> None:
+        """Take the settings of the run that is to go on; refuse if other ones, or another image, were given.
+
+        Raises:
+            InputError: names what changed.
+        """
+        changes = []
+        if started.sha256 != self.source.sha256:
+            changes.append(f"the image was {started.source}, now {self.source.source} (other content)")
+        given = self.settings.given()
+        before = flatten(started.settings)
+        names = flatten({"components": given.get("components", {})})
+        if all(before[key] == name for key, name in names.items()):
+            # As checked and filled in, so that "steps = '400'" is no change from 400.
+            now = flatten(
+                self.plugins.resolve(validate(Settings, merge(started.settings, given))).model_dump(mode="json")
+            )
+        else:
+            now = names
+        for key in flatten(given):
+            if key in now and now[key] != before.get(key):
+                changes.append(f"{key} was {before.get(key)}, now {now[key]}")
+        if changes:
+            raise InputError(
+                f"the run in {self.run.path} cannot go on: {'; '.join(changes)} (--overwrite starts it afresh)"
+            )
+        self.settings = validate(Settings, started.settings)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str, total: int | None = None) -> Iterator[None]:
+        self.observers.tell("stage_started", name=name, total=total)
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            key = f"{name}_s"
+            self.timings[key] = round(self.timings.get(key, 0) + time.monotonic() - begun, 3)
+            if self.run.started():
+                self.run.save_timings(self.timings)
+
+    def _choice(self, role: Role) -> tuple[str, dict[str, object]]:
+        return self.settings.name_of(role), self.settings.values_of(role)
+
+    # --- Stage one ---------------------------------------------------------------------------------------------------
+
+    def _localise(self) -> tuple[Region, ...]:
+        located = self.run.load_located()
+        for region in located.regions:
+            self.observers.tell("region_found", region=region)
+        if not located.finished:
+            retriever, segmentor = self._build("retriever"), self._build("segmentor")
+            for step in localise(self.image, retriever, segmentor, self.settings, located):
+                located = step
+                if not located.finished:
+                    self.observers.tell("region_found", region=located.regions[-1])
+                self.run.save_located(located)
+        if not located.regions:
+            words = ", ".join(located.refused)
+            tried = f"none of the words tried has a place in it ({words})" if words else "no word was found for it"
+            raise RunError(f"no concept found in {self.source.source}: {tried}; try another --retriever or min_area")
+        return located.regions
+
+    # Any, for a retriever and a segmentor both: what a component must offer was checked at registration.
+    def _build(self, role: Role) -> Any:
+        settings = self.plugins.component_settings(role, *self._choice(role))
+        return self.plugins.component(role, self.settings.name_of(role))(settings, self.backbone)
+
+    # --- Stage two ---------------------------------------------------------------------------------------------------
+
+    def _learn(self, regions: Sequence[Region]) -> Learned:
+        tokens = self.run.load_tokens()
+        if tokens is not None:
+            return Learned(tokens, self.run.load_lora())
+        with self.run.open_log() as steps:
+
+            def on_step(step: Step) -> None:
+                steps.write(step)
+                self.observers.tell("step_done", step=step)
+
+            learned: Learned = self._build("learner").learn(
+                self.image,
+                regions,
+                self.attributes,
+                seed=self.settings.seed,
+                checkpoint=self.run.checkpoint,
+                on_step=on_step,
+            )
+        self._check_learned(learned, regions)
+        self.run.save_learned(learned.tokens, learned.lora)
+        return learned
+
+    def _check_learned(self, learned: Learned, regions: Sequence[Region]) -> None:
+        learner = self.settings.name_of("learner")
+        for region in regions:
+            for token in token_names(region, self.attributes).values():
+                row = learned.tokens.get(token)
+                if row is None or tuple(row.shape) != (self.backbone.embedding_dim,) or not bool(row.isfinite().all()):
+                    raise RunError(f"learner {learner!r} returned no usable embedding for {token}")
+
+    # --- Showing -----------------------------------------------------------------------------------------------------
+
+    def _name(self, regions: Sequence[Region]) -> dict[int, dict[str, list[str]]]:
+        words: dict[int, dict[str, list[str]]] = {}
+        for region in regions:
+            tokens = token_names(region, self.attributes)
+            words[region.index] = {
+                attribute.name: naming.name_attribute(self.backbone, attribute, tokens[attribute.name], region.word)
+                for attribute in self.attributes
+            }
+        return words
+
+    def _show_attention(self, regions: Sequence[Region]) -> None:
+        for region in regions:
+            generator = seeded_generator(self.settings.seed, "attention", region.index)
+            maps = attention_maps(self.backbone, self.image, token_names(region, self.attributes), generator)
+            for part, attention in maps.items():
+                grey = (attention / attention.max().clamp_min(1e-12) * 255).round().byte().numpy()
+                picture = Image.fromarray(grey).resize((ATTENTION_SIDE, ATTENTION_SIDE), Image.Resampling.BICUBIC)
+                self.run.save_attention(region.index, part, picture)
+
+    def _generate(self, samples: Sequence[tuple[int, str, int, str]], learned: Learned) -> None:
+        for done, (index, part, number, prompt) in enumerate(samples, 1):
+            if not self.run.has_sample(index, part, number):
+                [picture] = self.backbone.generate(
+                    [prompt],
+                    seeds=[derived_seed(self.settings.seed, "sample", index, part, number)],
+                    steps=self.settings.sample_steps,
+                    guidance_scale=self.settings.guidance_scale,
+                    lora=learned.lora or None,
+                )
+                self.run.save_sample(index, part, number, picture)
+            self.observers.tell("image_generated", done=done, total=len(samples))
+
+    def _finish(self, regions: Sequence[Region], words: dict[int, dict[str, list[str]]]) -> None:
+        side = self.backbone.image_size
+        manifest: dict[str, Any] = {
+            "schema_version": library.SCHEMA_VERSION,
+            "icekit_version": plugins.own_version(),
+            "image": {
+                "source": self.source.source,
+                "sha256": self.source.sha256,
+                "width": side,
+                "height": side,
+            },
+            "components": self.settings.components.model_dump(),
+            "attributes": list(self.settings.attributes),
+            "seed": self.settings.seed,
+            "concepts": [
+                {
+                    "index": region.index,
+                    "label": region.label,
+                    "score": round(float(region.score), 4),
+                    "mask": library.mask_name(region),
+                    "area": round(float(region.mask.float().mean()), 4),
+                    "tokens": token_names(region, self.attributes),
+                    "words": words[region.index],
+                }
+                for region in regions
+            ],
+            "timings": self.timings,
+        }
+        self.run.save_report(report.render_report(self.run.path, manifest))
+        self.run.finish(manifest)
+
+
+def localise(
+    image: Tensor, retriever: Retriever, segmentor: Segmentor | Proposer, settings: Settings, located: Located
+) -> Iterator[Located]:
+    """Stage one, from where it stands: yields after every region found, and once more when finished.
+
+    x_0 = x; c_i = T(x_i); m_i = S(x_i, c_i); x_{i+1} = x_i * (1 - m_i)   (ICE, Cendra and Han, CVPR 2025, stage one)
+
+    It ends when ``max_concepts`` are found, when ``min_visible`` of the image or less is left, when the retriever has
+    no word, or when none of its first words has a region of ``min_area`` or more. The masks of a ``Proposer`` are all
+    the regions; where one has no word, the retriever names it, looking at that mask alone.
+
+    Every region's random numbers follow from the seed and its place in the loop, so that going on from any ``located``
+    ends as if there had been no interruption.
+
+    Args:
+        image: float32 ``[3, H, W]`` in [0, 1].
+        retriever: T.
+        segmentor: S, or a ``Proposer``.
+        settings: the stop rules, the filling of erased parts and the seed.
+        located: the regions found so far.
+    """
+    regions, refused = list(located.regions), list(located.refused)
+    if isinstance(segmentor, Proposer):
+        for proposal in segmentor.propose(image)[: settings.max_concepts][len(regions) :]:
+            _check_mask(proposal.mask, image, settings)
+            best = _word_of(proposal, image, retriever)
+            regions.append(Region(len(regions), best.word, best.score, proposal.mask))
+            yield Located(tuple(regions), tuple(refused))
+        yield Located(tuple(regions), tuple(refused), finished=True)
+        return
+
+    visible = torch.ones(image.shape[1:], dtype=torch.bool)
+    for region in regions:
+        visible &= ~region.mask
+    while len(regions) < settings.max_concepts and float(visible.float().mean()) > settings.min_visible:
+        view = View(image, erase(image, visible, settings.erase), visible)
+        used = [region.word for region in regions] + refused
+        found: Region | None = None
+        for candidate in _unused(retriever.retrieve(view, used), used)[:CANDIDATES_TRIED]:
+            generator = seeded_generator(settings.seed, "segment", len(regions), candidate.word)
+            mask = segmentor.segment(view, candidate.word, generator)
+            _check_mask(mask, image, settings)
+            mask = mask & visible
+            if bool(mask.any()) and float(mask.float().mean()) >= settings.min_area:
+                found = Region(len(regions), candidate.word, candidate.score, mask)
+                break
+            refused.append(candidate.word)
+        if found is None:
+            break
+        regions.append(found)
+        visible &= ~found.mask
+        yield Located(tuple(regions), tuple(refused))
+    yield Located(tuple(regions), tuple(refused), finished=True)
+
+
+def _word_of(proposal: Proposal, image: Tensor, retriever: Retriever) -> Candidate:
+    if proposal.word is not None:
+        return Candidate(proposal.word, 1.0)
+    named = retriever.retrieve(View(image, isolate(image, proposal.mask), proposal.mask), ())
+    return named[0] if named else Candidate(UNNAMED, 0.0)
+
+
+def _unused(candidates: Sequence[Candidate], used: Sequence[str]) -> list[Candidate]:
+    taken = {word.casefold() for word in used}
+    return [candidate for candidate in candidates if candidate.word.casefold() not in taken]
+
+
+def _check_mask(mask: Tensor, image: Tensor, settings: Settings) -> None:
+    if mask.dtype != torch.bool or mask.shape != image.shape[1:]:
+        raise RunError(
+            f"segmentor {settings.name_of('segmentor')!r} returned a mask of {mask.dtype} {list(mask.shape)},"
+            f" expected torch.bool {list(image.shape[1:])}"
+        )
+
+
+def concept_prompt(tokens: dict[str, str]) -> str:
+    """What a concept's samples are prompted with."""
+    return f"a photo of a {tokens['instance']} {tokens['category']}"
+
+
+def sample_prompts(
+    regions: Sequence[Region], attributes: Sequence[Attribute], count: int
+) -> list[tuple[int, str, int, str]]:
+    """The samples to generate: (concept's index, ``"object"`` or attribute, running number, prompt).
+
+    An attribute's token is shown on its concept's category, in the order in which both were learned.
+    """
+    prompts = []
+    for region in regions:
+        tokens = token_names(region, attributes)
+        parts = {"object": concept_prompt(tokens)}
+        parts |= {
+            attribute.name: f"a photo of a {tokens['category']} {tokens[attribute.name]}" for attribute in attributes
+        }
+        prompts += [(region.index, part, number, text) for part, text in parts.items() for number in range(count)]
+    return prompts
+
+
+@torch.no_grad()
+def attention_maps(
+    backbone: Backbone, image: Tensor, tokens: dict[str, str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Where each of a concept's tokens looks: its cross-attention on the noised image, mean over timesteps.
+
+    The grid is the one that ICE's attention loss uses: a quarter of the latents' side, or the nearest to it.
+
+    Args:
+        backbone: with the tokens set.
+        image: float32 ``[3, H, W]`` in [0, 1].
+        tokens: part -> token, as ``token_names`` gives them.
+        generator: makes the noise.
+
+    Returns:
+        Part -> float32 ``[r, r]`` on the CPU, weights in [0, 1].
+    """
+    wanted = backbone.latent_shape[1] / 4
+    resolution = min(backbone.attention_resolutions, key=lambda side: abs(side - wanted))
+    attributes = [part for part in tokens if part not in ("category", "instance")]
+    prompts = {
+        concept_prompt(tokens): ["instance"],
+        " ".join(["a photo of a", tokens["category"], *(tokens[part] for part in attributes)]): [
+            "category",
+            *attributes,
+        ],
+    }
+    latents = backbone.encode_images(image[None].to(backbone.device))
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    maps: dict[str, Tensor] = {part: torch.zeros(resolution, resolution) for part in tokens}
+    for prompt, parts in prompts.items():
+        conditioning = backbone.encode_prompts([prompt])
+        positions = backbone.token_positions(prompt, [tokens[part] for part in parts])
+        for share in ATTENTION_TIMESTEPS:
+            timesteps = torch.tensor([int(share * backbone.num_timesteps)], device=backbone.device)
+            with backbone.capture_attention(cross=[resolution]) as captured:
+                backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
+                cross = captured.cross(resolution)[0].float().cpu()
+            for part, places in zip(parts, positions, strict=True):
+                maps[part] += cross[places].mean(dim=0) / len(ATTENTION_TIMESTEPS)
+    return maps
+
+
+def resolve_device(name: str) -> torch.device:
+    """``"auto"`` becomes the best device there is.
+
+    Raises:
+        InputError: the device asked for is not there.
+    """
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    available = [device for device, is_there in there.items() if is_there()]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise InputError(f"device {name!r} is not available here: choose auto or {' or '.join(available)}")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Deterministic kernels for the length of the block: the same seed on the same machine gives the same bits.
+
+    An operation that has none on this device only warns: rather a run that may differ in its last bits than none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when CUDA is first used
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only_before)
+
+
+def derived_seed(seed: int, *purpose: object) -> int:
+    """A seed in [0, 2**63) for one purpose of a run: independent of every other purpose, and of what ran before."""
+    digest = hashlib.sha256(json.dumps([seed, *map(str, purpose)]).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def seeded_generator(seed: int, *purpose: object) -> torch.Generator:
+    """A generator on the CPU from ``derived_seed``."""
+    return torch.Generator().manual_seed(derived_seed(seed, *purpose))

@@ -1,0 +1,182 @@
+"""The loss curves of a run: ``log.jsonl`` read, and laid out as small line charts of fixed size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH, HEIGHT = 340, 176
+"""Size of a chart, in SVG units (about CSS pixels)."""
+LEFT, RIGHT, TOP, BOTTOM = 46, 324, 22, 152
+"""The plot's rectangle within the chart."""
+MAX_POINTS = 240
+"""Points of one line; a longer log is thinned out."""
+MAX_BANDS = 12
+"""With more changes of phase than this (phases that alternate, say) the bands would say nothing: they are left out."""
+LETTER = 6.4
+"""About the width of a letter of a phase's name, SVG units."""
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """One step of ``log.jsonl``: its number, the phase's name, and the losses that are finite numbers."""
+
+    step: int
+    phase: str
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: where it is, SVG units, and what it says."""
+
+    at: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Band:
+    """A phase: its span on the x-axis, SVG units, its name, and whether the name fits in the span."""
+
+    x: float
+    width: float
+    name: str
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One loss, laid out: ``raw`` and ``smooth`` are SVG path data; ``first`` and ``last`` smoothed values as text."""
+
+    name: str
+    raw: str
+    smooth: str
+    first: str
+    last: str
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+    bands: list[Band]
+
+
+def read_log(path: Path) -> list[LogLine]:
+    """The steps of a ``log.jsonl``, in order of their number.
+
+    Losses stand under ``losses`` or beside ``step``. A line that is not JSON (the last one of a killed run) and values
+    that are not finite are skipped; a step that was done twice (a resumed run) counts as it was done last. No file: [].
+    """
+    if not path.is_file():
+        return []
+    lines: dict[int, LogLine] = {}
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(text)
+            step = int(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        losses = record.get("losses")
+        if not isinstance(losses, dict):
+            losses = {key: value for key, value in record.items() if key not in ("step", "total", "phase", "losses")}
+        finite = {
+            str(name): float(value)
+            for name, value in losses.items()
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        }
+        lines[step] = LogLine(step, str(record.get("phase") or ""), finite)
+    return [lines[step] for step in sorted(lines)]
+
+
+def nice_ticks(low: float, high: float, count: int) -> list[float]:
+    """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) within [low, high]."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / step - 1e-9)
+    last = math.floor(high / step + 1e-9)
+    return [n * step for n in range(first, last + 1)]
+
+
+def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Centred moving average over a twelfth of the values (1-D, any length); at the ends over those that there are."""
+    half = len(values) // 24
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    start, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
+    # Differences of sums round: an average of zeros must not come out as -1e-18.
+    return np.asarray(np.clip((sums[end] - sums[start]) / (end - start), values.min(), values.max()))
+
+
+def thin(
+    x: NDArray[np.float64], y: NDArray[np.float64], points: int = MAX_POINTS
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """At most about ``points`` of the points (1-D, same length): of every bucket its lowest and its highest."""
+    if len(x) <= points:
+        return x, y
+    keep: list[int] = []
+    for bucket in np.array_split(np.arange(len(x)), max(1, points // 2)):
+        keep += sorted({int(bucket[y[bucket].argmin()]), int(bucket[y[bucket].argmax()])})
+    return x[keep], y[keep]
+
+
+def loss_charts(log: Sequence[LogLine]) -> list[Chart]:
+    """One chart per loss, in the order in which the losses first appear, all over the same steps."""
+    names = list(dict.fromkeys(name for line in log for name in line.losses))
+    return [_chart(name, log) for name in names]
+
+
+def _chart(name: str, log: Sequence[LogLine]) -> Chart:
+    steps = (log[0].step, log[-1].step)
+    runs = [list(group) for _, group in groupby(log, key=lambda line: line.phase)]
+    # A phase has its own losses and levels: nothing is averaged, and no line drawn, across its border.
+    segments = []
+    for run in runs:
+        points = [(line.step, line.losses[name]) for line in run if name in line.losses]
+        if points:
+            x, y = np.array(points, dtype=np.float64).T
+            segments.append((x, y, smooth(y)))
+    values = np.concatenate([y for _, y, _ in segments])
+    # A few wild steps would flatten all the others: the axis ends at the 99th percentile, the line is clipped.
+    low = min(float(values.min()), 0.0)
+    high = float(np.quantile(values, 0.99))
+    if low == 0.0 and values.min() > 0.5 * high:
+        low = float(values.min())
+    high = max(high, max(float(average.max()) for _, _, average in segments))
+    if high - low < 1e-12:
+        low, high = (0.0, 2 * high) if high > 0 else (low - 1.0, high + 1.0)
+
+    def place_x(step: float) -> float:
+        return LEFT + (RIGHT - LEFT) * (step - steps[0]) / max(1, steps[1] - steps[0])
+
+    def place_y(value: float) -> float:
+        return BOTTOM - (BOTTOM - TOP) * (value - low) / (high - low)
+
+    def path(x: NDArray[np.float64], y: NDArray[np.float64]) -> str:
+        x, y = thin(x, y)
+        places = [f"{place_x(a):.1f} {place_y(b):.1f}" for a, b in zip(x, y, strict=True)]
+        # A lone point is drawn as a line of no length, which a round cap makes a dot.
+        return "M" + "L".join(places if len(places) > 1 else places * 2)
+
+    bands = []
+    if len(runs) <= MAX_BANDS:
+        for run, following in zip(runs, [*runs[1:], None], strict=True):
+            start = place_x(run[0].step)
+            end = place_x(following[0].step) if following else float(RIGHT)
+            fits = len(run[0].phase) * LETTER + 8 < end - start
+            bands.append(Band(round(start, 1), round(end - start, 1), run[0].phase, fits))
+    x_ticks = [tick for tick in nice_ticks(*steps, 4) if tick == int(tick)] if steps[1] > steps[0] else [steps[0]]
+    return Chart(
+        name=name,
+        raw="".join(path(x, y) for x, y, _ in segments),
+        smooth="".join(path(x, average) for x, _, average in segments),
+        first=f"{segments[0][2][0]:.3g}",
+        last=f"{segments[-1][2][-1]:.3g}",
+        x_ticks=[Tick(round(place_x(tick), 1), f"{tick:.0f}") for tick in x_ticks],
+        y_ticks=[Tick(round(place_y(tick), 1), f"{tick:.3g}") for tick in nice_ticks(low, high, 3)],
+        bands=bands,
+    )

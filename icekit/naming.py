@@ -1,0 +1,52 @@
+"""Name a learned attribute token in plain language: the nearest words of the attribute's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from icekit.protocols import Attribute, Backbone
+
+TEMPLATES = ("{}", "a {} {noun}", "a photo of a {} {noun}")
+"""Prompts in which token and word are compared; ``{noun}`` is the concept's own word, so that both have its company."""
+
+
+def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int = 3) -> list[str]:
+    """The words nearest to a token: mean over templates of the cosine in the text encoder's pooled space E.
+
+    score(w) = 1/T sum_t E(template_t with the token) . E(template_t with w)
+
+    Args:
+        token: float ``[T, P]``, the token in T templates, each row of length one.
+        words: float ``[W, T, P]``, each word in the same templates, each row of length one.
+        names: the W words.
+        count: how many to return.
+
+    Returns:
+        Words, best first; equal scores in the order of ``names``.
+    """
+    scores = (words * token).sum(dim=-1).mean(dim=-1)
+    order = scores.sort(descending=True, stable=True).indices
+    return [names[int(i)] for i in order[:count]]
+
+
+def name_attribute(backbone: Backbone, attribute: Attribute, token: str, noun: str, count: int = 3) -> list[str]:
+    """Name a token that the backbone has been given, with words of the vocabulary that its text encoder knows.
+
+    Returns an empty list when it knows none of them.
+    """
+    import torch
+
+    names = [word for word in attribute.vocabulary if backbone.knows(word)]
+    if not names:
+        return []
+
+    def embed(word: str) -> Tensor:
+        prompts = [template.format(word, noun=noun) for template in TEMPLATES]
+        return backbone.embed_texts(prompts).float().cpu()
+
+    with torch.no_grad():
+        return nearest_words(embed(token), torch.stack([embed(name) for name in names]), names, count)

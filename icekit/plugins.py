@@ -1,0 +1,335 @@
+"""The plugin manager: built-ins and entry points come in by the same door, and a broken plugin stays outside.
+
+A plugin that fails to import or has a hook with a wrong name or signature stays outside; of one whose hook raises or
+registers what breaks its protocol, that hook counts for nothing. Both are in ``Plugins.broken``, with distribution and
+reason, and commands that do not need them go on.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import pluggy
+
+from icekit import hookspecs, protocols
+from icekit.protocols import Attribute, ComponentSettings, InputError
+from icekit.settings import ROLES, Role, Settings, merge, nearest, validate
+
+GROUP = "icekit"
+BUILTIN = "icekit.builtin"
+
+_PROTOCOLS: dict[Role, type] = {
+    "backbone": protocols.Backbone,
+    "retriever": protocols.Retriever,
+    "segmentor": protocols.Segmentor,
+    "learner": protocols.Learner,
+}
+RESERVED_TOKENS = ("category", "instance")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a plugin comes from: its name (the entry point's), its distribution and that one's version."""
+
+    plugin: str
+    distribution: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"plugin {self.plugin!r} ({self.distribution} {self.version})"
+
+
+@dataclass(frozen=True)
+class BrokenPlugin:
+    """A plugin that is broken, or a part of it, and why (one line)."""
+
+    origin: Origin
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.origin} is broken: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A component, or an attribute, and the plugin that brought it."""
+
+    role: str
+    name: str
+    value: Any
+    origin: Origin
+
+    @property
+    def summary(self) -> str:
+        """First line of its docstring; an attribute's anchor."""
+        if isinstance(self.value, Attribute):
+            return f"anchor {self.value.anchor!r}, {len(self.value.vocabulary)} words"
+        return (inspect.getdoc(self.value) or "").partition("\n")[0]
+
+    @property
+    def settings(self) -> type[ComponentSettings] | None:
+        """The component's settings model; None for an attribute."""
+        return getattr(self.value, "Settings", None)
+
+
+class PluginError(Exception):
+    """A plugin breaks its contract. The message is one line."""
+
+
+class Plugins:
+    """What is installed: ``manager`` calls the hooks, ``broken`` says what does not work."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager(GROUP)
+        self.manager.add_hookspecs(hookspecs)
+        self.broken: list[BrokenPlugin] = []
+        self._origins: dict[object, Origin] = {}
+        self._offers: dict[str, dict[str, Registered]] = {}
+
+    # --- Coming in ---------------------------------------------------------------------------------------------------
+
+    def add(self, origin: Origin, load: Callable[[], object]) -> None:
+        """Import and register one plugin, or note why it cannot be."""
+        plugin: object | None = None
+        try:
+            plugin = load()
+            self.manager.register(plugin, origin.plugin)
+            self._refuse_unknown_hooks(plugin)
+        except Exception as error:  # whatever a plugin's code does wrong, the others must not suffer
+            if plugin is not None and self.manager.is_registered(plugin):
+                self.manager.unregister(plugin)
+            self._note_broken(origin, error)
+        else:
+            self._origins[plugin] = origin
+
+    def _refuse_unknown_hooks(self, plugin: object) -> None:
+        for caller in self.manager.get_hookcallers(plugin) or []:
+            if not caller.has_spec():
+                known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "icekit_spec")]
+                raise PluginError(f"unknown hook {caller.name!r}: {nearest(caller.name, known)}")
+
+    def _note_broken(self, origin: Origin, error: BaseException) -> None:
+        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+        self.broken.append(BrokenPlugin(origin, " ".join(reason.split())))
+
+    def _call_one(self, hook: str, plugin: object, **arguments: Any) -> None:
+        others = [other for other in self.manager.get_plugins() if other is not plugin]
+        self.manager.subset_hook_caller(hook, others)(**arguments)
+
+    def each(self, hook: str, **arguments: Any) -> None:
+        """Call a hook plugin by plugin; note those that raise."""
+        for plugin, origin in self._origins.items():
+            try:
+                self._call_one(hook, plugin, **arguments)
+            except Exception as error:
+                self._note_broken(origin, error)
+
+    # --- What they offer ---------------------------------------------------------------------------------------------
+
+    def offered(self, role: str) -> dict[str, Registered]:
+        """Everything registered for a role (``"backbone"``, ..., ``"attribute"``), by name."""
+        if role not in self._offers:
+            offers: dict[str, Registered] = {}
+            for plugin, origin in self._origins.items():
+                try:
+                    offers |= self._offers_of(plugin, origin, role, offers)
+                except Exception as error:
+                    self._note_broken(origin, error)
+            self._offers[role] = offers
+        return self._offers[role]
+
+    def _offers_of(
+        self, plugin: object, origin: Origin, role: str, earlier: Mapping[str, Registered]
+    ) -> dict[str, Registered]:
+        offers: dict[str, Registered] = {}
+
+        def add(name: str, value: Any) -> None:
+            if taken := earlier.get(name) or offers.get(name):
+                raise PluginError(f"{role} {name!r} is already registered by {taken.origin}")
+            offers[name] = Registered(role, name, value, origin)
+
+        def register_component(name: str, component: type) -> None:
+            check_component(role, name, component)
+            add(name, component)
+
+        def register_attribute(attribute: Attribute) -> None:
+            check_attribute(attribute)
+            add(attribute.name, attribute)
+
+        register = register_attribute if role == "attribute" else register_component
+        self._call_one(f"register_{role}s", plugin, register=register)
+        return offers
+
+    def component(self, role: Role, name: str) -> type:
+        """The class registered under this name.
+
+        Raises:
+            InputError: there is none; the message names the nearest one and broken plugins that might have brought it.
+        """
+        return self._find(role, name).value
+
+    def attribute(self, name: str) -> Attribute:
+        """The attribute of this name or alias.
+
+        Raises:
+            InputError: there is none.
+        """
+        for registered in self.offered("attribute").values():
+            if name in registered.value.aliases:
+                name = registered.name
+        return self._find("attribute", name).value
+
+    def _find(self, role: str, name: str) -> Registered:
+        offers = self.offered(role)
+        if name not in offers:
+            suspects = "".join(f"; {broken}" for broken in self.broken)
+            raise InputError(f"no {role} {name!r}: {nearest(name, offers)}{suspects}")
+        return offers[name]
+
+    def component_settings(self, role: Role, name: str, values: Mapping[str, Any]) -> ComponentSettings:
+        """A component's settings, checked.
+
+        Raises:
+            InputError: no such component, an unknown key or a wrong value.
+        """
+        model: type[ComponentSettings] = self.component(role, name).Settings  # type: ignore[attr-defined]
+        return validate(model, values, prefix=f"{role}.")
+
+    def resolve(self, settings: Settings, suggestions: Mapping[str, Any] | None = None) -> Settings:
+        """Complete settings: attribute aliases replaced, every component's settings checked and filled in.
+
+        ``suggestions`` (key as in ``--set`` -> value) come below what was given. One for a setting that the chosen
+        component does not have is passed over: it was made for another component.
+
+        Raises:
+            InputError: a component, attribute, key or value is wrong.
+        """
+        given = settings.given()
+        lower: dict[str, Any] = {}
+        for key, value in (suggestions or {}).items():
+            role, _, setting = key.rpartition(".")
+            if role in ROLES and setting not in self._settings_model(role, settings).model_fields:
+                continue
+            lower = merge(lower, {role: {setting: value}} if role else {setting: value})
+        full = validate(Settings, merge(lower, given))
+        attributes = tuple(dict.fromkeys(self.attribute(name).name for name in full.attributes))
+        components = {
+            role: self.component_settings(role, full.name_of(role), full.values_of(role)).model_dump(mode="json")
+            for role in ROLES
+        }
+        return validate(Settings, full.model_dump() | {"attributes": attributes} | components)
+
+    def _settings_model(self, role: Role, settings: Settings) -> type[ComponentSettings]:
+        return self.component(role, settings.name_of(role)).Settings  # type: ignore[attr-defined]
+
+    # --- Observers ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def observed_by(self, observers: Sequence[object]) -> Iterator[Observers]:
+        """Register observers for the length of the block; yields what tells all observers what happens."""
+        for observer in observers:
+            self.manager.register(observer)
+        try:
+            yield Observers(self.manager)
+        finally:
+            for observer in observers:
+                if self.manager.is_registered(observer):
+                    self.manager.unregister(observer)
+
+
+class Observers:
+    """Calls observer hooks. An observer that raises is reported once and heard no more: it must not end the run."""
+
+    def __init__(self, manager: pluggy.PluginManager) -> None:
+        self._manager = manager
+        self._callers: dict[str, dict[str, Any]] = {}
+        self._silenced: set[str] = set()
+
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call one hook of every observer."""
+        for name, caller in self._callers_of(hook).items():
+            if name in self._silenced:
+                continue
+            try:
+                caller(**arguments)
+            except Exception as error:
+                self._silenced.add(name)
+                log.warning("plugin %r failed in %s and is ignored from here on: %r", name, hook, error)
+
+    def _callers_of(self, hook: str) -> dict[str, Any]:
+        if hook not in self._callers:  # step_done is called very often
+            everyone = self._manager.get_plugins()
+            self._callers[hook] = {
+                implementation.plugin_name: self._manager.subset_hook_caller(
+                    hook, [other for other in everyone if other is not implementation.plugin]
+                )
+                for implementation in getattr(self._manager.hook, hook).get_hookimpls()
+            }
+        return self._callers[hook]
+
+
+def check_component(role: str, name: str, component: object) -> None:
+    """Whether this can be a component: a class, a nested ``Settings``, every method of the protocol.
+
+    Raises:
+        PluginError: it cannot; the message says what is missing.
+    """
+    protocol = _PROTOCOLS[role]  # type: ignore[index]
+    if role == "segmentor" and hasattr(component, "propose"):
+        protocol = protocols.Proposer
+    if not isinstance(component, type):
+        raise PluginError(f"{role} {name!r} is not a class but {component!r}")
+    where = f"{role} {name!r} ({component.__module__}.{component.__qualname__})"
+    settings = getattr(component, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
+        raise PluginError(f"{where} has no nested class Settings(icekit.ComponentSettings)")
+    methods = [key for key, value in vars(protocol).items() if not key.startswith("_") and inspect.isfunction(value)]
+    missing = [method for method in methods if not callable(getattr(component, method, None))]
+    if missing:
+        raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
+
+
+def check_attribute(attribute: object) -> None:
+    """Whether this can be an attribute.
+
+    Raises:
+        PluginError: it is no ``Attribute``, or its name cannot be part of a token.
+    """
+    if not isinstance(attribute, Attribute):
+        raise PluginError(f"register_attributes was given {attribute!r}, not an icekit.Attribute")
+    if attribute.name in RESERVED_TOKENS or not attribute.name.isidentifier():
+        raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
+
+
+def own_version() -> str:
+    """The version of icekit."""
+    try:
+        return version("icekit")
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"
+
+
+@functools.cache
+def installed() -> Plugins:
+    """The built-ins and every plugin of the entry-point group ``icekit``, imported once a process."""
+    plugins = Plugins()
+    plugins.add(Origin("builtin", "icekit", own_version()), lambda: import_module(BUILTIN))
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
+        distribution = entry.dist
+        origin = Origin(
+            entry.name,
+            distribution.name if distribution else "unknown",
+            distribution.version if distribution else "unknown",
+        )
+        plugins.add(origin, entry.load)
+    return plugins

@@ -1,0 +1,202 @@
+"""A run's settings: unknown keys are refused, wrong values explained, and they come in layers.
+
+Later layers win: defaults, the backbone's suggestions, a settings file, ``--set KEY=VALUE``, command-line options.
+
+A settings file has icekit's own settings as top-level keys, the components' names in the table ``[components]`` and
+each component's settings in a table of its own::
+
+    max_concepts = 4
+    attributes = ["colour", "material"]
+
+    [components]
+    backbone = "sd21"
+
+    [learner]
+    steps = 400
+
+On the command line the same are ``--set max_concepts=4``, ``--set components.backbone=sd21`` (or ``--backbone sd21``)
+and ``--set learner.steps=400``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from icekit.protocols import InputError
+
+Role = Literal["backbone", "retriever", "segmentor", "learner"]
+ROLES: tuple[Role, ...] = ("backbone", "retriever", "segmentor", "learner")
+
+
+class Components(BaseModel):
+    """Which plugin does what, by registered name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    backbone: str = Field("sd21", description="pre-trained text-to-image model")
+    retriever: str = Field("clip", description="image -> words")
+    segmentor: str = Field("xattn", description="image, word -> mask")
+    learner: str = Field("ice", description="image, regions, attributes -> tokens")
+
+
+class Settings(BaseModel):
+    """All settings of a run. The components' own ones are checked against the components' models by ``resolve``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn")
+    max_concepts: int = Field(10, ge=1, description="stop looking after this many concepts")
+    min_visible: float = Field(0.10, ge=0, lt=1, description="stop when no more than this share of the image is left")
+    min_area: float = Field(0.01, ge=0, lt=1, description="a region below this share of the image is not taken")
+    erase: Literal["inpaint", "black", "mean"] = Field(
+        "inpaint", description="what retrievers and segmentors see where a concept was erased"
+    )
+    samples: int = Field(2, ge=0, description="images generated for each concept and each of its attributes")
+    sample_steps: int = Field(25, ge=1, description="denoising steps of a generated image")
+    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance of generated images")
+    seed: int = Field(0, ge=0, lt=2**63, description="every random choice follows from it")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the models run")
+    components: Components = Field(Components(), description="which plugin does what")
+    backbone: dict[str, Any] = Field({}, description="settings of the backbone")
+    retriever: dict[str, Any] = Field({}, description="settings of the retriever")
+    segmentor: dict[str, Any] = Field({}, description="settings of the segmentor")
+    learner: dict[str, Any] = Field({}, description="settings of the learner")
+
+    def name_of(self, role: Role) -> str:
+        """The registered name of the component that plays this role."""
+        return str(getattr(self.components, role))
+
+    def values_of(self, role: Role) -> dict[str, Any]:
+        """That component's settings, as given."""
+        return dict(getattr(self, role))
+
+    def given(self) -> dict[str, Any]:
+        """What was set by somebody rather than left at its default, nested as in a settings file."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+    def to_toml(self) -> str:
+        """The settings as a settings file. What is None is left out: TOML has no word for it, and it is a default."""
+        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def load_settings(
+    config: Path | None = None, assignments: Sequence[str] = (), options: Mapping[str, Any] | None = None
+) -> Settings:
+    """Put the layers together: a settings file, ``KEY=VALUE`` assignments (keys with dots), options (nested, they win).
+
+    Raises:
+        InputError: the file cannot be read, an assignment is malformed, or a key or value is wrong.
+    """
+    values: dict[str, Any] = {}
+    if config is not None:
+        values = merge(values, read_settings_file(config))
+    for assignment in assignments:
+        values = merge(values, parse_assignment(assignment))
+    return validate(Settings, merge(values, options or {}))
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """The nested values of a TOML file.
+
+    Raises:
+        InputError: no such file, or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"settings file {path}: {(error.strerror or str(error)).lower()}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"settings file {path} is not TOML: {error}") from error
+
+
+def parse_assignment(assignment: str) -> dict[str, Any]:
+    """``"learner.steps=400"`` -> ``{"learner": {"steps": 400}}``. The value is TOML, or else plain text.
+
+    Raises:
+        InputError: no ``=``, or an empty key.
+    """
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise InputError(f"--set {assignment}: expected KEY=VALUE, as in learner.steps=400")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    if not isinstance(value, (bool, int, float, str, list, dict)):  # a folder named like a date is still a folder
+        value = text.strip()
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return dict(nested)
+
+
+def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries put over one another; ``upper`` wins."""
+    merged = dict(lower)
+    for key, value in upper.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"learner": {"steps": 400}}`` -> ``{"learner.steps": 400}``."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for an error message: ``did you mean 'steps'?``, or the list of what there is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"choose from {', '.join(names)}" if names else "there is none"
+
+
+def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "") -> Model:
+    """Build a settings model; ``prefix`` (``"learner."``) is put before keys in messages.
+
+    Raises:
+        InputError: an unknown key or a wrong value; the message is one line and names the nearest right one.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(model, problem, prefix) for problem in error.errors())) from error
+
+
+def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = prefix + ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        holder: Any = model
+        for part in location[:-1]:
+            holder = getattr(holder.model_fields.get(part), "annotation", None)
+        parent = prefix + "".join(f"{part}." for part in location[:-1])
+        known = [parent + name for name in getattr(holder, "model_fields", {})]
+        return f"unknown setting {key!r}: {nearest(key, known)}"
+    message = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    message = message.removeprefix("a valid ").replace("\n", " ")
+    return f"setting {key!r} cannot be {problem['input']!r}: it should be {message}"
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }

@@ -1,0 +1,126 @@
+"""Composition: placeholders, bindings, and the refusal of what cannot be mixed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import plain_components as plain
+import pytest
+from PIL import Image
+
+from icekit import Extraction, InputError, extract
+from icekit.compose import bind, compose, expand, split_reference
+from icekit.plugins import Origin, Plugins
+from icekit.settings import load_settings
+
+TOKENS = {
+    "a": {"category": "<a-cup-0>", "instance": "<a-cup-0-instance>", "colour": "<a-cup-0-colour>"},
+    "bowl": {"category": "<b>", "instance": "<b-i>", "material": "<b-m>"},
+}
+
+
+@pytest.fixture(scope="module")
+def plugins() -> Plugins:
+    from icekit import builtin
+
+    found = Plugins()
+    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
+    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    names = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
+    options: dict[str, Any] = {"components": names, "samples": 0, "max_concepts": 2}
+    for name, more in {"one": {}, "two": {"seed": 1}, "other": {"backbone": {"model": "large"}}}.items():
+        settings = load_settings(options=options | more)
+        extract(Image.new("RGB", (50, 50), "red"), folder / name, settings, installed=plugins)
+    return {name: folder / name for name in ("one", "two", "other")}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expanded"),
+    [
+        ("a photo of {a}", "a photo of <a-cup-0-instance> <a-cup-0>"),
+        ("a cup, {bowl.material} {a.colour}", "a cup, <b-m> <a-cup-0-colour>"),
+        ("{a.category}{a.instance}", "<a-cup-0><a-cup-0-instance>"),
+        ("{{braces}} stay", "{braces} stay"),
+    ],
+)
+def test_expand(prompt: str, expanded: str) -> None:
+    assert expand(prompt, TOKENS) == expanded
+
+
+@pytest.mark.parametrize(
+    ("prompt", "hint"),
+    [
+        ("{c}", "no concept 'c'"),
+        ("{bow}", "did you mean 'bowl'"),
+        ("{a.color}", "did you mean 'colour'"),
+        ("{a.material}", "choose from category, colour, instance"),
+        ("{a", "prompt '{a'"),
+        ("{}", "no concept ''"),
+        ("{a!r}", "no concept 'a'"),
+        (" ", "is empty"),
+    ],
+)
+def test_wrong_prompt(prompt: str, hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        expand(prompt, TOKENS)
+    assert hint in str(error.value)
+
+
+def test_reference(tmp_path: Path) -> None:
+    assert split_reference("runs/photo") == ("runs/photo", None)
+    assert split_reference("runs/photo:cup") == ("runs/photo", "cup")
+    (tmp_path / "odd:name").mkdir()
+    assert split_reference(f"{tmp_path}/odd:name") == (f"{tmp_path}/odd:name", None)
+    assert split_reference(f"{tmp_path}/odd:name:1") == (f"{tmp_path}/odd:name", "1")
+
+
+def test_two_runs_with_the_same_tokens_do_not_clash(runs: dict[str, Path]) -> None:
+    one, two = bind("a", runs["one"]), bind("b", f"{runs['two']}:0")
+    assert one.tokens["colour"] == "<a-cup-0-colour>"
+    assert not one.rows.keys() & two.rows.keys()
+    assert bind("a", Extraction.open(runs["one"])).tokens == one.tokens
+    with pytest.raises(InputError, match="cannot stand for a concept"):
+        bind("1 2", runs["one"])
+
+
+def test_images_and_what_they_were_made_of(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:
+    bindings = {"a": runs["one"], "b": f"{runs['two']}:red-bowl"}
+    made = compose("a {a} of {b.material}", bindings, n=3, seed=5, out=tmp_path / "out", installed=plugins)
+    assert made.expanded == "a <a-cup-0-instance> <a-cup-0> of <b-red-bowl-1-material>"
+    assert [path.name for path in made.images] == ["0.png", "1.png", "2.png"]
+    assert len(set(made.seeds)) == 3
+    record = json.loads((tmp_path / "out" / "prompt.json").read_text())
+    assert record["prompt"] == "a {a} of {b.material}"
+    assert record["concepts"]["b"] == {"run": str(runs["two"]), "index": 1, "label": "red-bowl"}
+    first = [path.read_bytes() for path in made.images]
+    with pytest.raises(InputError, match="already holds a composition"):
+        compose("{a}", bindings, out=tmp_path / "out", installed=plugins)
+    compose("a {a} of {b.material}", bindings, n=2, seed=5, out=tmp_path / "out", overwrite=True, installed=plugins)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "prompt.json"]
+    assert [(tmp_path / "out" / f"{i}.png").read_bytes() for i in range(2)] == first[:2]
+
+
+def test_default_folder_is_new_each_time(
+    plugins: Plugins, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [compose("A photo of {a} !", {"a": runs["one"]}, n=1, installed=plugins).out for _ in range(3)]
+    assert [str(folder) for folder in folders] == [f"compositions/a-photo-of-a{suffix}" for suffix in ("", "-2", "-3")]
+
+
+def test_what_cannot_be_mixed(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"different backbones \(plain with model plain, plain with model large\)"):
+        compose("{a} {b}", {"a": runs["one"], "b": runs["other"]}, installed=plugins)
+    with pytest.raises(InputError, match="no concept given"):
+        compose("a cup", {}, installed=plugins)
+    with pytest.raises(InputError, match="cannot be 0"):
+        compose("{a}", {"a": runs["one"]}, n=0, installed=plugins)
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="no composition of icekit's"):
+        compose("{a}", {"a": runs["one"]}, out=tmp_path, overwrite=True, installed=plugins)

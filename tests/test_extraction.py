@@ -1,0 +1,356 @@
+"""The orchestrator, with components that take milliseconds."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plain_components as plain
+import pytest
+import torch
+from icekit_process import icekit, plain_plugin, start
+from PIL import Image
+from safetensors.torch import load_file
+
+import icekit as icekit_api
+from icekit import InputError, RunError, extract, hookimpl
+from icekit.extraction import derived_seed, localise, resolve_device
+from icekit.library import Located
+from icekit.plugins import Origin, Plugins
+from icekit.settings import Settings, load_settings, merge
+
+NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
+
+
+@pytest.fixture
+def plugins() -> Plugins:
+    from icekit import builtin
+
+    found = Plugins()
+    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
+    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    return found
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def plain_settings(**given: Any) -> Settings:
+    return load_settings(options=merge({"components": NAMES, "samples": 1}, given))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    run = extract(photo, tmp_path / "run", plain_settings(max_concepts=2, seed=3), installed=plugins)
+    manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
+    assert manifest == run.manifest
+    assert list(manifest) == [
+        "schema_version", "icekit_version", "image", "components", "attributes", "seed", "concepts", "timings",
+    ]  # fmt: skip
+    assert manifest["image"]["source"] == str(photo)
+    assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
+    assert manifest["components"] == NAMES
+    assert manifest["seed"] == 3
+    assert set(manifest["timings"]) == {"load_s", "localise_s", "learn_s", "generate_s"}
+    [cup, bowl] = manifest["concepts"]
+    assert bowl["tokens"] == {
+        "category": "<red-bowl-1>",
+        "instance": "<red-bowl-1-instance>",
+        "colour": "<red-bowl-1-colour>",
+        "material": "<red-bowl-1-material>",
+    }
+    assert bowl["mask"] == "masks/1-red-bowl.png"
+    assert cup["area"] == pytest.approx(0.25 * 0.97, abs=0.02)
+    assert {len(cup["words"]["colour"]), len(cup["words"]["material"])} == {3}
+    assert "maroon" not in cup["words"]["colour"]
+
+    assert sorted(files_of(tmp_path / "run")) == sorted(
+        ["manifest.json", "image.png", "settings.toml", "log.jsonl", "report.html", "embeddings.safetensors"]
+        + ["masks/0-cup.png", "masks/1-red-bowl.png"]
+        + [f"embeddings/{token.strip('<>')}.safetensors" for one in (cup, bowl) for token in one["tokens"].values()]
+        + [f"samples/{index}-{part}-0.png" for index in (0, 1) for part in ("object", "colour", "material")]
+        + [f"attention/{index}-{part}.png" for index in (0, 1) for part in cup["tokens"]]
+    )
+    for concept in run.concepts:
+        with Image.open(concept.mask_file) as mask:
+            assert (mask.mode, mask.size) == ("L", (32, 32))
+            assert set(np.unique(np.asarray(mask))) == {0, 255}
+    rows = load_file(tmp_path / "run" / "embeddings.safetensors")
+    assert {row.dtype for row in rows.values()} == {torch.float32}
+    assert {tuple(row.shape) for row in rows.values()} == {(plain.DIM,)}
+    [(token, row)] = load_file(tmp_path / "run" / "embeddings" / "cup-0-colour.safetensors").items()
+    assert token == "<cup-0-colour>"
+    assert torch.equal(row, rows[token])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 21))
+    assert lines[1] == {"step": 2, "total": 20, "phase": "walk", "losses": {"total": 0.5}}
+
+
+def test_settings_of_the_run_run_it_again(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    first = extract(photo, tmp_path / "a", plain_settings(seed=1), installed=plugins)
+    again = extract(photo, tmp_path / "b", load_settings(tmp_path / "a" / "settings.toml"), installed=plugins)
+    assert first.settings() == again.settings()
+    assert first.settings().learner["rate"] == 0.5  # the backbone's suggestion
+    differing = {name for name, data in files_of(tmp_path / "a").items() if data != files_of(tmp_path / "b")[name]}
+    assert differing == {"manifest.json", "report.html"}  # they tell the time
+
+
+def test_seed_changes_the_tokens(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    runs = [extract(photo, tmp_path / str(s), plain_settings(seed=s), installed=plugins) for s in (0, 1)]
+    assert not torch.equal(runs[0].tokens["<cup-0>"], runs[1].tokens["<cup-0>"])
+
+
+# --- Stage one -------------------------------------------------------------------------------------------------------
+
+
+def words_of(settings: Settings, ghosts: int = 1, segmentor: Any = None, located: Located | None = None) -> list[str]:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    retriever = plain.PlainRetriever(plain.PlainRetriever.Settings(ghosts=ghosts), backbone)
+    segmentor = segmentor or plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
+    for located in localise(torch.rand(3, 32, 32), retriever, segmentor, settings, located or Located()):
+        pass
+    assert located is not None
+    assert located.finished
+    assert [region.index for region in located.regions] == list(range(len(located.regions)))
+    covered = torch.stack([region.mask for region in located.regions] or [torch.zeros(32, 32)]).sum(dim=0)
+    assert covered.max() <= 1  # nothing is found twice
+    return [region.word for region in located.regions]
+
+
+def test_loop_ends_with_the_words() -> None:
+    assert words_of(Settings(min_visible=0.0)) == list(plain.WORDS)
+
+
+def test_loop_ends_when_enough_is_found_or_little_is_left() -> None:
+    assert words_of(Settings(max_concepts=3)) == list(plain.WORDS[:3])
+    assert words_of(Settings(min_visible=0.3)) == list(plain.WORDS[:3])
+    assert words_of(Settings(min_visible=0.6)) == list(plain.WORDS[:2])
+
+
+def test_loop_ends_when_the_first_words_have_no_region() -> None:
+    assert words_of(Settings(), ghosts=4) == list(plain.WORDS)
+    assert words_of(Settings(), ghosts=5) == []
+    assert words_of(Settings(min_area=0.3)) == []
+
+
+def test_masks_that_are_proposed_are_all_there_is() -> None:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    proposing = plain.ProposingSegmentor(plain.PlainSegmentor.Settings(), backbone)
+    assert words_of(Settings(), ghosts=0, segmentor=proposing) == ["vase", "ball", "mug"]
+    assert words_of(Settings(max_concepts=1), ghosts=0, segmentor=proposing) == ["vase"]
+
+
+@pytest.mark.parametrize("known", [1, 2, 3])
+def test_going_on_from_any_region_finds_the_same(known: int) -> None:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    retriever = plain.PlainRetriever(plain.PlainRetriever.Settings(), backbone)
+    for segmentor in (plain.PlainSegmentor, plain.ProposingSegmentor):
+        parts = (torch.rand(3, 32, 32), retriever, segmentor(segmentor.Settings(), backbone), Settings())
+        whole = list(localise(*parts, Located()))
+        rest = list(localise(*parts, whole[known - 1]))
+        assert [region.word for region in rest[-1].regions] == [region.word for region in whole[-1].regions]
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(rest[-1].regions, whole[-1].regions, strict=True))
+
+
+def test_nothing_found_says_what_was_tried(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no concept found .*ghost 0, ghost 1.*ghost 4"):
+        extract(photo, tmp_path / "run", plain_settings(retriever={"ghosts": 6}), installed=plugins)
+
+
+# --- Interrupted -----------------------------------------------------------------------------------------------------
+
+
+def test_failure_keeps_what_was_done(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    whole = extract(photo, tmp_path / "whole", plain_settings(), installed=plugins)
+    with pytest.raises(ValueError, match="two"):
+        extract(photo, tmp_path / "run", plain_settings(learner={"fail_at": 13}), installed=plugins)
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 12
+    state = tmp_path / "run" / "checkpoint" / "run.json"
+    record = json.loads(state.read_text())
+    record["settings"]["learner"]["fail_at"] = None
+    state.write_text(json.dumps(record))
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 13, "tot')  # as a killed process leaves it
+    resumed = extract(photo, tmp_path / "run", resume=True, installed=plugins)
+    assert resumed.tokens.keys() == whole.tokens.keys()
+    assert all(torch.equal(row, whole.tokens[token]) for token, row in resumed.tokens.items())
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_killed_at_any_moment_and_resumed(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    plugin = plain_plugin(tmp_path / "plugin")
+    slow = ["--set", "learner.pause=0.05", "--set", "segmentor.pause=0.15", "--set", "samples=1"]
+    command = ["run", photo, *plain.OPTIONS, *slow, "--out"]
+    options = {"learner": {"pause": 0.05}, "segmentor": {"pause": 0.15}}
+    extract(photo, tmp_path / "whole", plain_settings(**options), installed=plugins)
+    moments = {
+        "regions": lambda run: len(list(run.glob("masks/*.png"))) == 2,
+        "learning": lambda run: (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count("\n") >= 8,
+        "samples": lambda run: any(run.glob("samples/*.png")),
+    }
+    kills = 0
+    run = tmp_path / "run"
+    for reached in moments.values():
+        process = start([*command, "run", "--resume"], tmp_path, plugin)
+        while process.poll() is None and not reached(run):
+            time.sleep(0.002)
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+    assert kills >= 2
+    finished = icekit([*command, "run", "--resume"], tmp_path, plugin)
+    assert finished.returncode == 0, finished.stderr
+    ours, theirs = files_of(run), files_of(tmp_path / "whole")
+    assert ours.keys() == theirs.keys()
+    assert {name for name in ours if ours[name] != theirs[name]} == {"manifest.json", "report.html"}
+
+
+def test_resume_refuses_what_changed(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match="two"):
+        extract(photo, run, plain_settings(seed=4, learner={"fail_at": 2}), installed=plugins)
+    for given, message in [
+        ({"seed": 5}, "seed was 4, now 5"),
+        ({"seed": 0}, "seed was 4, now 0"),
+        ({"learner": {"steps": 3}}, "learner.steps was 20, now 3"),
+        ({"components": {"segmentor": "proposing"}}, "components.segmentor was plain, now proposing"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            extract(photo, run, load_settings(options=given), resume=True, installed=plugins)
+    with pytest.raises(ValueError, match="two"):  # the same again, in another spelling
+        extract(
+            photo, run, load_settings(options={"seed": 4, "learner": {"steps": "20"}}), resume=True, installed=plugins
+        )
+    Image.new("RGB", (50, 50)).save(tmp_path / "other.png")
+    with pytest.raises(InputError, match=r"the image was .*photo.png, now .*other.png"):
+        extract(tmp_path / "other.png", run, resume=True, installed=plugins)
+
+
+def test_resume_of_a_complete_run_changes_nothing(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    first = extract(photo, tmp_path / "run", plain_settings(), installed=plugins)
+    before = files_of(tmp_path / "run")
+    assert extract(photo, tmp_path / "run", resume=True, installed=plugins).manifest == first.manifest
+    assert files_of(tmp_path / "run") == before
+    with pytest.raises(InputError, match="seed was 0, now 1"):
+        extract(photo, tmp_path / "run", plain_settings(seed=1), resume=True, installed=plugins)
+
+
+# --- Observers -------------------------------------------------------------------------------------------------------
+
+
+class Watcher:
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    @hookimpl
+    def run_started(self, run_dir, settings):
+        self.heard.append("run_started")
+
+    @hookimpl
+    def stage_started(self, name):
+        self.heard.append(name)
+
+    @hookimpl
+    def region_found(self, region):
+        self.heard.append(region.label)
+
+    @hookimpl
+    def step_done(self, step):
+        self.heard.append(f"step {step.step}")
+
+    @hookimpl
+    def image_generated(self, done, total):
+        self.heard.append(f"image {done}/{total}")
+
+    @hookimpl
+    def run_finished(self, extraction):
+        self.heard.append(f"finished {len(extraction.concepts)}")
+
+    @hookimpl
+    def run_failed(self, error):
+        self.heard.append(f"failed {error}")
+
+
+def test_observers_hear_everything(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    watcher = Watcher()
+    settings = plain_settings(max_concepts=1, attributes=["colour"], learner={"steps": 2})
+    extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
+    assert watcher.heard == [
+        *("load", "run_started", "localise", "cup", "learn", "step 1", "step 2"),
+        *("generate", "image 1/2", "image 2/2", "finished 1"),
+    ]
+    with pytest.raises(InputError):
+        extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
+    assert watcher.heard[-1].startswith("failed")
+
+
+def test_observer_that_raises_does_not_end_the_run(
+    plugins: Plugins, photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Clumsy:
+        @hookimpl
+        def step_done(self, step):
+            raise KeyError("oops")
+
+    watcher = Watcher()
+    plugins.manager.register(Clumsy(), "clumsy")
+    extract(photo, tmp_path / "run", plain_settings(), observers=[watcher], installed=plugins)
+    assert "step 20" in watcher.heard
+    [record] = caplog.records
+    assert "clumsy" in record.getMessage()
+
+
+# --- Components that break their word --------------------------------------------------------------------------------
+
+
+def test_wrong_mask_names_the_segmentor(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
+    monkeypatch.setattr(plain.PlainSegmentor, "segment", lambda self, view, word, generator: torch.ones(8, 8))
+    with pytest.raises(RunError, match=r"segmentor 'plain' returned a mask of torch.float32 \[8, 8\]"):
+        extract(photo, tmp_path / "run", plain_settings(), installed=plugins)
+
+
+def test_missing_token_names_the_learner(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
+    from icekit.protocols import Learned
+
+    monkeypatch.setattr(plain.PlainLearner, "learn", lambda self, *a, **k: Learned({"<cup-0>": torch.zeros(plain.DIM)}))
+    with pytest.raises(RunError, match="learner 'plain' returned no usable embedding for <cup-0-instance>"):
+        extract(photo, tmp_path / "run", plain_settings(), installed=plugins)
+
+
+# --- Pieces ----------------------------------------------------------------------------------------------------------
+
+
+def test_derived_seeds_differ_by_purpose() -> None:
+    seeds = {derived_seed(0), derived_seed(1), derived_seed(0, "a"), derived_seed(0, "a", 1), derived_seed(0, "a", 2)}
+    assert len(seeds) == 5
+    assert derived_seed(7, "sample", 1) == derived_seed(7, "sample", 1)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_device() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    assert resolve_device("auto").type in ("cpu", "cuda", "mps")
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="device 'cuda' is not available here: choose auto or"):
+            resolve_device("cuda")
+
+
+def test_public_names_exist() -> None:
+    assert all(getattr(icekit_api, name) is not None for name in icekit_api.__all__)
+    with pytest.raises(AttributeError, match="nope"):
+        icekit_api.nope  # noqa: B018
+    assert "icekit" in sys.modules

@@ -1,0 +1,376 @@
+"""The report: complete, harmless whatever a run is called, and readable where a run left little."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from icekit import loss_chart, report
+from icekit.library import RunDirectory
+from icekit.protocols import InputError
+
+PARTS = ("category", "instance", "colour", "material")
+
+
+class Page(HTMLParser):
+    """What a browser would see of a page: tags with their attributes, text outside of style and script."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("img", "meta", "input", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, "tags are closed in order"
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if not self.open or self.open[-1] not in ("style", "script"):
+            self.text += data
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def read_page(path: Path) -> Page:
+    page = Page(path.read_text(encoding="utf-8"))
+    assert page.open == []
+    return page
+
+
+def write_run(run: Path, labels: list[str], size: int = 64, samples: int = 2, source: str = "photo.jpg") -> Path:
+    """A finished run directory: a disc per concept on noise, each with samples and attention maps."""
+    generator = np.random.default_rng(0)
+
+    def save(pixels: Any, name: str) -> None:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.asarray(pixels).astype(np.uint8)).save(run / name)
+
+    save(generator.integers(0, 256, (size, size, 3)), "image.png")
+    rows, columns = np.mgrid[:size, :size]
+    concepts = []
+    for index, label in enumerate(labels):
+        mask = (rows - size / 2) ** 2 + (columns - size * (index + 1) / (len(labels) + 1)) ** 2 < (size / 8) ** 2
+        save(mask * 255, f"masks/{index}.png")
+        for part in PARTS:
+            save(generator.integers(0, 256, (16, 16)), f"attention/{index}-{part}.png")
+        for part in (*PARTS, "object"):
+            for k in range(samples):
+                save(generator.integers(0, 256, (size, size, 3)), f"samples/{index}-{part}-{k}.png")
+        tokens = {part: f"<{label}-{index}{'' if part == 'category' else '-' + part}>" for part in PARTS}
+        words = {"colour": ["red", "orange"], "material": ["glass"]}
+        concepts.append(
+            {"index": index, "label": label, "score": 0.3, "mask": f"masks/{index}.png", "area": float(mask.mean())}
+            | {"tokens": tokens, "words": words}
+        )
+    log = [
+        {
+            "step": step,
+            "total": 40,
+            "phase": "object" if step <= 20 else "attributes",
+            "losses": {"attention": 1 / step},
+        }
+        for step in range(1, 41)
+    ]
+    (run / "log.jsonl").write_text("\n".join(json.dumps(line) for line in log))
+    (run / "settings.toml").write_text('[backbone]\nmodel = "my/model"\n')
+    manifest = {
+        "schema_version": 1,
+        "icekit_version": "0.1.0",
+        "image": {"source": source, "sha256": "0" * 64, "width": size, "height": size},
+        "components": {"backbone": "tabletop", "retriever": "clip", "segmentor": "xattn", "learner": "ice"},
+        "attributes": ["colour", "material"],
+        "seed": 7,
+        "concepts": concepts,
+        "timings": {"load_s": 1.2, "learn_s": 73.0},
+    }
+    write_manifest(run, manifest)
+    return run
+
+
+def write_manifest(run: Path, manifest: dict[str, Any]) -> None:
+    """The manifest, with an embedding for every token of it."""
+    tokens = [token for concept in manifest["concepts"] for token in concept["tokens"].values()]
+    save_file({token: torch.zeros(4) for token in tokens}, run / "embeddings.safetensors")
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("size", [64, 512])
+def test_a_complete_run(tmp_path: Path, size: int) -> None:
+    run = write_run(tmp_path, ["cup", "tea pot", "ball"], size)
+    path = report.write_report(run)
+    page = read_page(path)
+    assert path == run / "report.html"
+    for text in ("photo.jpg", "cup", "tea pot", "<ball-2-material>", "tabletop", "1 min 14 s", "orange"):
+        assert text in page.text
+    # One picture, and per concept a cut-out, four attention maps and five pairs of samples, all with a description.
+    images = page.all("img")
+    assert len(images) == 1 + 3 * (1 + 4 + 5 * 2)
+    assert all(image["alt"] and (image["src"] or "").startswith("data:image/") for image in images)
+    assert [outline["d"] for outline in page.all("path") if outline.get("class") == "line"]
+    assert 'from_pretrained("my/model")' in page.text
+    assert f"a={run}:0" in page.text
+    assert len(page.all("h1")) == 1
+
+
+def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path) -> None:
+    run = write_run(tmp_path, ["cup"], samples=0)
+    (run / "settings.toml").write_text(f'[backbone]\nmodel = "{sd_folder}"\n')
+    dim = json.loads((sd_folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    RunDirectory(run).save_learned({f"<cup-0{end}>": torch.ones(dim) for end in ("", "-instance")}, {})
+    html = report.render_report(run, json.loads((run / "manifest.json").read_text()))
+    found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
+    assert found
+    scope: dict[str, Any] = {}
+    exec(found[0].replace(").images", ", num_inference_steps=1).images"), scope)  # one step: it is only to run
+    assert isinstance(scope["image"], Image.Image)
+    assert "<cup-0-instance>" in scope["pipe"].tokenizer.get_vocab()
+
+
+def test_nothing_outside_is_asked_for(tmp_path: Path) -> None:
+    path = report.write_report(write_run(tmp_path, ["cup"]))
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            value = attributes.get(name) or "#"
+            assert value.startswith(("#", "data:image/")), value
+    assert "url(http" not in html
+    assert "@import" not in html
+    policy = next(meta["content"] for meta in page.all("meta") if meta.get("http-equiv"))
+    script = re.search(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert script and policy
+    digest = base64.b64encode(hashlib.sha256(script[1].encode()).digest()).decode()
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+
+
+@pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "'; --c: url(//x)"])
+def test_names_from_a_run_are_harmless(tmp_path: Path, evil: str) -> None:
+    run = write_run(tmp_path, [evil], source=f"{evil}.jpg".replace("/", "-"))
+    manifest = json.loads((run / "manifest.json").read_text())
+    concept = manifest["concepts"][0]
+    concept["words"] = {"colour": [evil, evil], evil: [evil]}
+    concept["tokens"][evil] = f"<{evil}>"
+    manifest["components"][evil] = manifest["seed"] = manifest["icekit_version"] = evil
+    manifest["timings"][evil] = 1.0
+    manifest["image"]["sha256"] = evil
+    write_manifest(run, manifest)
+    (run / "settings.toml").write_text(f"# {evil}\n")
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "phase": evil, "losses": {evil: 1.0}}))
+    page = read_page(report.write_report(run))
+    assert evil in page.text
+    assert len(page.all("script")) == 1
+    assert all((image["src"] or "").startswith("data:") for image in page.all("img"))
+    assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
+    allowed = re.compile(r"--c: #[0-9a-f]{6}(; left: [\d.]+%; top: [\d.]+%)?")
+    assert all(allowed.fullmatch(attributes["style"] or "") for _, attributes in page.tags if "style" in attributes)
+
+
+def test_a_bare_run(tmp_path: Path) -> None:
+    """Only a manifest and the tokens: what is not there is left out."""
+    manifest = {
+        "schema_version": 1,
+        "icekit_version": "0.1.0",
+        "image": {"source": "photo.jpg", "sha256": "", "width": 8, "height": 8},
+        "concepts": [
+            {"index": 0, "label": "cup", "score": 0.3, "area": 0.1, "mask": "masks/0-cup.png"}
+            | {"tokens": {"category": "<cup-0>"}, "words": {}}
+        ],
+    }
+    write_manifest(tmp_path, manifest)
+    page = read_page(report.write_report(tmp_path))
+    assert page.all("img") == []
+    assert page.all("svg") == []
+    assert "Losses" not in page.text
+    assert "<cup-0>" in page.text
+
+
+def test_no_concepts(tmp_path: Path) -> None:
+    page = read_page(report.write_report(write_run(tmp_path, [])))
+    assert "No concept was found" in page.text
+    assert "icekit compose" not in page.text
+
+
+def test_no_samples_and_an_empty_mask(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"], samples=0)
+    Image.new("L", (64, 64)).save(run / "masks" / "0.png")
+    page = read_page(report.write_report(run))
+    assert "what it makes" not in page.text
+    assert [outline for outline in page.all("path") if outline.get("class") == "line"] == []
+
+
+def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run directory"):
+        report.write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_report_is_replaced_and_leaves_nothing_else(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"])
+    before = {path.name for path in run.iterdir()}
+    first = report.write_report(run).read_bytes()
+    assert report.write_report(run).read_bytes() == first
+    assert {path.name for path in run.iterdir()} == before | {"report.html"}
+
+
+def test_a_mask_outside_the_run_is_not_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", ["cup"])
+    Image.new("L", (64, 64), 255).save(tmp_path / "secret.png")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["concepts"][0]["mask"] = "../secret.png"
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    page = read_page(report.write_report(run))
+    assert [outline for outline in page.all("path") if outline.get("class") == "line"] == []
+
+
+def test_samples_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"], samples=0)
+    (run / "samples").mkdir()
+    for k in range(11):
+        Image.new("RGB", (64, 64), (k, 0, 0)).save(run / "samples" / f"0-colour-{k}.png")
+    page = read_page(report.write_report(run))
+    sources = [str(image["src"]) for image in page.all("img") if "colour" in str(image["alt"])][1:]
+    shades = [
+        Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB").getpixel((0, 0))
+        for source in sources
+    ]
+    assert shades == [(k, 0, 0) for k in range(11)]
+
+
+def test_outline_of_one_pixel() -> None:
+    """Half-way between the centre of the pixel (2, 1) and those of its neighbours: a diamond."""
+    mask = np.zeros((4, 4), dtype=bool)
+    mask[1, 2] = True
+    outline = report.mask_outline(mask)
+    points = {tuple(map(float, point.split())) for point in outline.strip("MZ").split("L")}
+    assert points == {(2.5, 1.0), (3.0, 1.5), (2.5, 2.0), (2.0, 1.5)}
+
+
+def test_outline_of_a_ring_has_two_parts_and_its_number_stands_on_it() -> None:
+    rows, columns = np.mgrid[:64, :64]
+    radius = np.hypot(rows - 31.5, columns - 31.5)
+    ring = (radius < 25) & (radius > 10)
+    assert report.mask_outline(ring).count("M") == 2
+    x, y = report.label_point(ring)
+    assert ring[int(y), int(x)]
+    assert report.mask_outline(np.zeros((8, 8), dtype=bool)) == ""
+
+
+def test_cut_out_is_transparent_outside_the_mask() -> None:
+    image = Image.new("RGB", (64, 64), "red")
+    mask = np.zeros((64, 64), dtype=bool)
+    mask[20:30, 40:50] = True
+    cut = report.cut_out(image, mask)
+    assert cut is not None
+    assert cut.width == cut.height < 20
+    assert np.asarray(cut)[..., 3].sum() == 255 * 100
+    assert report.cut_out(image, np.zeros_like(mask)) is None
+
+
+def test_heat_is_brightest_where_the_attention_is() -> None:
+    attention = np.zeros((4, 4), dtype=np.uint8)
+    attention[0, 3] = 200
+    overlay = report.heat_overlay(Image.new("RGB", (64, 64), "grey"), Image.fromarray(attention), side=64)
+    light = np.asarray(overlay.convert("L")).astype(int)
+    assert light[:16, 48:].mean() > light[48:, :16].mean() + 60
+    flat = report.heat_overlay(Image.new("RGB", (64, 64)), Image.new("L", (4, 4), 90))
+    assert flat.size == (report.THUMBNAIL_SIDE, report.THUMBNAIL_SIDE)
+
+
+def test_white_numbers_are_legible_on_every_colour() -> None:
+    for colour in report.COLOURS:
+        channels = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+        assert 1.05 / (linear @ [0.2126, 0.7152, 0.0722] + 0.05) >= 4.5, colour
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (9.96, "10 s"), (59.6, "1 min 0 s"), (270, "4 min 30 s"), (3900, "1 h 5 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert report.duration(seconds) == text
+
+
+def test_log_lines_of_both_shapes_and_damaged_ones(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text(
+        '{"step": 2, "phase": "a", "losses": {"x": 2.0, "y": NaN}}\n'
+        '{"step": 1, "total": 3, "phase": "a", "x": 1.0, "note": "text"}\n'
+        '{"step": 2, "phase": "b", "losses": {"x": 3.0}}\n'
+        "[]\n\n"
+        '{"step": 3, "pha'
+    )
+    assert loss_chart.read_log(log) == [
+        loss_chart.LogLine(1, "a", {"x": 1.0}),
+        loss_chart.LogLine(2, "b", {"x": 3.0}),
+    ]
+    assert loss_chart.read_log(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [(0, 1, [0, 0.5, 1]), (1, 800, [200, 400, 600, 800]), (-3e-5, 3e-5, [-2e-5, 0, 2e-5])],
+)
+def test_ticks_are_round_numbers(low: float, high: float, ticks: list[float]) -> None:
+    assert loss_chart.nice_ticks(low, high, 4 if high == 800 else 3) == pytest.approx(ticks)
+
+
+def test_smoothing_keeps_a_straight_line_and_zeros() -> None:
+    line = np.linspace(0.0, 1.0, 240)
+    assert loss_chart.smooth(line)[20:-20] == pytest.approx(line[20:-20])
+    assert (loss_chart.smooth(np.concatenate([line, np.zeros(240)]))[300:] == 0).all()
+
+
+def test_thinning_keeps_the_extremes() -> None:
+    y = np.zeros(10_000)
+    y[1234], y[5678] = 5, -5
+    x, thinned = loss_chart.thin(np.arange(10_000.0), y)
+    assert len(x) <= loss_chart.MAX_POINTS
+    assert (np.diff(x) > 0).all()
+    assert {5.0, -5.0} <= set(thinned)
+
+
+def test_charts_break_at_phases_and_stay_in_their_frame() -> None:
+    log = [
+        loss_chart.LogLine(step, "one" if step <= 500 else "two", {"a": 1 / step} | ({"b": 2.0} if step > 500 else {}))
+        for step in range(1, 1001)
+    ]
+    first, second = loss_chart.loss_charts(log)
+    assert (first.name, second.name) == ("a", "b")
+    assert first.smooth.count("M") == 2
+    assert second.smooth.count("M") == 1
+    assert [band.name for band in first.bands] == ["one", "two"]
+    assert second.first == second.last == "2"
+    for chart in (first, second):
+        places = np.array(re.findall(r"([\d.-]+) ([\d.-]+)", chart.smooth), dtype=float)
+        assert places[:, 0].min() >= loss_chart.LEFT and places[:, 0].max() <= loss_chart.RIGHT
+        assert places[:, 1].min() >= loss_chart.TOP - 0.1 and places[:, 1].max() <= loss_chart.BOTTOM + 0.1
+    assert len(first.raw) < 12 * 2 * loss_chart.MAX_POINTS + 100
+
+
+def test_a_chart_of_one_step() -> None:
+    (chart,) = loss_chart.loss_charts([loss_chart.LogLine(1, "", {"a": 0.0})])
+    assert chart.raw.count("L") == 1
