@@ -138,6 +138,7 @@ def _named_attribute(attribute: str, value: str, rng: random.Random) -> str:
         name = "color"
     if attribute == "texture" and rng.random() < 0.15:
         name = "surface"
+    forms: tuple[str, ...]
     if attribute == "shape":
         forms = (f"the shape of {_article(value)} {value}", f"a {value} shape", f"the shape {value}", f"{value} shape")
     else:

@@ -8,7 +8,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-
 from icekit_tabletop.render import render_batch, render_scene
 from icekit_tabletop.sdf import SDFS
 from icekit_tabletop.world import (

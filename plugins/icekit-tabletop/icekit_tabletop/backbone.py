@@ -1,0 +1,55 @@
+"""The tabletop's own text-to-image model as an icekit backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+
+from icekit.builtin.stable_diffusion import StableDiffusion
+from icekit.protocols import InputError
+from icekit_tabletop.captions import WORDS
+from icekit_tabletop.weights import clip_dir, model_dir
+from icekit_tabletop.world import SHAPES
+
+OWN_MODEL = "icekit-tabletop"
+"""Name of the model that comes with the package, in ``Tabletop.Settings.model``."""
+
+_KNOWN = frozenset(WORDS)
+
+
+class Tabletop(StableDiffusion):
+    """Stable Diffusion in small: 64-pixel scenes of objects on a table, with a vocabulary of some hundred words."""
+
+    class Settings(StableDiffusion.Settings):
+        """As Stable Diffusion's, with the package's own model as the default."""
+
+        model: str = Field(
+            default=OWN_MODEL,
+            description=f"{OWN_MODEL}: the model that comes with the package; else a folder in diffusers' format",
+        )
+
+    def __init__(self, settings: StableDiffusion.Settings, device: torch.device | str) -> None:
+        if settings.model == OWN_MODEL:
+            settings = settings.model_copy(update={"model": str(_own(model_dir))})
+        super().__init__(settings, device)
+
+    @property
+    def suggestions(self) -> Mapping[str, Any]:
+        """The CLIP model and the object words of the same world."""
+        return {"retriever.model": f"local-dir:{_own(clip_dir)}", "retriever.vocabulary": list(SHAPES)}
+
+    def knows(self, word: str) -> bool:
+        """Whether it is one word of the captions that the model was trained with."""
+        return word.lower() in _KNOWN
+
+
+def _own(folder: Callable[[], Path]) -> Path:
+    """A folder of the package; when it was never trained, that is the user's to know."""
+    try:
+        return folder()
+    except FileNotFoundError as error:
+        raise InputError(f"backbone.model = {OWN_MODEL!r}: {error}") from error

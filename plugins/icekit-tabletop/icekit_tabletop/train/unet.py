@@ -1,0 +1,114 @@
+"""The `unet` stage: a small Stable Diffusion UNet that denoises latents under the words of a caption."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from icekit_tabletop.captions import caption_scene
+from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
+from icekit_tabletop.train.checkpoint import Run, load_state
+from icekit_tabletop.train.data import COUNT_SHARES, load_scenes
+from icekit_tabletop.train.settings import Settings, autocast
+from icekit_tabletop.train.text_tower import build_text_encoder
+
+BATCH = 64
+PEAK_RATE = 6e-4
+WARMUP_STEPS = 200
+DECAY_SHARE = 0.15
+"""Share of the training, at its end, over which the learning rate falls to nearly zero."""
+
+CAPTION_DROPOUT = 0.1
+"""Share of samples trained with the empty prompt, for classifier-free guidance."""
+
+SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "v_prediction",
+}
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The untrained UNet: cross-attention at 16x16 and 8x8, heads of 32 channels."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 4),  # diffusers reads this as the number of heads
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def learning_rate(fraction: float, step: int) -> float:
+    """Warm-up, then constant, then a linear fall at the end: thanks to the moving average it can stop anytime."""
+    fall = min(1.0, (1.0 - fraction) / DECAY_SHARE)
+    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, fall)
+
+
+def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
+    """int64 [size], 0 to 999, later (noisier) ones more often: that is where the words decide."""
+    return (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
+
+
+def train_unet(settings: Settings) -> None:
+    """Trains the UNet on `settings.unet_images` samples; weights go to `<work>/unet.safetensors`."""
+    device = settings.torch_device
+    torch.manual_seed(settings.seed)
+    scenes = load_scenes(settings.work)
+    latents = np.load(settings.work / "latents.npy", allow_pickle=False)
+    tokenizer = build_tokenizer()
+    clip_weights, _ = load_state(settings.work / "clip.safetensors", "average/")
+    encoder = build_text_encoder(clip_weights, tokenizer).to(device).requires_grad_(False)
+    scheduler = DDPMScheduler(**SCHEDULE)
+    unet = build_unet().to(device).to(memory_format=torch.channels_last)
+    optimiser = torch.optim.AdamW(unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    with Run(settings, "unet", unet, optimiser, settings.unet_images, 0.999) as run:
+        rng = np.random.default_rng([settings.seed, run.step, 3])
+        words = random.Random(int(rng.integers(2**32)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
+        unet.train()
+        while not run.finished:
+            fraction = run.fraction
+            run.set_rate(learning_rate(fraction, run.step))
+            early = fraction < 0.4
+            rows = scenes.sample_indices(rng, BATCH, (0.02, 0.85, 0.13, 0.0, 0.0) if early else COUNT_SHARES)
+            drop = 0.15 if fraction < 0.2 else 0.4
+            captions = [
+                "" if words.random() < CAPTION_DROPOUT else caption_scene(scenes.words[row], words, drop).text
+                for row in rows
+            ]
+            encoded = tokenizer(
+                captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+            )
+            clean = torch.from_numpy(latents[rng.integers(2, size=BATCH), rows].astype(np.float32))
+            noise = torch.randn(clean.shape, generator=generator)
+            timesteps = draw_timesteps(BATCH, generator)
+            noisy = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
+            target = scheduler.get_velocity(clean, noise, timesteps).to(device)
+            with autocast(device):
+                with torch.no_grad():
+                    text = encoder(encoded["input_ids"].to(device)).last_hidden_state
+                predicted = unet(noisy, timesteps.to(device), encoder_hidden_states=text).sample
+            loss = F.mse_loss(predicted.float(), target)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            optimiser.step()
+            if not math.isfinite(loss.item()):
+                raise FloatingPointError(f"the UNet's loss is {loss.item()} at step {run.step}")
+            run.advance(BATCH, {"loss": loss.item(), "gradient": norm.item()})

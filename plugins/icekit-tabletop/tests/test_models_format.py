@@ -1,0 +1,192 @@
+"""Formats: random models written as the export writes them load in open_clip and diffusers and agree."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from icekit_tabletop.evaluate import AttentionRecorder, intersection_over_union, word_attention
+from icekit_tabletop.tokenizer import build_tokenizer
+from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, save_state
+from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions
+from icekit_tabletop.train.export import export_models, write_clip
+from icekit_tabletop.train.settings import Settings
+from icekit_tabletop.train.text_tower import build_text_encoder
+from icekit_tabletop.train.unet import build_unet, draw_timesteps, learning_rate
+from icekit_tabletop.train.vae import build_vae
+
+TEXTS = ["a red metal ball", "cup", "", "a blue striped wood cup and a white glass vase on a table"]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with checkpoints of untrained models, and their export in it."""
+    torch.manual_seed(0)
+    work = tmp_path_factory.mktemp("work")
+    for name, module in (("clip", build_clip()), ("vae", build_vae()), ("unet", build_unet())):
+        state = {f"average/{key}": value for key, value in module.state_dict().items()}
+        extra = {"scaling_factor": 0.5} if name == "vae" else {}
+        save_state(work / f"{name}.safetensors", state, {"seen": 1, "extra": extra})
+    export_models(Settings(work=work, models=work / "models"))
+    return work
+
+
+def test_text_towers_agree() -> None:
+    torch.manual_seed(1)
+    clip, tokenizer = build_clip().eval(), build_tokenizer()
+    clip.attn_mask = clip.attn_mask.float()
+    weights = clip.state_dict()
+    encoder = build_text_encoder(weights, tokenizer)
+    tokens = tokenizer(TEXTS, padding="max_length", return_tensors="pt").input_ids
+    hidden: list[torch.Tensor] = []
+    handle = clip.ln_final.register_forward_hook(lambda module, inputs, output: hidden.append(output))
+    with torch.no_grad():
+        pooled = clip.encode_text(tokens, normalize=True)
+        output = encoder(tokens)
+    handle.remove()
+    torch.testing.assert_close(output.last_hidden_state, hidden[0], atol=1e-4, rtol=0)
+    projected = torch.nn.functional.normalize(output.pooler_output @ weights["text_projection"], dim=-1)
+    torch.testing.assert_close(projected, pooled, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(encode_captions(clip, tokens), pooled, atol=1e-4, rtol=0)
+
+
+def test_towers_of_other_shapes_are_refused() -> None:
+    weights = build_clip().state_dict()
+    del weights["transformer.resblocks.3.ln_2.bias"]
+    with pytest.raises((ValueError, RuntimeError)):
+        build_text_encoder(weights, build_tokenizer())
+
+
+def test_open_clip_loads_the_export(exported: Path) -> None:
+    source = f"local-dir:{exported / 'models' / 'open-clip'}"
+    model, preprocess = open_clip.create_model_from_pretrained(source)
+    tokens = open_clip.get_tokenizer(source)(TEXTS)
+    with torch.no_grad():
+        assert model.encode_text(tokens).shape == (4, 128)
+        assert model.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 128)
+    assert "Resize(size=64" in str(preprocess)
+
+
+def test_diffusers_loads_the_export(exported: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(str(exported / "models" / "stable-diffusion"))
+    assert {pipeline.vae.dtype, pipeline.unet.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.vae.config.scaling_factor == 0.5
+    assert pipeline.safety_checker is None
+    assert {block.attn2.heads for block in pipeline.unet.mid_block.attentions[0].transformer_blocks} == {4}
+    image = pipeline(
+        TEXTS[0], num_inference_steps=2, output_type="np", generator=torch.Generator().manual_seed(0)
+    ).images
+    assert image.shape == (1, 64, 64, 3)
+
+
+def test_recorded_attention_leaves_the_output_alone(exported: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(str(exported / "models" / "stable-diffusion"))
+    unet, inputs = pipeline.unet, (torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), torch.randn(2, 40, 128))
+    with torch.no_grad():
+        before = unet(*inputs).sample
+        maps = word_attention(pipeline, torch.zeros(2, 3, 64, 64), TEXTS[:2], 150, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(unet(*inputs).sample, before)
+        recorder = AttentionRecorder()
+        unet.set_attn_processor(recorder)
+        torch.testing.assert_close(unet(*inputs).sample, before, atol=1e-4, rtol=1e-4)
+    assert maps.shape == (2, 40, 16, 16)
+    torch.testing.assert_close(maps.sum(1), torch.ones(2, 16, 16))
+
+
+def test_intersection_over_union() -> None:
+    one, other = torch.tensor([True, True, False]), torch.tensor([False, True, True])
+    assert intersection_over_union(one, other) == pytest.approx(1 / 3)
+    assert intersection_over_union(one & ~one, other & ~other) == 1.0
+
+
+def test_the_export_is_small_and_holds_no_pickle(exported: Path) -> None:
+    files = [path for path in (exported / "models").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 40_000_000
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in files)
+
+
+def test_export_again_replaces(exported: Path) -> None:
+    export_models(Settings(work=exported, models=exported / "models"))
+    assert sorted(path.name for path in (exported / "models").iterdir()) == ["open-clip", "stable-diffusion"]
+
+
+def test_export_without_anything_says_so(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing to export"):
+        export_models(Settings(work=tmp_path, models=tmp_path / "models"))
+
+
+def test_write_clip_takes_other_sizes(tmp_path: Path) -> None:
+    config = clip_config()
+    config["model_cfg"]["embed_dim"] = 16
+    config["model_cfg"]["vision_cfg"] |= {"width": 16}
+    write_clip(tmp_path, open_clip.CLIP(**config["model_cfg"]).state_dict(), config)
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
+    assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
+
+
+def _train(work: Path, total: int, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    module = torch.nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(module.parameters(), lr=0.1)
+    with Run(Settings(work=work), "toy", module, optimiser, total, 0.9) as run:
+        while not run.finished and run.seen != stop_at:
+            torch.manual_seed(run.step)
+            loss = (module(torch.randn(4, 3)) - 1).square().mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            run.advance(4, {"loss": loss.item()})
+    return load_state(work / "toy.safetensors")[0]
+
+
+def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
+    whole = _train(tmp_path / "whole", 40)
+    (tmp_path / "parts").mkdir(exist_ok=True)
+    _train(tmp_path / "parts", 40, stop_at=16)
+    resumed = _train(tmp_path / "parts", 40)
+    assert whole.keys() == resumed.keys()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor)
+
+
+def test_moving_average_starts_quickly_and_follows() -> None:
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = MovingAverage(module, 0.999)
+    with torch.no_grad():
+        module.weight.fill_(5.0)
+    for step in range(1, 60):
+        average.update(module, step)
+    assert float(average.state["weight"]) == pytest.approx(5.0, abs=0.05)
+
+
+def test_accidentally_true_pairs_are_no_negatives() -> None:
+    image = torch.nn.functional.normalize(torch.randn(3, 8), dim=-1)
+    truth = torch.ones(3, 3, dtype=torch.bool)
+    loss = contrastive_loss(image, image.clone(), truth, torch.tensor(10.0))
+    assert float(loss) == pytest.approx(0.0, abs=1e-5)
+
+
+def test_timesteps_favour_noise_and_rates_rise_and_fall() -> None:
+    steps = draw_timesteps(4000, torch.Generator().manual_seed(0))
+    assert int(steps.min()) >= 0
+    assert int(steps.max()) <= 999
+    assert 550 < float(steps.float().mean()) < 625
+    assert learning_rate(0.0, 0) < learning_rate(0.5, 10_000) > learning_rate(0.99, 10_000) > 0
+
+
+def test_time_caps(tmp_path: Path) -> None:
+    from datetime import datetime
+
+    noon = datetime(2026, 1, 1, 12, 0, tzinfo=UTC)
+    assert Settings(work=tmp_path).minutes_left(5, noon) is None
+    assert Settings(work=tmp_path, minutes=8).minutes_left(5, noon) == 3
+    assert Settings(work=tmp_path, minutes=8, until="12:01").minutes_left(5, noon) == 1
+    assert Settings(work=tmp_path, until="11:00").minutes_left(0, noon) == 0

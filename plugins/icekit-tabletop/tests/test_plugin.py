@@ -1,0 +1,97 @@
+"""What icekit-tabletop gives icekit."""
+
+from __future__ import annotations
+
+import json
+
+import click
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from icekit_tabletop import plugin, render_scene, weights
+from icekit_tabletop.backbone import OWN_MODEL, Tabletop
+from PIL import Image
+
+from icekit.protocols import InputError
+
+
+@pytest.fixture
+def cli() -> click.Group:
+    group = click.Group("icekit")
+    plugin.register_commands(group)
+    return group
+
+
+def test_render_writes_a_scene(cli, tmp_path):
+    out = tmp_path / "new" / "scene"
+    result = CliRunner().invoke(cli, ["tabletop", "render", "--seed", "7", "--n-objects", "3", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    assert result.output.strip() == str(out / "image.png")
+    scene = render_scene(7, n_objects=3)
+    assert np.array_equal(np.asarray(Image.open(out / "image.png")), np.asarray(scene.image))
+    description = json.loads((out / "scene.json").read_text(encoding="utf-8"))
+    assert description["caption"] == scene.caption
+    assert [item["shape"] for item in description["objects"]] == [spec.shape for spec in scene.objects]
+    for item, mask in zip(description["objects"], scene.masks, strict=True):
+        assert item["mask"] == f"masks/{item['index']}-{item['shape']}.png"
+        written = Image.open(out / item["mask"])
+        assert written.mode == "L"
+        assert np.array_equal(np.asarray(written), mask * np.uint8(255))
+
+
+def test_render_refuses_a_wrong_number_of_objects(cli, tmp_path):
+    result = CliRunner().invoke(cli, ["tabletop", "render", "--n-objects", "9", "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception) == "a scene holds 1 to 4 objects, not 9"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_backbone_is_registered():
+    offered = {}
+    plugin.register_backbones(offered.__setitem__)
+    assert offered == {"tabletop": Tabletop}
+    assert Tabletop.Settings().model == OWN_MODEL
+
+
+def test_models_that_were_never_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(weights, "_MODELS", tmp_path)
+    with pytest.raises(InputError, match=r"backbone.model = 'icekit-tabletop': .*stable-diffusion is missing"):
+        Tabletop(Tabletop.Settings(), "cpu")
+
+
+needs_model = pytest.mark.skipif(
+    not (weights._MODELS / "stable-diffusion").is_dir(), reason="the package's model has not been trained"
+)
+
+
+@needs_model
+class TestOwnModel:
+    """The model that comes with the package."""
+
+    @pytest.fixture(scope="class")
+    def backbone(self) -> Tabletop:
+        return Tabletop(Tabletop.Settings(), "cpu")
+
+    def test_facts(self, backbone):
+        assert backbone.image_size == 64
+        assert backbone.latent_shape == (4, 16, 16)
+        assert backbone.attention_resolutions == (16, 8)
+        assert backbone.knows("cup")
+        assert backbone.knows("Red")
+        assert not backbone.knows("griffin")
+        assert backbone.suggestions["retriever.model"].startswith("local-dir:")
+        assert "cup" in backbone.suggestions["retriever.vocabulary"]
+
+    def test_every_known_word_is_one_token(self, backbone):
+        for word in ("cup", "metal", "colour", "checkered"):
+            assert [len(found) for found in backbone.token_positions(f"a {word} thing", [word])] == [1]
+
+    def test_it_draws(self, backbone):
+        image = backbone.generate(["a red rubber ball on a table"], seeds=[0], steps=4)[0]
+        assert image.size == (64, 64)
+
+    def test_attention(self, backbone):
+        with backbone.capture_attention(cross=[16, 8], self_=[16]) as maps, torch.no_grad():
+            backbone.predict(torch.zeros(1, 4, 16, 16), torch.tensor([150]), backbone.encode_prompts(["a cup"]))
+        torch.testing.assert_close(maps.cross(8).sum(1), torch.ones(1, 8, 8))
