@@ -2,7 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.icekit-setup
-SOURCES := icekit plugins tests
 
 .PHONY: setup demo test format
 

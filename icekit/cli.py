@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -37,7 +38,8 @@ class Invocation:
     """What ``main`` wants to know of the command line, wherever in it it stands."""
 
     traceback: bool = False
-    can_resume: bool = False
+    resume: str = ""
+    """The command that goes on with the run, once there is one."""
 
 
 def _note_traceback(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -120,7 +122,7 @@ def run(
     """Extract the concepts of IMAGE into a run directory.
 
     Settings come in layers, later ones win: defaults, what the backbone suggests, --config, --set, the options above.
-    An interrupted run keeps what it has done: the same command with --resume goes on.
+    An interrupted run keeps what it has done; --resume goes on with it.
     """
     chosen = {role: name for role, name in components.items() if name is not None}
     options: dict[str, Any] = {"attributes": attributes, "max_concepts": max_concepts, "seed": seed, "device": device}
@@ -130,7 +132,9 @@ def run(
     from icekit.extraction import extract
     from icekit.progress import Progress
 
-    _note_resumable(context)
+    if isinstance(context.find_root().obj, Invocation):
+        folder = out or Path("runs") / image.stem
+        context.find_root().obj.resume = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume"])
     found = plugins.installed()
     progress = Progress([str(broken) for broken in found.broken])
     extraction = extract(
@@ -140,11 +144,6 @@ def run(
         click.echo(json.dumps(extraction.manifest, indent=1, ensure_ascii=False))
     else:
         _print_concepts(extraction)
-
-
-def _note_resumable(context: click.Context) -> None:
-    if isinstance(context.find_root().obj, Invocation):
-        context.find_root().obj.can_resume = True
 
 
 @cli.command()
@@ -344,7 +343,7 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
     except RunError as error:
         return _fail(error, str(error), invocation, FAILED)
     except (KeyboardInterrupt, click.Abort) as error:
-        hint = ": the same command with --resume goes on" if invocation.can_resume else ""
+        hint = f": `{invocation.resume}` goes on" if invocation.resume else ""
         return _fail(error, f"interrupted{hint}", invocation, INTERRUPTED)
     except Exception as error:
         message = f"{type(error).__name__}: {error}"

@@ -357,7 +357,8 @@ def localise(
             _check_mask(mask, image, settings)
             mask = mask & visible
             if bool(mask.any()) and float(mask.float().mean()) >= settings.min_area:
-                found = Region(len(regions), candidate.word, candidate.score, mask)
+                named = _renamed(candidate, mask, image, retriever, used) if settings.rename else candidate
+                found = Region(len(regions), named.word, named.score, mask)
                 break
             refused.append(candidate.word)
         if found is None:
@@ -366,6 +367,12 @@ def localise(
         visible &= ~found.mask
         yield Located(tuple(regions), tuple(refused))
     yield Located(tuple(regions), tuple(refused), finished=True)
+
+
+def _renamed(candidate: Candidate, mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str]) -> Candidate:
+    """The best unused word for what the mask shows; the candidate itself when there is none."""
+    named = _unused(retriever.retrieve(View(image, isolate(image, mask), mask), used), used)
+    return named[0] if named else candidate
 
 
 def _word_of(proposal: Proposal, image: Tensor, retriever: Retriever) -> Candidate:

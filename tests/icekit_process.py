@@ -34,7 +34,7 @@ def start(arguments: Sequence[str | Path], cwd: Path, *folders: Path) -> subproc
 def icekit(arguments: Sequence[str | Path], cwd: Path, *folders: Path) -> subprocess.CompletedProcess[str]:
     """Run ``icekit`` in ``cwd`` to its end."""
     process = start(arguments, cwd, *folders)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=280)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

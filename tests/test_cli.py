@@ -26,6 +26,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli")
     plain_plugin(folder / "plugin")
     Image.new("RGB", (60, 50), "red").save(folder / "photo.png")
+    Image.new("RGB", (60, 50), "blue").save(folder / "other.png")  # no test finishes a run with it
     (folder / "text.png").write_text("no image")
     (folder / "settings.toml").write_text('seed = 2\n[components]\nlearner = "plain"\n[learner]\nsteps = 3\n')
     return folder
@@ -105,18 +106,18 @@ def test_layers_of_settings(place: Path, run: Run) -> None:
         (["run", "nope.png"], "no such file: nope.png"),
         (["run", "text.png"], "text.png is not an image"),
         (["run", "plugin"], "plugin is a folder"),
-        (["run", "photo.png", "--out", "plugin"], "no run of icekit's"),
-        (["run", "photo.png", "--learner", "icy"], "no learner 'icy': did you mean 'ice'?"),
-        (["run", "photo.png", "--attribute", "colr"], "no attribute 'colr': did you mean 'colour'?"),
-        (["run", "photo.png", "--set", "learner.stps=3"], "did you mean 'learner.steps'?"),
-        (["run", "photo.png", "--set", "min_visible=high"], "setting 'min_visible' cannot be 'high'"),
-        (["run", "photo.png", "--set", "steps"], "expected KEY=VALUE"),
-        (["run", "photo.png", "--config", "nope.toml"], "settings file nope.toml"),
-        (["run", "photo.png", "--device", "tpu"], "'auto', 'cpu', 'cuda' or 'mps'"),
-        (["run", "photo.png", "--seed", "x"], "'x' is not a valid integer"),
-        (["run", "photo.png", "--retreiver", "clip"], "--retriever"),
+        (["run", "other.png", "--out", "plugin"], "no run of icekit's"),
+        (["run", "other.png", "--learner", "icy"], "no learner 'icy': did you mean 'ice'?"),
+        (["run", "other.png", "--attribute", "colr"], "no attribute 'colr': did you mean 'colour'?"),
+        (["run", "other.png", "--set", "learner.stps=3"], "did you mean 'learner.steps'?"),
+        (["run", "other.png", "--set", "min_visible=high"], "setting 'min_visible' cannot be 'high'"),
+        (["run", "other.png", "--set", "steps"], "expected KEY=VALUE"),
+        (["run", "other.png", "--config", "nope.toml"], "settings file nope.toml"),
+        (["run", "other.png", "--device", "tpu"], "'auto', 'cpu', 'cuda' or 'mps'"),
+        (["run", "other.png", "--seed", "x"], "'x' is not a valid integer"),
+        (["run", "other.png", "--retreiver", "clip"], "--retriever"),
         (["run"], "Missing argument 'IMAGE'"),
-        (["rnu", "photo.png"], "No such command 'rnu'"),
+        (["rnu", "other.png"], "No such command 'rnu'"),
         (["compose", "{a}", "a"], "expected NAME=RUN_DIR"),
         (["compose", "{a}", "a=x", "a=y"], "given twice"),
         (["compose", "{a}", "a=nowhere"], "no such run directory: nowhere"),
@@ -133,7 +134,7 @@ def test_wrong_input(run: Run, arguments: list[str], hint: str) -> None:
 
 
 def test_wrong_input_as_a_user_meets_it(place: Path) -> None:
-    status, out, err = in_process(place, "run", "photo.png", "--learner", "icy")
+    status, out, err = in_process(place, "run", "other.png", "--learner", "icy")
     assert (status, out) == (2, "")
     assert err.startswith("icekit: no learner 'icy': did you mean 'ice'?")
     assert err.count("\n") == 1
@@ -163,7 +164,7 @@ def test_interrupted(place: Path, run: Run) -> None:
     os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130
-    assert err.splitlines()[-1] == "icekit: interrupted: the same command with --resume goes on"
+    assert err.splitlines()[-1] == "icekit: interrupted: `icekit run photo.png --out interrupted --resume` goes on"
     assert "Traceback" not in err
     status, _, err = run(*command, "--resume")
     assert status == 0, err

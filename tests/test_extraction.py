@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import icekit as icekit_api
-from icekit import InputError, RunError, extract, hookimpl
+from icekit import Candidate, InputError, RunError, View, extract, hookimpl
 from icekit.extraction import derived_seed, localise, resolve_device
 from icekit.library import Located
 from icekit.plugins import Origin, Plugins
@@ -114,13 +115,11 @@ def test_seed_changes_the_tokens(plugins: Plugins, photo: Path, tmp_path: Path) 
 # --- Stage one -------------------------------------------------------------------------------------------------------
 
 
-def words_of(settings: Settings, ghosts: int = 1, segmentor: Any = None, located: Located | None = None) -> list[str]:
+def words_of(settings: Settings, ghosts: int = 1, segmentor: Any = None) -> list[str]:
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
     retriever = plain.PlainRetriever(plain.PlainRetriever.Settings(ghosts=ghosts), backbone)
     segmentor = segmentor or plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
-    for located in localise(torch.rand(3, 32, 32), retriever, segmentor, settings, located or Located()):
-        pass
-    assert located is not None
+    *_, located = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
     assert located.finished
     assert [region.index for region in located.regions] == list(range(len(located.regions)))
     covered = torch.stack([region.mask for region in located.regions] or [torch.zeros(32, 32)]).sum(dim=0)
@@ -149,6 +148,23 @@ def test_masks_that_are_proposed_are_all_there_is() -> None:
     proposing = plain.ProposingSegmentor(plain.PlainSegmentor.Settings(), backbone)
     assert words_of(Settings(), ghosts=0, segmentor=proposing) == ["vase", "ball", "mug"]
     assert words_of(Settings(max_concepts=1), ghosts=0, segmentor=proposing) == ["vase"]
+
+
+def test_regions_are_named_again_by_what_they_show() -> None:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+
+    class SeesOneThingInARegion(plain.PlainRetriever):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            shown = float(view.visible.float().mean())
+            alone = [Candidate("mug", 0.9), Candidate("pot", 0.5)] if shown < 0.3 else []
+            return [word for word in alone if word.word not in used] or super().retrieve(view, used)
+
+    retriever = SeesOneThingInARegion(plain.PlainRetriever.Settings(), backbone)
+    segmentor = plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
+    for rename, words in ((True, ["mug", "pot"]), (False, list(plain.WORDS)[:2])):
+        settings = Settings(max_concepts=2, rename=rename)
+        [*_, last] = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
+        assert [region.word for region in last.regions] == words
 
 
 @pytest.mark.parametrize("known", [1, 2, 3])
@@ -190,6 +206,7 @@ def test_failure_keeps_what_was_done(plugins: Plugins, photo: Path, tmp_path: Pa
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
+@pytest.mark.timeout(1200)  # four processes, each of which imports torch
 def test_killed_at_any_moment_and_resumed(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     plugin = plain_plugin(tmp_path / "plugin")
     slow = ["--set", "learner.pause=0.05", "--set", "segmentor.pause=0.15", "--set", "samples=1"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -285,3 +287,37 @@ class TestModelsThatCannotBeUsed:
         pipeline.unet.register_to_config(in_channels=9)
         with pytest.raises(InputError, match=r"takes 9 channels .*inpainting"):
             StableDiffusion.from_pipeline(pipeline, "cpu")
+
+
+def test_words_only_hides_the_end_and_the_padding(sd_folder: Path) -> None:
+    settings = StableDiffusion.Settings(model=str(sd_folder), words_only=True)
+    backbone = StableDiffusion(settings, "cpu")
+    conditioning = backbone.encode_prompts(["a cup"])
+    assert conditioning.extra["mask"][0].nonzero().flatten().tolist() == [
+        0,
+        *backbone.token_positions("a cup", ["a"])[0],
+        *backbone.token_positions("a cup", ["cup"])[0],
+    ]
+    noisy, timesteps = torch.randn(1, *backbone.latent_shape), torch.tensor([500])
+    with torch.no_grad(), backbone.capture_attention(cross=[8]) as maps:
+        prediction = backbone.predict(noisy, timesteps, conditioning)
+        hidden = ~conditioning.extra["mask"][0]
+        assert maps.cross(8)[0, hidden].max() < 1e-6
+        changed = conditioning.sequence.clone()
+        changed[:, hidden] = 7.0
+        same = backbone.predict(noisy, timesteps, dataclasses.replace(conditioning, sequence=changed))
+    torch.testing.assert_close(same, prediction)
+
+
+def test_words_only_holds_while_generating(sd_folder: Path) -> None:
+    backbone = StableDiffusion(StableDiffusion.Settings(model=str(sd_folder), words_only=True), "cpu")
+    masks: list[torch.Tensor] = []
+    handle = backbone.unet.register_forward_hook(
+        lambda _unet, _arguments, named, _output: masks.append(named["encoder_attention_mask"]), with_kwargs=True
+    )
+    backbone.generate(["a cup"], seeds=[0], steps=1)
+    handle.remove()
+    [mask] = masks
+    words = [place for places in backbone.token_positions("a cup", ["a", "cup"]) for place in places]
+    assert mask.sum(dim=1).tolist() == [1, 1 + len(words)]  # the empty prompt, then the prompt
+    assert not backbone.unet._forward_pre_hooks

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icekit.builtin.xattn import CrossAttentionSegmentor, compete, normalise_over_space, otsu, propagate, upsample
+from icekit.builtin.xattn import (
+    CrossAttentionSegmentor,
+    compete,
+    heaviest_part,
+    normalise_over_space,
+    otsu,
+    propagate,
+    upsample,
+)
 from icekit.protocols import InputError, View
 
 ALL = torch.ones(4, dtype=torch.bool)
@@ -241,3 +249,12 @@ def test_what_is_wrong_is_named() -> None:
     for wrong in ({"prompt": "things"}, {"timestep": 150}, {"threshold": 1.5}, {"draws": 0}):
         with pytest.raises(ValueError):
             build(**wrong)
+
+
+def test_heaviest_part_leaves_the_other_parts_out() -> None:
+    soft = torch.tensor([[0.9, 0.0, 0.6, 0.6], [0.0, 0.1, 0.6, 0.0], [0.5, 0.5, 0.0, 0.0]])
+    kept = heaviest_part(soft, 0.5)  # sums 0.9, 1.8 and 1.0
+    assert (soft * kept).tolist() == torch.tensor(
+        [[0.0, 0.0, 0.6, 0.6], [0.0, 0.1, 0.6, 0.0], [0.0, 0.0, 0.0, 0.0]]
+    ).tolist()
+    assert heaviest_part(torch.zeros(3, 4), 0.5).all()

@@ -64,6 +64,11 @@ class StableDiffusion:
         image_size: int | None = Field(
             default=None, gt=0, description="side of the images in pixels; else the size the model was trained at"
         )
+        words_only: bool = Field(
+            default=False,
+            description="let the noise predictor attend to the start token and the words alone, and hide the end token "
+            "and the padding from it; for models that were trained so",
+        )
         images_at_once: int = Field(
             default=1,
             gt=0,
@@ -109,6 +114,7 @@ class StableDiffusion:
             self.unet.to(dtype=getattr(torch, dtype))
         self.device = device
         self._images_at_once = settings.images_at_once
+        self._words_only = settings.words_only
         self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
         self.embedding_dim = self._text.embedding_dim
 
@@ -150,7 +156,7 @@ class StableDiffusion:
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See ``protocols.Backbone``. Raises InputError for a prompt too long or with an unknown ``<token>``."""
         sequence, pooled = self._text.encode(prompts)
-        return Conditioning(sequence, pooled)
+        return Conditioning(sequence, pooled, {"mask": self._text.word_mask(prompts)} if self._words_only else {})
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """See ``protocols.Backbone``. Raises InputError for a text too long or with an unknown ``<token>``."""
@@ -185,7 +191,12 @@ class StableDiffusion:
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The noise predictor's raw output, shape and dtype of ``noisy``."""
         sequence = conditioning.sequence.to(self.unet.dtype)
-        prediction = self.unet(noisy.to(self.unet.dtype), timesteps.to(self.device), encoder_hidden_states=sequence)
+        prediction = self.unet(
+            noisy.to(self.unet.dtype),
+            timesteps.to(self.device),
+            encoder_hidden_states=sequence,
+            encoder_attention_mask=conditioning.extra.get("mask"),
+        )
         return prediction.sample.to(noisy.dtype)
 
     def capture_attention(
@@ -231,7 +242,7 @@ class StableDiffusion:
         images: list[Image.Image] = []
         with self._adapted(lora):
             self._text.token_ids(prompts)  # refuse a wrong prompt before the first image is made
-            negative = self.encode_prompts([""]).sequence.to(self.unet.dtype)
+            negative = self.encode_prompts([""])
             # Without a text encoder the pipeline takes the embeddings as they are, in the noise predictor's dtype.
             sampling = StableDiffusionPipeline(
                 vae=self._vae,
@@ -246,22 +257,41 @@ class StableDiffusion:
             sampling.set_progress_bar_config(disable=True)
             for start in range(0, len(prompts), self._images_at_once):
                 batch = slice(start, start + self._images_at_once)
-                sequence = self.encode_prompts(prompts[batch]).sequence.to(self.unet.dtype)
-                latents = sampling(
-                    prompt_embeds=sequence,
-                    negative_prompt_embeds=negative.expand_as(sequence),
-                    height=self.image_size,
-                    width=self.image_size,
-                    num_inference_steps=steps,
-                    guidance_scale=guidance_scale,
-                    generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
-                    output_type="latent",
-                ).images
+                positive = self.encode_prompts(prompts[batch])
+                sequence = positive.sequence.to(self.unet.dtype)
+                with self._masked(positive, negative if guidance_scale > 1 else None):
+                    latents = sampling(
+                        prompt_embeds=sequence,
+                        negative_prompt_embeds=negative.sequence.to(sequence).expand_as(sequence),
+                        height=self.image_size,
+                        width=self.image_size,
+                        num_inference_steps=steps,
+                        guidance_scale=guidance_scale,
+                        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
+                        output_type="latent",
+                    ).images
                 for pixels in (self.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu():
                     images.append(Image.fromarray(pixels.numpy()))
                     if on_step:
                         on_step(len(images), len(prompts))
         return images
+
+    @contextmanager
+    def _masked(self, positive: Conditioning, negative: Conditioning | None) -> Iterator[None]:
+        """The noise predictor under the prompts' mask: diffusers' pipeline has no argument for it."""
+        if "mask" not in positive.extra:
+            yield
+            return
+        mask = positive.extra["mask"]
+        if negative is not None:  # classifier-free guidance: the pipeline puts the negative half of the batch first
+            mask = torch.cat([negative.extra["mask"].expand_as(mask), mask])
+        hook = self.unet.register_forward_pre_hook(
+            lambda _unet, arguments, named: (arguments, {**named, "encoder_attention_mask": mask}), with_kwargs=True
+        )
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @contextmanager
     def _adapted(self, lora: Mapping[str, Tensor] | None) -> Iterator[None]:

@@ -151,6 +151,12 @@ class TextEncoder:
         sequence = self.model(ids, attention_mask=attention_mask).last_hidden_state
         return sequence, pool_at_end(sequence, ids, self.tokenizer.eos_token_id)
 
+    def word_mask(self, prompts: Sequence[str]) -> Tensor:
+        """The positions of the start token and the words: bool ``[B, length]``, False at the end token and padding."""
+        ids = self.token_ids(prompts)
+        first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1, keepdim=True)
+        return torch.arange(self.length, device=ids.device) < first_end
+
     def embed(self, texts: Sequence[str]) -> Tensor:
         """The pooled part of ``encode``, ``[B, D]`` of length one, without the positions after the last text's end.
 

@@ -65,6 +65,10 @@ class CrossAttentionSegmentor:
         threshold: float | Literal["otsu"] = Field(
             0.42, description="share of the map's maximum that is the word's, or otsu: chosen by the map's histogram"
         )
+        one_piece: bool = Field(
+            False,
+            description="keep one connected part, that with the most attention: for scenes of separate things",
+        )
         refinement: bool = Field(True, description="let the mask's edges follow the image's")
         foreground: float = Field(0.7, ge=0, le=1, description="refinement learns the object's colours above this")
         background: float = Field(0.2, ge=0, le=1, description="refinement learns its surroundings' colours below this")
@@ -115,6 +119,8 @@ class CrossAttentionSegmentor:
             return torch.zeros_like(view.visible)
         settings = self.settings
         level = otsu(soft, view.visible) if settings.threshold == "otsu" else float(settings.threshold)
+        if settings.one_piece:
+            soft = soft * heaviest_part(soft, level)
         if settings.refinement:
             mask = refine(
                 soft,
@@ -255,6 +261,25 @@ def upsample(maps: Tensor, size: tuple[int, int]) -> Tensor:
     if maps.shape[1:] == size:
         return maps
     return F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
+
+
+def heaviest_part(soft: Tensor, level: float) -> Tensor:
+    """The connected part of ``soft >= level`` with the largest sum; neighbours are left, right, above and below.
+
+    Args:
+        soft: float ``[H, W]`` in [0, 1].
+        level: a share of its maximum.
+
+    Returns:
+        bool ``[H, W]``: that part and all that is below ``level``, so that only the other parts are left out.
+    """
+    from scipy import ndimage
+
+    labels, count = ndimage.label((soft >= level).numpy())
+    if count == 0:
+        return torch.ones_like(soft, dtype=torch.bool)
+    sums = ndimage.sum_labels(soft.numpy(), labels, index=range(1, count + 1))
+    return torch.from_numpy((labels == 0) | (labels == 1 + int(sums.argmax())))
 
 
 def otsu(soft: Tensor, visible: Tensor) -> float:

@@ -31,6 +31,10 @@ class Tabletop(StableDiffusion):
             default=OWN_MODEL,
             description=f"{OWN_MODEL}: the model that comes with the package; else a folder in diffusers' format",
         )
+        words_only: bool = Field(
+            default=True,
+            description="let the noise predictor attend to the start token and the words alone, as it was trained",
+        )
 
     def __init__(self, settings: StableDiffusion.Settings, device: torch.device | str) -> None:
         if settings.model == OWN_MODEL:
@@ -39,8 +43,15 @@ class Tabletop(StableDiffusion):
 
     @property
     def suggestions(self) -> Mapping[str, Any]:
-        """The CLIP model and the object words of the same world."""
-        return {"retriever.model": f"local-dir:{_own(clip_dir)}", "retriever.vocabulary": list(SHAPES)}
+        """The CLIP model, the object words and the background of the same world."""
+        return {
+            "retriever.model": f"local-dir:{_own(clip_dir)}",
+            "retriever.vocabulary": list(SHAPES),
+            "retriever.background": ["an empty table"],
+            "segmentor.prompt": "{word}",
+            "segmentor.one_piece": True,
+            "rename": True,
+        }
 
     def knows(self, word: str) -> bool:
         """Whether it is one word of the captions that the model was trained with."""

@@ -76,10 +76,10 @@ def augment(images: np.ndarray, rng: np.random.Generator, *, erase_rate: float =
     out = np.empty_like(images)
     offsets = rng.integers(0, 11, size=(len(images), 2))
     flips = rng.random(len(images)) < 0.5
-    for index, (top, left) in enumerate(offsets.tolist()):
-        view = padded[index, :, top : top + size, left : left + size]
-        out[index] = view[:, :, ::-1] if flips[index] else view
-    for index in np.flatnonzero(rng.random(len(images)) < erase_rate):
+    for place, (down, across) in enumerate(offsets.tolist()):
+        view = padded[place, :, down : down + size, across : across + size]
+        out[place] = view[:, :, ::-1] if flips[place] else view
+    for index in np.flatnonzero(rng.random(len(images)) < erase_rate).tolist():
         height, width = rng.integers(10, 30, size=2).tolist()
         top, left = int(rng.integers(0, size - height)), int(rng.integers(0, size - width))
         patch = out[index, :, top : top + height, left : left + width]

@@ -18,14 +18,17 @@ from icekit_tabletop.train.data import COUNT_SHARES, load_scenes
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
-BATCH = 64
-PEAK_RATE = 6e-4
+BATCH = 32  # few samples are affordable on a processor: more, smaller steps learn more from them
+PEAK_RATE = 5e-4
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.15
 """Share of the training, at its end, over which the learning rate falls to nearly zero."""
 
 CAPTION_DROPOUT = 0.1
 """Share of samples trained with the empty prompt, for classifier-free guidance."""
+
+WORDS_ONLY = 0.8
+"""Share of samples whose end token and padding are hidden from the UNet; see `audible`."""
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -65,6 +68,25 @@ def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
     return (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
 
 
+def audible(ids: Tensor, words_only: Tensor) -> Tensor:
+    """Which positions of a prompt the UNet may attend to: all of them, or the start token and the words alone.
+
+    The text tower is causal: the end token, and the padding after it, have read the whole prompt. A UNet that listens
+    to them learns from there what to paint and hardly looks at the words; but it is the words' attention that says
+    where a thing is. So for most samples these positions are hidden, and for the rest not: diffusers' own pipeline has
+    no mask for them.
+
+    Args:
+        ids: int64 [B, L], tokens; the end token, which is the padding too, has the highest id.
+        words_only: bool [B], the prompts whose end and padding are hidden.
+
+    Returns:
+        bool [B, L].
+    """
+    end = ids.argmax(dim=1, keepdim=True)
+    return (torch.arange(ids.shape[1], device=ids.device) < end) | ~words_only[:, None]
+
+
 def train_unet(settings: Settings) -> None:
     """Trains the UNet on `settings.unet_images` samples; weights go to `<work>/unet.safetensors`."""
     device = settings.torch_device
@@ -102,8 +124,13 @@ def train_unet(settings: Settings) -> None:
             target = scheduler.get_velocity(clean, noise, timesteps).to(device)
             with autocast(device):
                 with torch.no_grad():
-                    text = encoder(encoded["input_ids"].to(device)).last_hidden_state
-                predicted = unet(noisy, timesteps.to(device), encoder_hidden_states=text).sample
+                    ids = encoded["input_ids"].to(device)
+                    text = encoder(ids).last_hidden_state
+                words_only = torch.rand(BATCH, generator=generator) < WORDS_ONLY
+                mask = audible(ids, words_only.to(device))
+                predicted = unet(
+                    noisy, timesteps.to(device), encoder_hidden_states=text, encoder_attention_mask=mask
+                ).sample
             loss = F.mse_loss(predicted.float(), target)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()

@@ -59,6 +59,7 @@ def train_vae(settings: Settings) -> None:
     with Run(settings, "vae", vae, optimiser, settings.vae_images, 0.995) as run:
         rng = np.random.default_rng([settings.seed, run.step, 2])
         vae.train()
+        first = run.step
         while not run.finished:
             cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
             run.set_rate(PEAK_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
@@ -87,7 +88,7 @@ def train_vae(settings: Settings) -> None:
             # Pixels span 2, hence the factor 4.
             psnr = 10 * math.log10(4 / max(1e-8, squared.item()))
             run.advance(BATCH, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()})
-        if run.step:
+        if run.step > first:  # else the latents in use keep their scale
             run.extra["scaling_factor"] = measure_scaling(vae, run.average.state, scenes.images, rng)
 
 
