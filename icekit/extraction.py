@@ -47,6 +47,8 @@ UNNAMED = "object"
 """The word for a mask of the user's own that the retriever cannot name."""
 ATTENTION_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
 """Where attention maps are looked at, as shares of the noise schedule."""
+ATTENTION_GRID = 16
+"""Side of the attention grid that is shown, or the model's nearest to it."""
 ATTENTION_SIDE = 128
 """Side of the saved attention maps, pixels."""
 
@@ -424,7 +426,7 @@ def attention_maps(
 ) -> dict[str, Tensor]:
     """Where each of a concept's tokens looks: its cross-attention on the noised image, mean over timesteps.
 
-    The grid is the one that ICE's attention loss uses: a quarter of the latents' side, or the nearest to it.
+    The grid is the one that ICE's attention loss uses, 16 x 16, or the model's nearest to it.
 
     Args:
         backbone: with the tokens set.
@@ -435,8 +437,7 @@ def attention_maps(
     Returns:
         Part -> float32 ``[r, r]`` on the CPU, weights in [0, 1].
     """
-    wanted = backbone.latent_shape[1] / 4
-    resolution = min(backbone.attention_resolutions, key=lambda side: abs(side - wanted))
+    resolution = min(backbone.attention_resolutions, key=lambda side: abs(side - ATTENTION_GRID))
     attributes = [part for part in tokens if part not in ("category", "instance")]
     prompts = {
         concept_prompt(tokens): ["instance"],

@@ -15,9 +15,12 @@ TEMPLATES = ("{}", "a {} {noun}", "a photo of a {} {noun}")
 
 
 def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int = 3) -> list[str]:
-    """The words nearest to a token: mean over templates of the cosine in the text encoder's pooled space E.
+    """The words nearest to a token: mean over templates of the cosine in the text encoder's pooled space E, centred.
 
-    score(w) = 1/T sum_t E(template_t with the token) . E(template_t with w)
+    score(w) = 1/T sum_t cos(E(template_t with the token) - m_t, E(template_t with w) - m_t),
+    m_t = 1/W sum_w E(template_t with w)
+
+    Centred on the vocabulary's mean, because a word that the encoder has seen little lies near everything.
 
     Args:
         token: float ``[T, P]``, the token in T templates, each row of length one.
@@ -28,7 +31,10 @@ def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int
     Returns:
         Words, best first; equal scores in the order of ``names``.
     """
-    scores = (words * token).sum(dim=-1).mean(dim=-1)
+    import torch
+
+    mean = words.mean(dim=0)
+    scores = torch.nn.functional.cosine_similarity(words - mean, token - mean, dim=-1).mean(dim=-1)
     order = scores.sort(descending=True, stable=True).indices
     return [names[int(i)] for i in order[:count]]
 

@@ -7,18 +7,16 @@ from icekit.naming import TEMPLATES, name_attribute, nearest_words
 from icekit.protocols import Attribute
 
 
-def test_mean_cosine_by_hand() -> None:
-    token = torch.tensor([[1.0, 0.0], [0.0, 1.0]])  # two templates
-    words = torch.tensor(
-        [
-            [[0.0, 1.0], [1.0, 0.0]],  # (0 + 0) / 2
-            [[0.6, 0.8], [0.6, 0.8]],  # (0.6 + 0.8) / 2
-            [[1.0, 0.0], [0.6, 0.8]],  # (1 + 0.8) / 2
-            [[-1.0, 0.0], [0.0, 1.0]],  # (-1 + 1) / 2, as good as the first, which comes before it
-        ]
-    )
-    assert nearest_words(token, words, ["a", "b", "c", "d"], count=4) == ["c", "b", "a", "d"]
-    assert nearest_words(token, words, ["a", "b", "c", "d"], count=1) == ["c"]
+def test_mean_centred_cosine_by_hand() -> None:
+    # Two templates; around their mean (5, 5) the words are (1, 0), (0, 1), (-1, -1), in the second one mirrored.
+    around = torch.tensor([[[1.0, 0.0], [-1.0, 0.0]], [[0.0, 1.0], [0.0, -1.0]], [[-1.0, -1.0], [1.0, 1.0]]])
+    words = around + 5
+    token = torch.tensor([[5.8, 5.6], [4.2, 4.4]])  # (0.8, 0.6): cosines 0.8, 0.6 and -0.99
+    assert nearest_words(token, words, ["a", "b", "c"], count=3) == ["a", "b", "c"]
+    assert nearest_words(10 - token, words, ["a", "b", "c"], count=2) == ["c", "b"]
+    even = torch.full((2, 2), 6.0)
+    even[1] = 4.0  # as near to the first as to the second: in the order of the names
+    assert nearest_words(even, words, ["a", "b", "c"], count=1) == ["a"]
 
 
 def test_the_embedding_of_a_word_is_named_by_it() -> None:

@@ -13,12 +13,14 @@ from icekit.builtin.stable_diffusion import StableDiffusion
 from icekit.protocols import InputError
 from icekit_tabletop.captions import WORDS
 from icekit_tabletop.weights import clip_dir, model_dir
-from icekit_tabletop.world import SHAPES
+from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, TABLES, TEXTURES, WALLS
 
 OWN_MODEL = "icekit-tabletop"
 """Name of the model that comes with the package, in ``Tabletop.Settings.model``."""
 
-_KNOWN = frozenset(WORDS)
+_SURFACE_WORDS = frozenset(word for name in [*TABLES, *WALLS] for word in name.split())
+_OBJECT_WORDS = frozenset([*COLOURS, *MATERIALS, *TEXTURES])
+_KNOWN = frozenset(WORDS) - (_SURFACE_WORDS - _OBJECT_WORDS)
 
 
 class Tabletop(StableDiffusion):
@@ -48,13 +50,19 @@ class Tabletop(StableDiffusion):
             "retriever.model": f"local-dir:{_own(clip_dir)}",
             "retriever.vocabulary": list(SHAPES),
             "retriever.background": ["an empty table"],
-            "segmentor.prompt": "{word}",
+            "segmentor.prompt": "a photo of a {word}",
+            "segmentor.timestep": [0.3],
+            "segmentor.competition": "none",
+            "segmentor.propagation": 0,
+            "segmentor.threshold": 0.6,
             "segmentor.one_piece": True,
+            "learner.steps": 120,
+            "learner.learning_rate": 5e-3,
             "rename": True,
         }
 
     def knows(self, word: str) -> bool:
-        """Whether it is one word of the captions that the model was trained with."""
+        """Whether captions say this word of objects; "beige" and "slate" were only ever said of walls and tables."""
         return word.lower() in _KNOWN
 
 

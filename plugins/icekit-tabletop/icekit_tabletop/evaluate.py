@@ -17,11 +17,11 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
-from diffusers.models.attention_processor import Attention
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.probe import load_probe
 from icekit_tabletop.render import render_batch
@@ -129,52 +129,21 @@ def evaluate_vae(options: Options) -> dict[str, float]:
     return {"psnr": sum(quality) / len(images), "latent_deviation": float(torch.cat(latents).std())}
 
 
-class AttentionRecorder:
-    """An attention processor that also keeps the attention of every place on every token, mean over heads."""
-
-    def __init__(self) -> None:
-        self.maps: list[Tensor] = []
-
-    def __call__(
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
-    ) -> Tensor:
-        """The attention layer's output, [B, places, channels]."""
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        query, key, value = (part.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
-        weights = (query @ key.transpose(-1, -2) * attn.scale).softmax(-1)
-        self.maps.append(weights.mean(1))
-        return attn.to_out[1](attn.to_out[0]((weights @ value).transpose(1, 2).flatten(2)))
-
-
 @torch.no_grad()
 def word_attention(
-    pipeline: StableDiffusionPipeline, images: Tensor, prompts: list[str], timestep: int, generator: torch.Generator
+    backbone: Tabletop, images: Tensor, prompts: list[str], timestep: int, generator: torch.Generator
 ) -> Tensor:
     """Cross-attention at 16x16, mean over all layers of that resolution: [B, tokens, 16, 16].
 
-    `images` in -1..1, [B, 3, 64, 64], are noised to the timestep and denoised under their prompts once.
+    `images` in -1..1, [B, 3, 64, 64], are noised to the timestep and denoised under their prompts once, attending to
+    the words alone as the backbone does.
     """
-    device = pipeline.device
-    latents = pipeline.vae.encode(images.to(device)).latent_dist.mean * pipeline.vae.config.scaling_factor
-    noise = torch.randn(latents.shape, generator=generator).to(device)
-    steps = torch.full((len(images),), timestep, device=device)
-    noisy = pipeline.scheduler.add_noise(latents, noise, steps)
-    tokens = pipeline.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    text = pipeline.text_encoder(tokens.to(device)).last_hidden_state
-    recorder = AttentionRecorder()
-    before = pipeline.unet.attn_processors
-    pipeline.unet.set_attn_processor({k: recorder if ".attn2." in k else v for k, v in before.items()})
-    pipeline.unet(noisy, steps, encoder_hidden_states=text)
-    pipeline.unet.set_attn_processor(before)
-    side = latents.shape[-1]
-    maps = [m for m in recorder.maps if m.shape[1] == side * side]
-    return torch.stack(maps).mean(0).transpose(1, 2).unflatten(-1, (side, side)).cpu()
+    latents = backbone.encode_images(images.to(backbone.device) / 2 + 0.5)
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    steps = torch.full((len(images),), timestep, device=backbone.device)
+    with backbone.capture_attention(cross=[latents.shape[-1]]) as maps:
+        backbone.predict(backbone.add_noise(latents, noise, steps), steps, backbone.encode_prompts(prompts))
+        return maps.cross(latents.shape[-1]).float().cpu()
 
 
 def intersection_over_union(found: Tensor, truth: Tensor) -> float:
@@ -187,10 +156,10 @@ def intersection_over_union(found: Tensor, truth: Tensor) -> float:
 def evaluate_attention(options: Options) -> dict[str, float]:
     """Mean IoU between a word's attention, thresholded at half its maximum, and the true mask of its object.
 
-    `full_*`: the word within the caption that names everything; `bare_*`: within "<word> things background". `single`
+    `full_*`: the word within the caption that names everything; `bare_*`: within "a photo of a <word>". `single`
     and `group` (two or three objects) tell scenes apart; objects whose word another object shares are passed over.
     """
-    pipeline = _load_pipeline(options)
+    backbone = Tabletop(Tabletop.Settings(model=str(options.models / "stable-diffusion")), options.device)
     generator = torch.Generator().manual_seed(0)
     scores: dict[str, list[float]] = {}
     scenes = scenes_of(options.n, (1, 2, 1, 3), options.split, offset=3_000_000)
@@ -205,15 +174,14 @@ def evaluate_attention(options: Options) -> dict[str, float]:
                 if sum(getattr(other, attribute) == word for other in specs) > 1 or not masks[row, place].any():
                     continue
                 cases.append((row, f"full_{attribute}_{kind}", describe(specs), word, masks[row, place]))
-                cases.append((row, f"bare_{attribute}_{kind}", f"{word} things background", word, masks[row, place]))
+                cases.append((row, f"bare_{attribute}_{kind}", f"a photo of a {word}", word, masks[row, place]))
     for start in tqdm(range(0, len(cases), 50), desc="attention", file=sys.stderr):
         part = cases[start : start + 50]
         maps = word_attention(
-            pipeline, images[[case[0] for case in part]], [case[2] for case in part], options.timestep, generator
+            backbone, images[[case[0] for case in part]], [case[2] for case in part], options.timestep, generator
         )
         for (_, name, prompt, word, mask), attention in zip(part, maps, strict=True):
-            ids = pipeline.tokenizer(prompt).input_ids
-            place = ids.index(pipeline.tokenizer(word, add_special_tokens=False).input_ids[0])
+            [place, *_] = backbone.token_positions(prompt, [word])[0]
             large = F.interpolate(attention[None, None, place], size=IMAGE_SIZE, mode="bilinear")[0, 0]
             scores.setdefault(name, []).append(intersection_over_union(large >= 0.5 * large.max(), mask))
     return {name: sum(values) / len(values) for name, values in sorted(scores.items())}

@@ -9,7 +9,8 @@ import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from icekit_tabletop.evaluate import AttentionRecorder, intersection_over_union, word_attention
+from icekit_tabletop.backbone import Tabletop
+from icekit_tabletop.evaluate import intersection_over_union, word_attention
 from icekit_tabletop.tokenizer import build_tokenizer
 from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, save_state
 from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions
@@ -86,18 +87,12 @@ def test_diffusers_loads_the_export(exported: Path) -> None:
     assert image.shape == (1, 64, 64, 3)
 
 
-def test_recorded_attention_leaves_the_output_alone(exported: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(str(exported / "models" / "stable-diffusion"))
-    unet, inputs = pipeline.unet, (torch.randn(2, 4, 16, 16), torch.tensor([5, 900]), torch.randn(2, 40, 128))
-    with torch.no_grad():
-        before = unet(*inputs).sample
-        maps = word_attention(pipeline, torch.zeros(2, 3, 64, 64), TEXTS[:2], 150, torch.Generator().manual_seed(0))
-        torch.testing.assert_close(unet(*inputs).sample, before)
-        recorder = AttentionRecorder()
-        unet.set_attn_processor(recorder)
-        torch.testing.assert_close(unet(*inputs).sample, before, atol=1e-4, rtol=1e-4)
+def test_words_alone_are_attended_to(exported: Path) -> None:
+    backbone = Tabletop(Tabletop.Settings(model=str(exported / "models" / "stable-diffusion")), "cpu")
+    maps = word_attention(backbone, torch.zeros(2, 3, 64, 64), TEXTS[:2], 150, torch.Generator().manual_seed(0))
     assert maps.shape == (2, 40, 16, 16)
     torch.testing.assert_close(maps.sum(1), torch.ones(2, 16, 16))
+    assert maps[:, -1].max() < 1e-6  # padding
 
 
 def test_intersection_over_union() -> None:
