@@ -96,7 +96,7 @@ class IceSettings(ComponentSettings):
 
 
 class IceLearner:
-    """The learner ``ice``: see this module's docstring, and ``protocols.Learner`` for ``learn``."""
+    """ICE's structured concept learning: a category, an instance and one token an attribute for every object."""
 
     Settings = IceSettings
 

@@ -24,7 +24,9 @@ def _one_or_more(value: Any) -> Any:
 
 
 class MaskFilesSegmentor:
-    """Masks from files: white (128 of 255 or more) is the object; a ``protocols.Proposer``.
+    """The user's own masks, from files: white (128 of 255 or more) is the object.
+
+    A ``protocols.Proposer``: its masks are all the regions there are.
 
     The files of a folder are taken in the natural order of their names (``mask2.png`` before ``mask10.png``), listed
     files in the order listed. All are cropped to their centre square and resized as the image is, so they must be drawn

@@ -41,7 +41,7 @@ def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 class StableDiffusion:
-    """A Stable Diffusion model, taken apart: ``protocols.Backbone``.
+    """Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format.
 
     The noise predictor runs in ``Settings.dtype``; the text encoder and the autoencoder stay in float32, they are a
     small part of the work and the autoencoder overflows in half precision.
