@@ -104,7 +104,7 @@ def test_settings_of_the_run_run_it_again(plugins: Plugins, photo: Path, tmp_pat
     assert first.settings() == again.settings()
     assert first.settings().learner["rate"] == 0.5  # the backbone's suggestion
     differing = {name for name, data in files_of(tmp_path / "a").items() if data != files_of(tmp_path / "b")[name]}
-    assert differing == {"manifest.json", "report.html"}  # they tell the time
+    assert differing <= {"manifest.json", "report.html"}  # they tell the time
 
 
 def test_seed_changes_the_tokens(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
