@@ -25,17 +25,12 @@ from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.probe import load_probe
 from icekit_tabletop.render import render_batch
-from icekit_tabletop.train.data import EVALUATION_SEED, scene_of_count
+from icekit_tabletop.train.clip import enlarge
+from icekit_tabletop.train.data import EVALUATION_SEED, VALUES, scene_of_count
 from icekit_tabletop.train.settings import IMAGE_SIZE, MODELS_FOLDER
 from icekit_tabletop.train.vae import image_quality
-from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, TEXTURES, SceneSpec, Split, is_held_out
+from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, SceneSpec, Split, is_held_out
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "shape": tuple(SHAPES),
-    "colour": tuple(COLOURS),
-    "material": tuple(MATERIALS),
-    "texture": tuple(TEXTURES),
-}
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "shape": ("{}", "a {}", "a photo of a {}", "a picture of a {}"),
     "colour": ("a {} thing", "a photo of a {} object", "the colour {}"),
@@ -86,7 +81,7 @@ def evaluate_clip(options: Options) -> dict[str, float]:
     tokenizer = open_clip.get_tokenizer(source)
 
     def embed(images: Tensor) -> Tensor:
-        parts = images.to(options.device).split(100)
+        parts = [enlarge(part) for part in images.to(options.device).split(100)]
         return torch.cat([model.encode_image(part, normalize=True) for part in parts])
 
     def prompts(attribute: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from datetime import UTC
 from pathlib import Path
 
@@ -13,12 +15,16 @@ from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.evaluate import intersection_over_union, word_attention
 from icekit_tabletop.tokenizer import build_tokenizer
 from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, save_state
-from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions
+from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions, enlarge
+from icekit_tabletop.train.data import SceneWords
 from icekit_tabletop.train.export import export_models, write_clip
+from icekit_tabletop.train.image_tower import PhraseBank, bank_loss, build_bank
 from icekit_tabletop.train.settings import Settings
+from icekit_tabletop.train.shipped import continue_models
 from icekit_tabletop.train.text_tower import build_text_encoder
-from icekit_tabletop.train.unet import build_unet, draw_timesteps, learning_rate
+from icekit_tabletop.train.unet import build_unet, draw_caption, draw_timesteps, learning_rate
 from icekit_tabletop.train.vae import build_vae
+from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, ObjectSpec, is_held_out
 
 TEXTS = ["a red metal ball", "cup", "", "a blue striped wood cup and a white glass vase on a table"]
 
@@ -69,8 +75,8 @@ def test_open_clip_loads_the_export(exported: Path) -> None:
     tokens = open_clip.get_tokenizer(source)(TEXTS)
     with torch.no_grad():
         assert model.encode_text(tokens).shape == (4, 128)
-        assert model.encode_image(torch.zeros(2, 3, 64, 64)).shape == (2, 128)
-    assert "Resize(size=64" in str(preprocess)
+        assert model.encode_image(enlarge(torch.zeros(2, 3, 64, 64))).shape == (2, 128)
+    assert "Resize(size=128" in str(preprocess)
 
 
 def test_diffusers_loads_the_export(exported: Path) -> None:
@@ -90,9 +96,9 @@ def test_diffusers_loads_the_export(exported: Path) -> None:
 def test_words_alone_are_attended_to(exported: Path) -> None:
     backbone = Tabletop(Tabletop.Settings(model=str(exported / "models" / "stable-diffusion")), "cpu")
     maps = word_attention(backbone, torch.zeros(2, 3, 64, 64), TEXTS[:2], 150, torch.Generator().manual_seed(0))
-    assert maps.shape == (2, 40, 16, 16)
+    assert maps.shape == (2, 6, 16, 16)  # start, at most four words, end
     torch.testing.assert_close(maps.sum(1), torch.ones(2, 16, 16))
-    assert maps[:, -1].max() < 1e-6  # padding
+    assert maps[:, -1].max() < 1e-6  # end
 
 
 def test_intersection_over_union() -> None:
@@ -110,12 +116,55 @@ def test_the_export_is_small_and_holds_no_pickle(exported: Path) -> None:
 
 def test_export_again_replaces(exported: Path) -> None:
     export_models(Settings(work=exported, models=exported / "models"))
-    assert sorted(path.name for path in (exported / "models").iterdir()) == ["open-clip", "stable-diffusion"]
+    names = sorted(path.name for path in (exported / "models").iterdir())
+    assert names == ["history.json", "open-clip", "stable-diffusion"]
 
 
 def test_export_without_anything_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to export"):
         export_models(Settings(work=tmp_path, models=tmp_path / "models"))
+
+
+def test_training_continues_from_the_shipped_weights(exported: Path, tmp_path: Path) -> None:
+    continue_models(Settings(work=tmp_path, models=exported / "models"))
+    for stage in ("clip", "vae", "unet"):
+        before, _ = load_state(exported / f"{stage}.safetensors", "average/")
+        after, info = load_state(tmp_path / f"{stage}.safetensors", "weights/")
+        assert info["seen"] == 1
+        assert before.keys() == after.keys()
+        for name, tensor in before.items():
+            torch.testing.assert_close(after[name], tensor.half().to(tensor.dtype), rtol=0, atol=0)
+    tower, _ = load_state(tmp_path / "clip-image.safetensors", "weights/")
+    assert build_clip().visual.load_state_dict(tower)
+    assert info["extra"] == {} and load_state(tmp_path / "vae.safetensors")[1]["extra"] == {"scaling_factor": 0.5}
+
+
+def test_a_picture_is_held_against_every_phrase_of_a_family() -> None:
+    bank = build_bank(build_clip(), ("colour", "material", "shape"), random.Random(0))
+    names = [tuple(values) for values in (SHAPES, COLOURS, MATERIALS)]
+    combinations = [tuple(n[i] for n, i in zip(names, code, strict=False)) for code in bank.codes.tolist()]
+    assert len(set(combinations)) == len(combinations) > 300
+    assert not any(is_held_out(*combination) for combination in combinations)
+
+    # Two phrases of shapes 0 and 1, three wordings alike; one picture of a shape 0, one of both, one of nothing.
+    bank = PhraseBank(torch.eye(2).repeat(3, 1, 1), torch.tensor([[0, -1, -1, -1], [1, -1, -1, -1]]))
+    scenes = torch.full((3, 4, 4), -2)
+    scenes[0, 0], scenes[1, 0], scenes[1, 1] = torch.tensor([0, 3, 2, 1]), torch.tensor([1, 0, 0, 0]), torch.zeros(4)
+    assert bank.truth(scenes).tolist() == [[True, False], [True, True], [False, False]]
+    images = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    loss = bank_loss(images, bank, torch.tensor([0, 2]), scenes, scale=10.0)
+    # First picture: log(1 + exp(8 - 6)); second: no rival, nothing to lose; third: no true phrase, left out.
+    assert loss.item() == pytest.approx(math.log1p(math.exp(2.0)) / 2, rel=1e-5)
+
+
+def test_some_captions_of_many_objects_name_one() -> None:
+    items = (ObjectSpec("cup", "red", "metal", "plain"), ObjectSpec("ball", "blue", "wood", "plain"))
+    scene = SceneWords(items, "oak", "white")
+    rng = random.Random(0)
+    captions = [draw_caption(scene, rng, 0.0) for _ in range(400)]
+    both = sum("cup" in text and "ball" in text for text in captions)
+    one = sum(("cup" in text) != ("ball" in text) for text in captions)
+    assert 200 < both < 280 and 90 < one < 170 and captions.count("") == 400 - both - one
 
 
 def test_write_clip_takes_other_sizes(tmp_path: Path) -> None:
@@ -124,7 +173,7 @@ def test_write_clip_takes_other_sizes(tmp_path: Path) -> None:
     config["model_cfg"]["vision_cfg"] |= {"width": 16}
     write_clip(tmp_path, open_clip.CLIP(**config["model_cfg"]).state_dict(), config)
     model, _ = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
-    assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 16)
+    assert model.encode_image(torch.zeros(1, 3, 128, 128)).shape == (1, 16)
 
 
 def _train(work: Path, total: int, stop_at: int | None = None) -> dict[str, torch.Tensor]:

@@ -41,6 +41,13 @@ def load_state(path: Path, prefix: str = "") -> tuple[dict[str, Tensor], dict[st
     return tensors, info
 
 
+def load_info(path: Path) -> dict[str, Any]:
+    """The `info` of a file from `save_state`."""
+    with safe_open(str(path), framework="pt") as stored:
+        info: dict[str, Any] = json.loads(stored.metadata()["info"])
+    return info
+
+
 class MovingAverage:
     """Exponential moving average of a module's floating-point state; integers are copied.
 

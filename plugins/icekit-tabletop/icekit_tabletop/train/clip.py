@@ -16,7 +16,10 @@ from icekit_tabletop.captions import WORDS, Caption, caption_scene
 from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer, build_vocabulary
 from icekit_tabletop.train.checkpoint import Run
 from icekit_tabletop.train.data import COUNT_SHARES, TrainingScenes, caption_truth, load_scenes
-from icekit_tabletop.train.settings import IMAGE_SIZE, Settings, autocast
+from icekit_tabletop.train.settings import Settings, autocast
+
+CLIP_SIZE = 128
+"""Pixels along each side of what the image tower sees: it halves five times, and objects must stay apart."""
 
 BATCH = 256
 PEAK_RATE = 2e-3
@@ -28,7 +31,7 @@ def clip_config() -> dict[str, Any]:
     return {
         "model_cfg": {
             "embed_dim": 128,
-            "vision_cfg": {"image_size": IMAGE_SIZE, "layers": [1, 1, 1, 1], "width": 24, "patch_size": None},
+            "vision_cfg": {"image_size": CLIP_SIZE, "layers": [1, 1, 1, 1], "width": 24, "patch_size": None},
             "text_cfg": {
                 "context_length": MAX_LENGTH,
                 "vocab_size": len(build_vocabulary(WORDS)[0]),
@@ -39,7 +42,7 @@ def clip_config() -> dict[str, Any]:
             },
         },
         "preprocess_cfg": {
-            "size": IMAGE_SIZE,
+            "size": CLIP_SIZE,
             "mode": "RGB",
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
@@ -94,6 +97,11 @@ def augment(images: np.ndarray, rng: np.random.Generator, *, erase_rate: float =
             rim = out[index, :, max(0, top - 2) : top + height + 2, max(0, left - 2) : left + width + 2]
             patch[:] = np.median(rim.reshape(3, -1), axis=1).astype(np.uint8)[:, None, None]
     return out
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """Images in -1..1, [B, 3, H, W], at the image tower's size."""
+    return F.interpolate(images, size=CLIP_SIZE, mode="bicubic", align_corners=False).clamp_(-1, 1)
 
 
 def _captions(scenes: TrainingScenes, rows: np.ndarray, rng: random.Random, fraction: float) -> list[Caption]:
@@ -154,7 +162,7 @@ def train_clip(settings: Settings) -> None:
                 max_length=MAX_LENGTH,
                 return_tensors="pt",
             )
-            pixels = torch.from_numpy(augment(scenes.images[rows], rng)).to(device).float().div_(127.5).sub_(1)
+            pixels = enlarge(torch.from_numpy(augment(scenes.images[rows], rng)).to(device).float().div_(127.5).sub_(1))
             with autocast(device):
                 image = F.normalize(model.encode_image(pixels).float(), dim=-1)
                 text = encode_captions(model, encoded["input_ids"].to(device))

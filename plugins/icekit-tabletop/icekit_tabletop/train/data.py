@@ -31,12 +31,13 @@ COUNT_SHARES: tuple[float, ...] = (0.03, 0.45, 0.27, 0.17, 0.08)
 EVALUATION_SEED = 1_000_000_000
 """Seeds from here on belong to evaluation; training scenes stay below."""
 
-_VALUES: tuple[tuple[str, ...], ...] = (
-    tuple(world.SHAPES),
-    tuple(world.COLOURS),
-    tuple(world.MATERIALS),
-    tuple(world.TEXTURES),
-)
+VALUES: dict[str, tuple[str, ...]] = {
+    "shape": tuple(world.SHAPES),
+    "colour": tuple(world.COLOURS),
+    "material": tuple(world.MATERIALS),
+    "texture": tuple(world.TEXTURES),
+}
+"""Every attribute's values, in the order of the codes."""
 
 
 def scene_of_count(seed: int, count: int, split: world.Split = "train") -> SceneSpec:
@@ -157,7 +158,7 @@ def load_scenes(work: Path) -> TrainingScenes:
 
 
 def _code(values: tuple[str | None, ...]) -> list[int]:
-    return [-1 if value is None else names.index(value) for value, names in zip(values, _VALUES, strict=True)]
+    return [-1 if value is None else names.index(value) for value, names in zip(values, VALUES.values(), strict=True)]
 
 
 def caption_truth(captions: list[Caption], scenes: TrainingScenes, rows: np.ndarray) -> np.ndarray:

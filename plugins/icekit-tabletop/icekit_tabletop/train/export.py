@@ -17,7 +17,7 @@ from torch import Tensor
 
 from icekit_tabletop.captions import WORDS
 from icekit_tabletop.tokenizer import save_tokenizer
-from icekit_tabletop.train.checkpoint import append_log, load_state
+from icekit_tabletop.train.checkpoint import append_log, load_info, load_state
 from icekit_tabletop.train.clip import clip_config
 from icekit_tabletop.train.settings import Settings
 from icekit_tabletop.train.text_tower import build_text_encoder
@@ -25,6 +25,12 @@ from icekit_tabletop.train.unet import SCHEDULE, build_unet
 from icekit_tabletop.train.vae import load_vae
 
 MAX_BYTES = 40_000_000
+
+TRAINED = ("clip", "clip-image", "vae", "decoder", "unet")
+"""The stages that leave a checkpoint."""
+
+HISTORY = "history.json"
+"""File of the models folder: training samples seen by stage."""
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
@@ -92,26 +98,33 @@ def export_models(settings: Settings) -> None:
     clip_path = settings.work / "clip.safetensors"
     if not clip_path.exists():
         raise FileNotFoundError(f"nothing to export: {clip_path} does not exist")
-    clip_weights, clip_info = load_state(clip_path, "average/")
+    clip_weights, _ = load_state(clip_path, "average/")
+    tower_path = settings.work / "clip-image.safetensors"
+    if tower_path.exists():
+        tower, _ = load_state(tower_path, "average/")
+        clip_weights |= {f"visual.{name}": tensor for name, tensor in tower.items()}
     settings.models.mkdir(parents=True, exist_ok=True)
     fresh = settings.models / f".fresh-{os.getpid()}"
     try:
         write_clip(fresh, clip_weights)
         _swap(fresh, settings.models / "open-clip")
-        seen = {"clip": clip_info["seen"]}
         unet_path = settings.work / "unet.safetensors"
         if unet_path.exists():
-            unet_weights, unet_info = load_state(unet_path, "average/")
+            unet_weights, _ = load_state(unet_path, "average/")
             unet = build_unet()
             unet.load_state_dict(unet_weights)
             with torch.no_grad():
                 write_diffusion(fresh, clip_weights, load_vae(settings), unet.eval())
             _swap(fresh, settings.models / "stable-diffusion")
-            seen["unet"] = unet_info["seen"]
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     size = sum(path.stat().st_size for path in settings.models.rglob("*") if path.is_file())
     if size > MAX_BYTES:
         raise RuntimeError(f"the models take {size} bytes, more than the {MAX_BYTES} the package may hold")
+    checkpoints = {stage: settings.work / f"{stage}.safetensors" for stage in TRAINED}
+    seen = {stage: load_info(path)["seen"] for stage, path in checkpoints.items() if path.exists()}
+    history = settings.models / HISTORY
+    earlier = json.loads(history.read_text()) if history.exists() else {}
+    history.write_text(json.dumps(earlier | seen, indent=2) + "\n")
     append_log(settings.work, stage="export", bytes=size, **seen)
     print(f"exported to {settings.models}: {size / 1e6:.1f} MB, samples seen: {seen}", file=sys.stderr)

@@ -30,8 +30,10 @@ class Settings:
     processes: int = 2
     images: int = 27_000
     clip_images: int = 200_000
+    clip_tower_images: int = 150_000
     vae_images: int = 30_000
-    unet_images: int = 240_000
+    decoder_images: int = 30_000
+    unet_images: int = 300_000
     minutes: float | None = None
     until: str | None = None
 

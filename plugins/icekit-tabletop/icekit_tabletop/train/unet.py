@@ -14,7 +14,7 @@ from torch import Tensor
 from icekit_tabletop.captions import caption_scene
 from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
 from icekit_tabletop.train.checkpoint import Run, load_state
-from icekit_tabletop.train.data import COUNT_SHARES, load_scenes
+from icekit_tabletop.train.data import SceneWords, load_scenes
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
@@ -29,6 +29,15 @@ CAPTION_DROPOUT = 0.1
 
 WORDS_ONLY = 0.8
 """Share of samples whose end token and padding are hidden from the UNet; see `audible`."""
+
+SINGLES_SHARE = 0.3
+"""Share of the training, at its start, that sees hardly more than one object a picture."""
+
+GROUP_SHARES = (0.02, 0.33, 0.35, 0.2, 0.1)
+"""Shares of pictures with 0 to 4 objects from then on."""
+
+ONE_OF_MANY = 0.35
+"""Share of the pictures with several objects whose caption names one of them alone: its words must find their own."""
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -66,6 +75,16 @@ def learning_rate(fraction: float, step: int) -> float:
 def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
     """int64 [size], 0 to 999, later (noisier) ones more often: that is where the words decide."""
     return (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
+
+
+def draw_caption(scene: SceneWords, rng: random.Random, drop: float) -> str:
+    """A caption to denoise a scene under: none, of all its objects, or of one of them. `drop`: as `caption_scene`'s."""
+    if rng.random() < CAPTION_DROPOUT:
+        return ""
+    objects = scene.objects
+    if len(objects) > 1 and rng.random() < ONE_OF_MANY:
+        objects = (rng.choice(objects),)
+    return caption_scene(objects, rng, drop, table=scene.table, wall=scene.wall).text
 
 
 def audible(ids: Tensor, words_only: Tensor) -> Tensor:
@@ -107,13 +126,10 @@ def train_unet(settings: Settings) -> None:
         while not run.finished:
             fraction = run.fraction
             run.set_rate(learning_rate(fraction, run.step))
-            early = fraction < 0.4
-            rows = scenes.sample_indices(rng, BATCH, (0.02, 0.85, 0.13, 0.0, 0.0) if early else COUNT_SHARES)
+            early = fraction < SINGLES_SHARE
+            rows = scenes.sample_indices(rng, BATCH, (0.02, 0.85, 0.13, 0.0, 0.0) if early else GROUP_SHARES)
             drop = 0.15 if fraction < 0.2 else 0.4
-            captions = [
-                "" if words.random() < CAPTION_DROPOUT else caption_scene(scenes.words[row], words, drop).text
-                for row in rows
-            ]
+            captions = [draw_caption(scenes.words[row], words, drop) for row in rows]
             encoded = tokenizer(
                 captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
             )

@@ -1,4 +1,6 @@
-"""The `vae` stage: a diffusers `AutoencoderKL` that shrinks 64-pixel pictures to 4-channel latents of 16x16."""
+"""The `vae` stage: a diffusers `AutoencoderKL` that shrinks 64-pixel pictures to 4-channel latents of 16x16; and the
+`decoder` stage, which trains its decoder on while the latents, and so the UNet, stay what they are.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from icekit_tabletop.train.checkpoint import Run, load_state
 from icekit_tabletop.train.data import load_scenes
@@ -16,6 +18,7 @@ from icekit_tabletop.train.settings import IMAGE_SIZE, Settings, autocast
 
 BATCH = 16
 PEAK_RATE = 2e-3
+DECODER_RATE = 1e-3
 WARMUP_STEPS = 100
 KL_WEIGHT = 1e-5
 
@@ -37,9 +40,11 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
 
 
 def load_vae(settings: Settings) -> AutoencoderKL:
-    """The averaged autoencoder of the latest checkpoint, in evaluation mode, its scaling factor set."""
-    path = settings.work / "vae.safetensors"
-    weights, info = load_state(path, "average/")
+    """The averaged autoencoder of the latest checkpoints, in evaluation mode, its scaling factor set."""
+    weights, info = load_state(settings.work / "vae.safetensors", "average/")
+    decoder = settings.work / "decoder.safetensors"
+    if decoder.exists():
+        weights |= load_state(decoder, "average/")[0]
     vae = build_vae(float(info["extra"].get("scaling_factor", 1.0)))
     vae.load_state_dict(weights)
     return vae.eval()
@@ -47,6 +52,52 @@ def load_vae(settings: Settings) -> AutoencoderKL:
 
 def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
+
+
+def _mirrored(images: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Copies of images [B, 3, H, W], those of `flips` (bool [B]) left to right."""
+    images = images.copy()
+    images[flips] = images[flips, :, :, ::-1]
+    return images
+
+
+def _picture_loss(decoded: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
+    """Absolute and squared error, and the error of the edges. Also returns the PSNR in dB; pixels in -1..1."""
+    error = decoded.float() - pixels
+    squared = error.square().mean()
+    edges = sum(part.abs().mean() for part in _edges(error))
+    # Pixels span 2, hence the factor 4.
+    return error.abs().mean() + squared + 0.25 * edges, 10 * math.log10(4 / max(1e-8, squared.item()))
+
+
+def train_decoder(settings: Settings) -> None:
+    """Trains the decoder on `settings.decoder_images` samples; weights go to `<work>/decoder.safetensors`."""
+    device = settings.torch_device
+    torch.manual_seed(settings.seed)
+    scenes = load_scenes(settings.work)
+    latents = np.load(settings.work / "latents.npy", mmap_mode="r", allow_pickle=False)
+    vae = load_vae(settings).to(device).to(memory_format=torch.channels_last)
+    scale = float(vae.config.scaling_factor)
+    decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    optimiser = torch.optim.AdamW(decoder.parameters(), lr=DECODER_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    with Run(settings, "decoder", decoder, optimiser, settings.decoder_images, 0.998) as run:
+        rng = np.random.default_rng([settings.seed, run.step, 5])
+        decoder.train()
+        while not run.finished:
+            cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
+            run.set_rate(DECODER_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
+            rows = np.sort(rng.integers(len(scenes.images), size=BATCH))
+            flips = rng.random(BATCH) < 0.5
+            pixels = torch.from_numpy(_mirrored(scenes.images[rows], flips)).to(device).float().div_(127.5).sub_(1)
+            codes = torch.from_numpy(latents[flips.astype(int), rows].astype(np.float32)).to(device) / scale
+            with autocast(device):
+                decoded = vae.decode(codes.contiguous(memory_format=torch.channels_last)).sample
+            loss, psnr = _picture_loss(decoded, pixels)
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+            optimiser.step()
+            run.advance(BATCH, {"loss": loss.item(), "psnr": psnr})
 
 
 def train_vae(settings: Settings) -> None:
@@ -64,20 +115,16 @@ def train_vae(settings: Settings) -> None:
             cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
             run.set_rate(PEAK_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
             rows = rng.integers(len(scenes.images), size=BATCH)
-            batch = scenes.images[rows]
-            flips = rng.random(BATCH) < 0.5
-            batch[flips] = batch[flips, :, :, ::-1]
+            batch = _mirrored(scenes.images[rows], rng.random(BATCH) < 0.5)
             pixels = torch.from_numpy(batch).to(device).float().div_(127.5).sub_(1)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             with autocast(device):
                 posterior = vae.encode(pixels).latent_dist
-                decoded = vae.decode(posterior.sample()).sample.float()
-            error = decoded - pixels
-            squared = error.square().mean()
-            edges = sum(part.abs().mean() for part in _edges(error))
+                decoded = vae.decode(posterior.sample()).sample
+            picture, psnr = _picture_loss(decoded, pixels)
             kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
             # The clamp keeps one bad early batch from an outsized step.
-            loss = error.abs().mean() + squared + 0.25 * edges + KL_WEIGHT * kl.clamp(max=1e4)
+            loss = picture + KL_WEIGHT * kl.clamp(max=1e4)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -85,8 +132,6 @@ def train_vae(settings: Settings) -> None:
             deviation = float(posterior.mean.detach().float().std())
             kept = run.extra.get("scaling_factor")
             run.extra["scaling_factor"] = 1 / deviation if kept is None else 0.99 * kept + 0.01 / deviation
-            # Pixels span 2, hence the factor 4.
-            psnr = 10 * math.log10(4 / max(1e-8, squared.item()))
             run.advance(BATCH, {"loss": loss.item(), "psnr": psnr, "kl": kl.item()})
         if run.step > first:  # else the latents in use keep their scale
             run.extra["scaling_factor"] = measure_scaling(vae, run.average.state, scenes.images, rng)

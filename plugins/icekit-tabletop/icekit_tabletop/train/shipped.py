@@ -1,0 +1,46 @@
+"""The `continue` stage: the shipped weights as checkpoints, so that more training starts where the last ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from icekit_tabletop.train.checkpoint import append_log, save_state
+from icekit_tabletop.train.export import HISTORY
+from icekit_tabletop.train.settings import Settings
+
+
+def _checkpoint(path: Path, weights: dict[str, Tensor], seen: int, **extra: float) -> None:
+    whole = {name: (t.float() if t.is_floating_point() else t) for name, t in weights.items()}
+    state = {f"{part}/{name}": tensor for part in ("weights", "average") for name, tensor in whole.items()}
+    save_state(path, state, {"seen": seen, "step": 0, "minutes": 0.0, "extra": extra})
+
+
+def continue_models(settings: Settings) -> None:
+    """Writes `<work>/{clip,clip-image,vae,unet}.safetensors` from `<models>`, where they do not exist yet. The
+    optimisers start afresh; the samples seen are carried on.
+
+    Raises ``FileNotFoundError`` when the models folder is not complete.
+    """
+    folder = settings.models / "stable-diffusion"
+    seen = json.loads((settings.models / HISTORY).read_text())
+    vae = json.loads((folder / "vae" / "config.json").read_text())
+    clip = load_file(str(settings.models / "open-clip" / "open_clip_model.safetensors"))
+    weights = {
+        "clip": clip,
+        "clip-image": {n.removeprefix("visual."): t for n, t in clip.items() if n.startswith("visual.")},
+        "vae": load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors")),
+        "unet": load_file(str(folder / "unet" / "diffusion_pytorch_model.safetensors")),
+    }
+    for stage, tensors in weights.items():
+        target = settings.work / f"{stage}.safetensors"
+        if target.exists():
+            print(f"continue: {target} exists and stays", file=sys.stderr)
+            continue
+        extra = {"scaling_factor": vae["scaling_factor"]} if stage == "vae" else {}
+        _checkpoint(target, tensors, seen.get(stage, 0), **extra)
+        append_log(settings.work, stage="continue", model=stage, seen=seen.get(stage, 0))
