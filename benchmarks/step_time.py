@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from icekit.builtin.ice import IceLearner, IceSettings
 from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.protocols import Attribute, Region, Step
+from icekit.protocols import Attribute, InputError, Region, Step
 
 GOAL = 1.25
 
@@ -110,12 +110,11 @@ def random_pipeline(model: str) -> Any:
 def load_backbone(model: str, device: torch.device) -> tuple[StableDiffusion, str]:
     """The backbone, and in words which weights it has."""
     if model == "tabletop":
-        from icekit_tabletop import model_dir
+        from icekit_tabletop.backbone import Tabletop
 
         try:
-            settings = StableDiffusion.Settings(model=str(model_dir()), dtype="float32")
-            return StableDiffusion(settings, device), "the package's weights"
-        except FileNotFoundError:
+            return Tabletop(Tabletop.Settings(dtype="float32"), device), "the package's weights"
+        except InputError:  # never trained
             pass
     torch.manual_seed(0)
     backbone = StableDiffusion.from_pipeline(random_pipeline(model), device, StableDiffusion.Settings(dtype="float32"))

@@ -169,6 +169,16 @@ def test_embed_is_the_pooled_part_of_encode(encoder):
     torch.testing.assert_close(encoder.embed(texts), encoder.encode(texts)[1])
 
 
+def test_encode_words_is_encode_without_the_padding(encoder):
+    prompts = ["cup", "a photo of a cup"]
+    sequence, pooled = encoder.encode(prompts)
+    words, same, mask = encoder.encode_words(prompts)
+    assert words.shape[1] == 7 < encoder.length  # start, five words, end
+    torch.testing.assert_close(words, sequence[:, :7])
+    torch.testing.assert_close(same, pooled)
+    assert mask.tolist() == [[True] * 2 + [False] * 5, [True] * 6 + [False]]
+
+
 def test_a_prompt_too_long_is_refused(encoder):
     encoder.encode(["cup " * 75])
     with pytest.raises(InputError, match=r"prompt too long, 78 tokens of at most 77: 'cup cup .*\.\.\.'"):

@@ -155,8 +155,10 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See ``protocols.Backbone``. Raises InputError for a prompt too long or with an unknown ``<token>``."""
-        sequence, pooled = self._text.encode(prompts)
-        return Conditioning(sequence, pooled, {"mask": self._text.word_mask(prompts)} if self._words_only else {})
+        if self._words_only:  # then nobody attends to the padding: it need not be there
+            sequence, pooled, words = self._text.encode_words(prompts)
+            return Conditioning(sequence, pooled, {"mask": words})
+        return Conditioning(*self._text.encode(prompts))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """See ``protocols.Backbone``. Raises InputError for a text too long or with an unknown ``<token>``."""
@@ -242,7 +244,6 @@ class StableDiffusion:
         images: list[Image.Image] = []
         with self._adapted(lora):
             self._text.token_ids(prompts)  # refuse a wrong prompt before the first image is made
-            negative = self.encode_prompts([""])
             # Without a text encoder the pipeline takes the embeddings as they are, in the noise predictor's dtype.
             sampling = StableDiffusionPipeline(
                 vae=self._vae,
@@ -257,12 +258,13 @@ class StableDiffusion:
             sampling.set_progress_bar_config(disable=True)
             for start in range(0, len(prompts), self._images_at_once):
                 batch = slice(start, start + self._images_at_once)
-                positive = self.encode_prompts(prompts[batch])
-                sequence = positive.sequence.to(self.unet.dtype)
-                with self._masked(positive, negative if guidance_scale > 1 else None):
+                count = len(prompts[batch])
+                conditioning = self.encode_prompts(["", *prompts[batch]])  # together: sequences of one length
+                negative, positive = conditioning.sequence.to(self.unet.dtype).split([1, count])
+                with self._masked(conditioning.extra.get("mask"), guided=guidance_scale > 1):
                     latents = sampling(
-                        prompt_embeds=sequence,
-                        negative_prompt_embeds=negative.sequence.to(sequence).expand_as(sequence),
+                        prompt_embeds=positive,
+                        negative_prompt_embeds=negative.expand_as(positive),
                         height=self.image_size,
                         width=self.image_size,
                         num_inference_steps=steps,
@@ -277,14 +279,16 @@ class StableDiffusion:
         return images
 
     @contextmanager
-    def _masked(self, positive: Conditioning, negative: Conditioning | None) -> Iterator[None]:
-        """The noise predictor under the prompts' mask: diffusers' pipeline has no argument for it."""
-        if "mask" not in positive.extra:
+    def _masked(self, mask: Tensor | None, *, guided: bool) -> Iterator[None]:
+        """The noise predictor under a mask, bool ``[1 + B, L]``, of the empty prompt and the prompts: diffusers'
+        pipeline has no argument for it.
+        """
+        if mask is None:
             yield
             return
-        mask = positive.extra["mask"]
-        if negative is not None:  # classifier-free guidance: the pipeline puts the negative half of the batch first
-            mask = torch.cat([negative.extra["mask"].expand_as(mask), mask])
+        empty, mask = mask[:1], mask[1:]
+        if guided:  # classifier-free guidance: the pipeline puts the negative half of the batch first
+            mask = torch.cat([empty.expand_as(mask), mask])
         hook = self.unet.register_forward_pre_hook(
             lambda _unet, arguments, named: (arguments, {**named, "encoder_attention_mask": mask}), with_kwargs=True
         )

@@ -146,28 +146,41 @@ class TextEncoder:
         ids = self.token_ids(prompts)
         attention_mask = None
         if getattr(self.model.config, "use_attention_mask", False):  # a flag of diffusers' pipelines
-            first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1, keepdim=True)
-            attention_mask = (torch.arange(self.length, device=ids.device) <= first_end).long()
+            attention_mask = (torch.arange(self.length, device=ids.device) <= self._end(ids)[:, None]).long()
         sequence = self.model(ids, attention_mask=attention_mask).last_hidden_state
         return sequence, pool_at_end(sequence, ids, self.tokenizer.eos_token_id)
 
-    def word_mask(self, prompts: Sequence[str]) -> Tensor:
-        """The positions of the start token and the words: bool ``[B, length]``, False at the end token and padding."""
-        ids = self.token_ids(prompts)
-        first_end = (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1, keepdim=True)
-        return torch.arange(self.length, device=ids.device) < first_end
+    def encode_words(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """As ``encode``, without the positions after the longest prompt's end, and with a mask of the words.
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
-        """The pooled part of ``encode``, ``[B, D]`` of length one, without the positions after the last text's end.
-
-        Attention is causal: no position up to a text's end depends on what follows it.
+        Returns:
+            Sequence ``[B, L, D]``, pooled ``[B, D]``, and the positions of the start token and the words, bool
+            ``[B, L]``: False at the end token and after it.
 
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self.token_ids(texts)
-        longest = int((ids == self.tokenizer.eos_token_id).int().argmax(dim=-1).max()) + 1
-        ids = ids[:, :longest]
+        ids = self._unpadded_ids(prompts)
+        sequence = self.model(ids).last_hidden_state
+        words = torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
+        return sequence, pool_at_end(sequence, ids, self.tokenizer.eos_token_id), words
+
+    def _end(self, ids: Tensor) -> Tensor:
+        """The place of each prompt's first end token: int64 ``[B]``."""
+        return (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
+
+    def _unpadded_ids(self, prompts: Sequence[str]) -> Tensor:
+        """``token_ids`` up to the longest prompt's end. Attention is causal: nothing before depends on what follows."""
+        ids = self.token_ids(prompts)
+        return ids[:, : int(self._end(ids).max()) + 1]
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """The pooled part of ``encode``, ``[B, D]`` of length one, without the positions after the longest text's end.
+
+        Raises:
+            InputError: see ``token_ids``.
+        """
+        ids = self._unpadded_ids(texts)
         return pool_at_end(self.model(ids).last_hidden_state, ids, self.tokenizer.eos_token_id)
 
     def word_embedding(self, word: str) -> Tensor:
