@@ -11,6 +11,7 @@ from icekit.builtin.denoising import coverage, latent_mask, masked_denoising_los
 def test_timestep_density_by_hand() -> None:
     # T = 2: 1 - 0.5 cos 0 = 0.5 and 1 - 0.5 cos(pi / 2) = 1.
     assert timestep_density(2).tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert timestep_density(4, 0.5, 1.0).tolist() == pytest.approx([0, 0, 1 / (2 + 0.5**1.5), 1 - 1 / (2 + 0.5**1.5)])
     density = timestep_density(1000)
     assert density.sum().item() == pytest.approx(1.0)
     assert (density[999] / density[0]).item() == pytest.approx((1 + 0.5 * math.cos(math.pi / 1000)) / 0.5)

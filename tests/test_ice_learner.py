@@ -135,6 +135,33 @@ def test_nothing_but_the_rows_changes_or_gets_gradients(learn: Learn, backbone: 
         assert all(p.grad is None and not p.requires_grad for p in part.parameters())
 
 
+def test_a_token_of_words_is_a_weighted_mean_of_their_rows(learn: Learn, backbone: StableDiffusion) -> None:
+    """From the plain mean, in the direction that the loss says, and nowhere else."""
+    words = torch.stack([backbone.word_embedding(word) for word in COLOUR.vocabulary])
+    tokens = learn(attribute_rows="words", word_learning_rate=0.3, steps=8)[0].tokens
+    for name in ("<cup-0-colour>", "<metal-ball-1-colour>"):
+        weights = torch.linalg.lstsq(words.T, tokens[name]).solution
+        torch.testing.assert_close(weights @ words, tokens[name])
+        assert weights.min() > 0 and weights.sum().item() == pytest.approx(1, abs=1e-4)
+        assert (weights - 0.5).abs().max() > 0.01
+
+
+def test_a_vocabulary_of_one_word_leaves_the_token_free(learn: Learn) -> None:
+    lone = Attribute("shine", anchor="metal", vocabulary=("metal",))
+    free = learn(attributes=(lone,))[0].tokens
+    assert_same(learn(attributes=(lone,), attribute_rows="words")[0].tokens, free)
+
+
+def test_a_killed_run_of_word_tokens_goes_on_bit_for_bit(learn: Learn) -> None:
+    settings = {"attribute_rows": "words", "steps": 6, "checkpoint_every": 1}
+    whole = learn(**settings)[0]
+    memory = Memory()
+    with pytest.raises(Killed):
+        learn(checkpoint=memory, kill_at=5, **settings)
+    assert_same(learn(checkpoint=memory, **settings)[0].tokens, whole.tokens)
+    assert_same(learn(checkpoint=memory, **settings)[0].tokens, whole.tokens)  # complete already
+
+
 def test_without_attributes_all_steps_are_phase_one(learn: Learn) -> None:
     learned, steps = learn(attributes=(), steps=3)
     assert [step.phase for step in steps] == ["object"] * 3
@@ -276,6 +303,8 @@ def test_settings_refuse_what_cannot_work() -> None:
         IceSettings(templates=("a photo",))
     with pytest.raises(ValueError, match="extra"):
         IceSettings(step=3)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="two rising shares"):
+        IceSettings(timestep_range=(0.9, 0.4))
     assert IceSettings().steps == 800
 
 

@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def timestep_density(num_timesteps: int) -> Tensor:
+def timestep_density(num_timesteps: int, start: float = 0.0, end: float = 1.0) -> Tensor:
     """ICE's density of training timesteps: p(t) proportional to 1 - 0.5 cos(pi t / T), t = 0 ... T - 1.
 
-    Later, noisier steps come up to three times as often as early ones. Returns float64 ``[T]``, which sums to one.
+    Later, noisier steps come up to three times as often as early ones. Outside of ``[start T, end T)``, shares of the
+    schedule, it is zero. Returns float64 ``[T]``, which sums to one.
     """
     t = torch.arange(num_timesteps, dtype=torch.float64)
     density = 1 - 0.5 * torch.cos(math.pi * t / num_timesteps)
+    density[(t < start * num_timesteps) | (t >= end * num_timesteps)] = 0
     return density / density.sum()
 
 

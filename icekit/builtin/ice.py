@@ -14,21 +14,21 @@ they contain no new token, so that while embeddings alone are trained their grad
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from icekit.builtin.denoising import coverage, latent_mask, masked_denoising_loss, offset_noise, timestep_density
 from icekit.builtin.lora import lora_adapter
+from icekit.builtin.prior import prior_latents, prior_loss
 from icekit.builtin.templates import PHOTO_TEMPLATES
+from icekit.builtin.training import Group, Losses, Trainer, step_generator
 from icekit.builtin.triplet import intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
 from icekit.protocols import (
@@ -40,17 +40,9 @@ from icekit.protocols import (
     InputError,
     Learned,
     Region,
-    RunError,
     Step,
     token_names,
 )
-
-Losses = dict[str, Tensor]
-"""Scalars by name; ``total`` is what is minimised."""
-
-GRADIENT_SCALE = 1024.0
-"""Losses are multiplied by this before backpropagation and gradients divided after it: in float16 the denoising loss's
-gradients would underflow. A power of two, so that in float32 it changes nothing."""
 
 
 class IceSettings(ComponentSettings):
@@ -66,6 +58,17 @@ class IceSettings(ComponentSettings):
     object_margin: float = Field(0.05, ge=0, description="margin of the object triplet")
     intrinsic_margin: float = Field(0.7, ge=0, description="factor in the margins of the intrinsic triplet")
     noise_offset: float = Field(0.1, ge=0, description="standard deviation of the noise added to whole channels")
+    timestep_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="share of the noise schedule that steps are drawn from; paper: all of it"
+    )
+    attribute_rows: Literal["free", "words"] = Field(
+        "free",
+        description="free: an attribute token can become any row, and starts from the instance's (paper); words: it is "
+        "a weighted mean of the rows of its attribute's vocabulary, and the weights are learned",
+    )
+    word_learning_rate: float = Field(
+        0.2, gt=0, description="AdamW's learning rate of those weights (of their logarithms), constant"
+    )
     flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
     by_area: bool = Field(False, description="divide a concept's denoising loss by its mask's share of the image")
     attention_resolution: int | None = Field(
@@ -85,6 +88,13 @@ class IceSettings(ComponentSettings):
     refine_rank: int = Field(4, ge=1, description="rank of the LoRA adapter")
     prior_images: int = Field(64, ge=0, description="images generated to preserve the prior when refining; paper: 1000")
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _rising_shares(cls, shares: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= shares[0] < shares[1] <= 1:
+            raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
+        return shares
 
     @field_validator("templates")
     @classmethod
@@ -133,12 +143,6 @@ class IceLearner:
         return lesson.run(checkpoint, on_step)
 
 
-def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    """The randomness of one step, from the seed and the step's number alone: a resumed run draws what it would have."""
-    digest = hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
 def nearest_resolution(resolutions: Sequence[int], wanted: int = 16) -> int:
     """The side of the attention grid nearest to ``wanted`` by ratio; of two as near, the larger."""
     return min(resolutions, key=lambda side: (abs(math.log(side / wanted)), -side))
@@ -157,6 +161,23 @@ class Draw:
     flipped: Tensor
     templates: list[int]
     coins: list[bool]
+
+
+class Mixture:
+    """A row that is a weighted mean of words' rows: softmax(logits) @ rows, at first the plain mean.
+
+    Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
+
+    rows: float32 ``[W, D]``. logits: a parameter ``[W]``.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.logits = nn.Parameter(torch.zeros(len(rows), device=rows.device), requires_grad=False)
+
+    def row(self) -> Tensor:
+        """``[D]``; gradients flow to the logits."""
+        return self.logits.softmax(dim=0) @ self.rows
 
 
 class Lesson:
@@ -179,8 +200,8 @@ class Lesson:
         self.names = [token_names(region, attributes) for region in regions]
         self.resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
         self.object_steps = (settings.steps + 1) // 2 if attributes else settings.steps
-        self.density = timestep_density(backbone.num_timesteps)
-        self._positions: dict[str, Tensor] = {}
+        self.density = timestep_density(backbone.num_timesteps, *settings.timestep_range)
+        self._positions: dict[tuple[str, int], Tensor] = {}
 
         masks = torch.stack([region.mask for region in regions]).to(backbone.device)
         sides = [masks, masks.flip(-1)]
@@ -199,31 +220,84 @@ class Lesson:
             row = backbone.word_embedding(region.word).detach().to(backbone.device, torch.float32)
             self.rows |= {name: nn.Parameter(row.clone(), requires_grad=False) for name in names.values()}
         backbone.set_tokens(self.rows)
+        self.mixtures = self._build_mixtures() if settings.attribute_rows == "words" else {}
         self._check_prompts_fit()
 
     def run(self, checkpoint: Checkpoint, on_step: Callable[[Step], None]) -> Learned:
         """All phases, from where ``checkpoint`` stands."""
-        trainer = Trainer(self, checkpoint, on_step)
+        settings = self.settings
+        trainer = Trainer(
+            self.rows,
+            {"seed": self.seed, "settings": settings.model_dump(mode="json", exclude={"checkpoint_every"})},
+            settings.steps + settings.refine_steps,
+            checkpoint,
+            on_step,
+            weight_decay=settings.weight_decay,
+            gradient_clip=settings.gradient_clip,
+            checkpoint_every=settings.checkpoint_every,
+        )
         trainer.restore(self.rows, "row")
+        logits = {name: mixture.logits for name, mixture in self.mixtures.items()}
+        trainer.restore(logits, "logits")
+        trainer.kept |= {f"logits/{name}": parameter for name, parameter in logits.items()}
 
         with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
             trainer.train(
                 "object",
-                [{names[kind]: self.rows[names[kind]] for kind in ("category", "instance")} for names in self.names],
+                [self._group(names, ["category", "instance"]) for names in self.names],
                 range(1, self.object_steps + 1),
                 lambda step: self.object_losses(step, maps),
+                loss_scale=len(self.regions),
             )
             if self.attributes:
                 if trainer.done == self.object_steps:
                     self._start_attributes_from_instances()
                 trainer.train(
                     "attributes",
-                    [{names[a.name]: self.rows[names[a.name]] for a in self.attributes} for names in self.names],
+                    [group for names in self.names for group in self._attribute_groups(names)],
                     range(self.object_steps + 1, self.settings.steps + 1),
                     lambda step: self.attribute_losses(step, maps),
+                    loss_scale=len(self.regions),
                 )
+                self._settle_mixtures()
         lora = self._refine(trainer) if self.settings.refine_steps else {}
         return Learned({name: row.detach().float().cpu().clone() for name, row in self.rows.items()}, lora)
+
+    def _group(self, names: Mapping[str, str], kinds: Sequence[str]) -> Group:
+        """One concept's tokens of these kinds: it learns as if it were alone."""
+        return Group({names[kind]: self.rows[names[kind]] for kind in kinds}, self.settings.learning_rate)
+
+    def _attribute_groups(self, names: Mapping[str, str]) -> list[Group]:
+        """One concept's attribute tokens: the free rows, and the weights of those that are mixtures of words."""
+        tokens = [names[attribute.name] for attribute in self.attributes]
+        free = {name: self.rows[name] for name in tokens if name not in self.mixtures}
+        mixed = {name: self.mixtures[name].logits for name in tokens if name in self.mixtures}
+        rate, word_rate = self.settings.learning_rate, self.settings.word_learning_rate
+        groups = [Group(free, rate), Group(mixed, word_rate, "word_learning_rate")]
+        return [group for group in groups if group.parameters]
+
+    # --- Attribute tokens that are mixtures of words -----------------------------------------------------------------
+
+    def _build_mixtures(self) -> dict[str, Mixture]:
+        """One for each attribute token whose vocabulary has two words or more that the backbone knows."""
+        mixtures: dict[str, Mixture] = {}
+        for attribute in self.attributes:
+            words = [word for word in attribute.vocabulary if self.backbone.knows(word)]
+            if len(words) > 1:
+                rows = torch.stack([self.backbone.word_embedding(word).float() for word in words])
+                mixtures |= {names[attribute.name]: Mixture(rows.to(self.backbone.device)) for names in self.names}
+        return mixtures
+
+    def _mix(self) -> None:
+        """Hand the backbone the mixtures' rows of now, with their gradients."""
+        if self.mixtures:
+            self.backbone.set_tokens(self.rows | {name: mixture.row() for name, mixture in self.mixtures.items()})
+
+    def _settle_mixtures(self) -> None:
+        """The mixtures' rows become the tokens' own."""
+        for name, mixture in self.mixtures.items():
+            self.rows[name].data.copy_(mixture.row().detach())
+        self.backbone.set_tokens(self.rows)
 
     # --- The phases' losses, one chunk of concepts after the other -------------------------------------------------
 
@@ -246,6 +320,7 @@ class Lesson:
         for chunk in self.chunks():
             prompts = [self.prompt(draw.templates[i], self.attribute_tokens(i)) for i in chunk]
             words = [[self.names[i][attribute.name] for attribute in self.attributes] for i in chunk]
+            self._mix()
             losses = self._denoising_losses(draw, chunk, prompts, maps)
             pooled = self._embed(words)
             slots = torch.cat([self._category_pooled[chunk].unsqueeze(1), pooled], dim=1)
@@ -266,12 +341,9 @@ class Lesson:
             yield self._total(self._denoising_losses(draw, chunk, prompts, maps), 0.0, len(chunk))
             if len(prior):
                 chosen = torch.randint(len(prior), (len(chunk),), generator=generator)
-                latents, timesteps, noise = prior[chosen], draw.timesteps[chunk], draw.noise[chunk]
-                conditioning = self.backbone.encode_prompts([prior_prompts[i] for i in chosen.tolist()])
-                noisy = self.backbone.add_noise(latents, noise, timesteps)
-                prediction = self.backbone.predict(noisy, timesteps, conditioning)
-                target = self.backbone.training_target(latents, noise, timesteps)
-                loss = (prediction.float() - target).square().mean() * (len(chunk) / len(self.regions))
+                prompts = [prior_prompts[i] for i in chosen.tolist()]
+                loss = prior_loss(self.backbone, prior[chosen], prompts, draw.timesteps[chunk], draw.noise[chunk])
+                loss = loss * (len(chunk) / len(self.regions))
                 yield {"prior": loss, "total": self.settings.prior_weight * loss}
 
     def _denoising_losses(self, draw: Draw, chunk: list[int], prompts: list[str], maps: AttentionMaps) -> Losses:
@@ -336,13 +408,13 @@ class Lesson:
 
     def _concept_positions(self, prompt: str, length: int) -> Tensor:
         """Weights ``[L]`` of the mean over the positions of a prompt's extra tokens."""
-        if prompt not in self._positions:
+        if (prompt, length) not in self._positions:
             tokens = [name for name in self.rows if name in prompt]
             positions = sorted({p for found in self.backbone.token_positions(prompt, tokens) for p in found})
             weights = torch.zeros(length)
             weights[positions] = 1 / len(positions)
-            self._positions[prompt] = weights.to(self.backbone.device)
-        return self._positions[prompt]
+            self._positions[prompt, length] = weights.to(self.backbone.device)
+        return self._positions[prompt, length]
 
     @cached_property
     def _category_pooled(self) -> Tensor:
@@ -390,7 +462,7 @@ class Lesson:
             with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
                 trainer.train(
                     "refine",
-                    [weights],
+                    [Group(weights, self.settings.refine_learning_rate, "refine_learning_rate")],
                     range(first, first + count),
                     lambda step: self.refine_losses(step, maps, prior, prior_prompts),
                 )
@@ -406,121 +478,6 @@ class Lesson:
         ]
         saved = trainer.saved.get("prior")
         if saved is None:
-            latents = [torch.empty(0, *self.backbone.latent_shape, device=self.backbone.device)]
-            for start in range(0, count, self.settings.max_batch):
-                part = slice(start, start + self.settings.max_batch)
-                images = self.backbone.generate(prompts[part], seeds=seeds[part])
-                pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
-                with torch.no_grad():
-                    scaled = (pixels.permute(0, 3, 1, 2).float() / 255).to(self.backbone.device)
-                    latents.append(self.backbone.encode_images(scaled).float())
-            saved = torch.cat(latents)
+            saved = prior_latents(self.backbone, prompts, seeds, self.settings.max_batch)
         trainer.kept["prior"] = saved
         return saved.to(self.backbone.device), prompts
-
-
-class Trainer:
-    """The loop of a phase: steps, AdamW, clipping, and a state that goes on bit for bit from where it was saved.
-
-    done: steps done so far, over all phases. saved: tensors of the state that was found. kept: tensors to save.
-    """
-
-    def __init__(self, lesson: Lesson, checkpoint: Checkpoint, on_step: Callable[[Step], None]) -> None:
-        self.settings, self.checkpoint, self.on_step = lesson.settings, checkpoint, on_step
-        self.total = lesson.settings.steps + lesson.settings.refine_steps
-        self.identity: dict[str, Any] = {
-            "tokens": list(lesson.rows),
-            "seed": lesson.seed,
-            "settings": lesson.settings.model_dump(mode="json", exclude={"checkpoint_every"}),
-        }
-        self.kept: dict[str, Tensor] = {f"row/{name}": row for name, row in lesson.rows.items()}
-        self.saved: Mapping[str, Tensor] = {}
-        self.done = 0
-        found = checkpoint.load()
-        if found is not None:
-            self.saved, state = found
-            for name, value in self.identity.items():
-                if state.get(name) != value:
-                    raise InputError(
-                        f"the saved learning state is of a run with other {name}: start again (--overwrite)"
-                    )
-            self.done = int(state["step"])
-
-    def restore(self, parameters: Mapping[str, Tensor], kind: str) -> None:
-        """Take these tensors' values from the saved state, where it has them."""
-        for name, parameter in parameters.items():
-            if f"{kind}/{name}" in self.saved:
-                parameter.data.copy_(self.saved[f"{kind}/{name}"])
-
-    def train(
-        self,
-        phase: str,
-        groups: Sequence[Mapping[str, nn.Parameter]],
-        steps: range,
-        losses_of: Callable[[int], Iterator[Losses]],
-    ) -> None:
-        """Train the parameters through ``steps``, as far as they are not done yet.
-
-        groups: parameters by name; gradients are clipped group by group. In the phases of tokens a group is one
-            concept's, and a loss averaged over concepts is multiplied by their number: each is learned as if alone.
-        losses_of: step -> losses, chunk by chunk. They are backpropagated one by one and add up.
-        """
-        if self.done >= steps[-1]:
-            return
-        named = {name: parameter for group in groups for name, parameter in group.items()}
-        refining = phase == "refine"
-        optimizer = torch.optim.AdamW(
-            named.values(),
-            lr=self.settings.refine_learning_rate if refining else self.settings.learning_rate,
-            weight_decay=self.settings.weight_decay,
-            fused=True,
-        )
-        self._restore_optimizer(optimizer, named)
-        for parameter in named.values():
-            parameter.requires_grad_(True)
-        for step in range(self.done + 1, steps.stop):
-            optimizer.zero_grad()
-            sums: dict[str, float] = {}
-            for losses in losses_of(step):
-                values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-                self._check_finite(values, phase, step, refining)
-                (losses["total"] * (len(groups) * GRADIENT_SCALE)).backward()
-                sums = {name: sums.get(name, 0.0) + values.get(name, 0.0) for name in [*values, *sums]}
-            for parameter in named.values():
-                if parameter.grad is not None:
-                    parameter.grad /= GRADIENT_SCALE
-            for group in groups:
-                nn.utils.clip_grad_norm_(group.values(), self.settings.gradient_clip)
-            optimizer.step()
-            self.done = step
-            self.on_step(Step(step, self.total, phase, sums))
-            if step % self.settings.checkpoint_every == 0 or step == steps[-1]:
-                self._save(optimizer, named)
-        for parameter in named.values():
-            parameter.requires_grad_(False)
-            parameter.grad = None
-
-    def _save(self, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-        moments = {
-            f"adamw.{key}/{name}": value
-            for name, parameter in named.items()
-            for key, value in optimizer.state[parameter].items()
-        }
-        tensors = {name: tensor.detach().cpu().clone() for name, tensor in (self.kept | moments).items()}
-        self.checkpoint.save(tensors, {**self.identity, "step": self.done})
-
-    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> None:
-        for name, parameter in named.items():
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"adamw.{key}/{name}" in self.saved:
-                    optimizer.state[parameter][key] = self.saved[f"adamw.{key}/{name}"].to(parameter.device).clone()
-
-    def _check_finite(self, values: Mapping[str, float], phase: str, step: int, refining: bool) -> None:
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            setting = "refine_learning_rate" if refining else "learning_rate"
-            rate = getattr(self.settings, setting)
-            raise RunError(
-                f"the {broken[0]} loss became {values[broken[0]]} in step {step} (phase {phase}); "
-                f"try a lower learner.{setting} than {rate:g}"
-            )

@@ -31,7 +31,9 @@ def lora_adapter(unet: nn.Module, rank: int, generator: torch.Generator) -> Iter
         InputError: the noise predictor is not a diffusers model.
     """
     if not hasattr(unet, "add_adapter"):
-        raise InputError(f"refine_steps: {type(unet).__name__} takes no LoRA adapter, only diffusers models do; use 0")
+        raise InputError(
+            f"the weights of {type(unet).__name__} cannot be trained: only diffusers' models take a LoRA adapter"
+        )
     from peft import LoraConfig
 
     model = cast(Any, unet)  # diffusers' mixin, which nn.Module does not know of

@@ -119,9 +119,10 @@ class TextEncoder:
                 raise InputError(
                     f"token {name}: its row has shape {list(row.shape)}, this model's have [{self.embedding_dim}]"
                 )
-        # Not normalised: found in the prompt exactly as written, before the tokenizer makes everything lower case.
-        self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in rows])
-        self._padded_ids.cache_clear()
+        if list(rows) != list(self._rows):  # else only the rows are new, as in every step of some learners
+            # Not normalised: found in the prompt exactly as written, before the tokenizer makes all letters lower case.
+            self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in rows])
+            self._padded_ids.cache_clear()
         self._rows = dict(rows)
         self._embedding.set_rows({self.tokenizer.convert_tokens_to_ids(name): row for name, row in rows.items()})
 

@@ -1,0 +1,32 @@
+"""Prior preservation (Ruiz et al., DreamBooth, CVPR 2023): fine-tuned weights must still draw what they drew before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from icekit.protocols import Backbone
+
+
+@torch.no_grad()
+def prior_latents(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[int], at_once: int) -> Tensor:
+    """Latents ``[N, c, h, w]``, float32, of what the model draws as it is: one image a prompt, ``at_once`` together."""
+    latents = [torch.empty(0, *backbone.latent_shape, device=backbone.device)]
+    for start in range(0, len(prompts), at_once):
+        part = slice(start, start + at_once)
+        images = backbone.generate(prompts[part], seeds=seeds[part])
+        pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
+        scaled = (pixels.permute(0, 3, 1, 2).float() / 255).to(backbone.device)
+        latents.append(backbone.encode_images(scaled).float())
+    return torch.cat(latents)
+
+
+def prior_loss(backbone: Backbone, latents: Tensor, prompts: Sequence[str], timesteps: Tensor, noise: Tensor) -> Tensor:
+    """The denoising loss on prior images ``[B, c, h, w]`` of these prompts: a scalar, the mean over everything."""
+    noisy = backbone.add_noise(latents, noise, timesteps)
+    prediction = backbone.predict(noisy, timesteps, backbone.encode_prompts(prompts))
+    target = backbone.training_target(latents, noise, timesteps)
+    return (prediction.float() - target).square().mean()
