@@ -11,7 +11,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --group dev \
-		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture
+		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture -e plugins/icekit-neighbours
 	touch $@
 
 demo: setup

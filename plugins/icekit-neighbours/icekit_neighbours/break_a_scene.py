@@ -1,0 +1,195 @@
+"""Break-A-Scene (Avrahami et al., SIGGRAPH Asia 2023): all concepts of a scene from one image and a mask for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from icekit.builtin.denoising import coverage, masked_denoising_loss
+from icekit.builtin.ice import nearest_resolution
+from icekit.builtin.lora import lora_adapter
+from icekit.builtin.training import Group, Losses, step_generator
+from icekit.protocols import (
+    AttentionMaps,
+    Attribute,
+    Backbone,
+    Checkpoint,
+    Learned,
+    Region,
+    Step,
+    token_names,
+)
+from icekit_neighbours.lesson import Draw, Lesson, Prior, WeightsSettings
+
+
+class BreakASceneSettings(WeightsSettings):
+    """Settings of ``BreakASceneLearner``; the defaults are the paper's, or are said to be ours."""
+
+    steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
+    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, phase one")
+    tuning_learning_rate: float = Field(2e-6, gt=0, description="AdamW's learning rate for the tokens, phase two")
+    weights_learning_rate: float = Field(
+        1e-4, gt=0, description="AdamW's learning rate of the LoRA adapter (the paper tunes all weights, at 2e-6)"
+    )
+    attention_weight: float = Field(1e-2, ge=0, description="weight of the cross-attention loss")
+    attention_resolution: int | None = Field(
+        None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
+    )
+    batch_size: int = Field(1, ge=1, description="subsets of the concepts in one step")
+    templates: tuple[str, ...] = Field(
+        ("a photo of {}",), min_length=1, description="prompts, {} where the tokens go, joined by 'and'"
+    )
+
+
+def union_sample(count: int, generator: torch.Generator) -> list[int]:
+    """A random subset of ``count`` concepts, in order: its size uniform in 1 to ``count``, then its members uniform."""
+    size = int(torch.randint(1, count + 1, (), generator=generator))
+    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+
+
+def union(masks: Tensor) -> Tensor:
+    """The union of masks of 0 and 1: ``[n, h, w]`` -> ``[h, w]``."""
+    return masks.amax(dim=0)
+
+
+def attention_loss(attention: Tensor, masks: Tensor) -> Tensor:
+    """The cross-attention loss (eq. 3): mean of (CA(v_i) - M_i)^2 over the tokens and the grid's cells.
+
+    Each map is divided by its maximum: a softmax over a whole prompt never comes near the 1 that a mask asks for.
+
+    Args:
+        attention: CA, float ``[n, r, r]``, at least zero, one map a token.
+        masks: M, ``[n, r, r]`` in [0, 1], how much of each cell the mask covers.
+
+    Returns:
+        A scalar.
+    """
+    highest = attention.amax(dim=(1, 2), keepdim=True)
+    return (attention / highest - masks).square().mean()
+
+
+class BreakASceneLearner:
+    """One token a concept, learned from random subsets of the concepts ("union sampling"), then the weights as well.
+
+        L = || M_s (eps - eps_theta(z_t, t, "a photo of v_i and v_j")) ||^2 + attention_weight * L_attention
+
+    with M_s the union of the subset's masks. Phase "embeddings", the first half of the steps, learns the tokens; phase
+    "weights" goes on with them and the noise predictor together, with prior preservation. The weights are trained as a
+    LoRA adapter, which is what a run can keep and diffusers reads; the text encoder stays as it is. A token's row is
+    that of the category, the instance and all attributes: it learns no attribute.
+    """
+
+    Settings = BreakASceneSettings
+
+    def __init__(self, settings: BreakASceneSettings, backbone: Backbone) -> None:
+        self.settings = settings
+        self.backbone = backbone
+
+    def learn(
+        self,
+        image: Tensor,
+        regions: Sequence[Region],
+        attributes: Sequence[Attribute],
+        *,
+        seed: int,
+        checkpoint: Checkpoint,
+        on_step: Callable[[Step], None],
+    ) -> Learned:
+        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
+
+        Raises:
+            InputError: an empty mask, concepts that do not fit into one prompt, or a saved state of another run.
+            RunError: a loss became NaN or infinite.
+        """
+        if not regions:
+            return Learned({})
+        settings = self.settings
+        names = [token_names(region, ())["category"] for region in regions]
+        rows = {name: self.backbone.word_embedding(region.word) for name, region in zip(names, regions, strict=True)}
+        scene = Scene(settings, self.backbone, image, regions, rows, seed)
+        tokens = [scene.rows[name] for name in names]
+        trainer = scene.trainer(settings.steps, checkpoint, on_step)
+        half = (settings.steps + 1) // 2
+        # The prior is the untouched model's, so its images are made before there is an adapter.
+        prior = Prior(scene, settings, trainer)
+
+        trainer.train(
+            "embeddings",
+            [Group(scene.rows, settings.learning_rate)],
+            range(1, half + 1),
+            lambda step: scene.losses(step, names),
+        )
+        with lora_adapter(self.backbone.unet, settings.weights_rank, step_generator(seed, "lora")) as weights:
+            trainer.restore(weights, "lora")
+            trainer.kept |= {f"lora/{name}": weight for name, weight in weights.items()}
+            trainer.train(
+                "weights",
+                [
+                    Group(scene.rows, settings.tuning_learning_rate, "tuning_learning_rate"),
+                    Group(weights, settings.weights_learning_rate, "weights_learning_rate"),
+                ],
+                range(half + 1, settings.steps + 1),
+                lambda step: scene.losses(step, names, prior),
+            )
+            return scene.learned(attributes, tokens, lora=weights)
+
+
+class Scene(Lesson):
+    """A lesson in all concepts of the image at once. ``attention_masks``: ``[2, C, r, r]``, covered shares of cells."""
+
+    def __init__(
+        self,
+        settings: BreakASceneSettings,
+        backbone: Backbone,
+        image: Tensor,
+        regions: Sequence[Region],
+        rows: dict[str, Tensor],
+        seed: int,
+    ) -> None:
+        super().__init__(settings, backbone, image, regions, rows, seed)
+        self._batch_size, self._attention_weight = settings.batch_size, settings.attention_weight
+        self._resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
+        self.attention_masks = torch.stack([coverage(side, self._resolution) for side in self.masks])
+        for template in settings.templates:  # the longest prompts, before a step is made
+            self.backbone.token_positions(template.replace("{}", " and ".join(rows)), list(rows))
+
+    def losses(self, step: int, names: Sequence[str], prior: Prior | None = None) -> Iterator[Losses]:
+        """One step's losses, chunk by chunk."""
+        count, generator = self._batch_size, step_generator(self.seed, "union", step)
+        draw = self.draw(step, count)
+        subsets = [union_sample(len(names), generator) for _ in range(count)]
+        for places in self.chunks(count):
+            # Prior images have no masks, and are predicted when the maps of these are read.
+            with self.backbone.capture_attention(cross=[self._resolution], places=("down", "up")) as maps:
+                losses = self._chunk(draw, places, subsets, names, maps)
+            yield {name: loss * (len(places) / count) for name, loss in losses.items()}
+            if prior is not None and (preserved := prior.losses(step, places, count)):
+                yield preserved
+
+    def _chunk(
+        self, draw: Draw, places: list[int], subsets: list[list[int]], names: Sequence[str], maps: AttentionMaps
+    ) -> Losses:
+        chosen = [subsets[place] for place in places]
+        prompts = [
+            self.prompt(draw.templates[place], " and ".join(names[i] for i in subset))
+            for place, subset in zip(places, chosen, strict=True)
+        ]
+        sides = draw.flipped[places].tolist()
+        prediction, target = self.denoise(self.latents[sides], draw, places, prompts)
+        masks = [union(self.latent_masks[side, subset]) for side, subset in zip(sides, chosen, strict=True)]
+        reconstruction = masked_denoising_loss(prediction, target, torch.stack(masks)).mean()
+        cross = maps.cross(self._resolution).float()
+        attention = torch.stack(
+            [
+                attention_loss(
+                    torch.stack([self.attention(cross[n], prompts[n], names[i]) for i in subset]),
+                    self.attention_masks[side, subset],
+                )
+                for n, (side, subset) in enumerate(zip(sides, chosen, strict=True))
+            ]
+        ).mean()
+        total = reconstruction + self._attention_weight * attention
+        return {"reconstruction": reconstruction, "attention": attention, "total": total}

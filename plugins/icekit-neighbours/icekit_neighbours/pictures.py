@@ -1,0 +1,75 @@
+"""The pictures of one concept that Textual Inversion and DreamBooth learn from, where there is but one image of many.
+
+Both were made for several images of one object. Break-A-Scene (Avrahami et al., SIGGRAPH Asia 2023) compares itself
+with them on small collections made from its one image: each object alone, before a background of one random colour.
+That is done here too. With the whole image instead every concept's token would learn the same, the whole image.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from icekit.builtin.training import step_generator
+from icekit_neighbours.lesson import LearnerSettings, Lesson
+
+Shown = Literal["alone", "image"]
+
+
+class PictureSettings(LearnerSettings):
+    """Settings of learners without masks of their own."""
+
+    shown: Shown = Field(
+        "alone", description="what a token learns: its object alone on plain colours, or the whole image as it is"
+    )
+    backgrounds: int = Field(8, ge=1, description="plain colours, random, that an object alone is shown on")
+    batch_size: int = Field(1, ge=1, description="pictures of each concept in one step")
+
+
+def alone(image: Tensor, mask: Tensor, colours: Tensor) -> Tensor:
+    """An object before plain colours: the image where the mask is, the colour elsewhere.
+
+    Args:
+        image: float32 ``[3, H, W]`` in [0, 1].
+        mask: bool ``[H, W]``.
+        colours: float32 ``[V, 3]`` in [0, 1].
+
+    Returns:
+        ``[V, 3, H, W]``.
+    """
+    return torch.where(mask, image, colours[:, :, None, None])
+
+
+@torch.no_grad()
+def picture_latents(lesson: Lesson, settings: PictureSettings, image: Tensor) -> Tensor:
+    """Each concept's pictures, plain and mirrored, as latents ``[C, 2, V, c, h, w]``: V backgrounds, or 1 image."""
+    if settings.shown == "image":
+        return lesson.latents[None, :, None].expand(len(lesson.regions), -1, 1, -1, -1, -1)
+    encoded = []
+    for region in lesson.regions:
+        generator = step_generator(lesson.seed, "backgrounds", region.index)
+        colours = torch.rand(settings.backgrounds, 3, generator=generator)
+        pictures = alone(image, region.mask, colours)
+        both = torch.cat([pictures, pictures.flip(-1)]).split(settings.max_batch)
+        latents = [lesson.backbone.encode_images(part.to(lesson.backbone.device)).float() for part in both]
+        encoded.append(torch.cat(latents).unflatten(0, (2, settings.backgrounds)))
+    return torch.stack(encoded)
+
+
+class PictureBook:
+    """A concept's pictures, drawn step by step: ``batch_size`` of each concept, those of one concept side by side."""
+
+    def __init__(self, lesson: Lesson, settings: PictureSettings, image: Tensor) -> None:
+        self._seed = lesson.seed
+        self._latents = picture_latents(lesson, settings, image)
+        self.concepts = [concept for concept in range(len(lesson.regions)) for _ in range(settings.batch_size)]
+        """The concept at each place of a step."""
+
+    def open(self, step: int, flipped: Tensor) -> Tensor:
+        """One step's pictures as latents, ``[n, c, h, w]``; flipped: int64 ``[n]``, 1 where mirrored."""
+        generator = step_generator(self._seed, "pictures", step)
+        shown = torch.randint(self._latents.shape[2], (len(self.concepts),), generator=generator)
+        return self._latents[torch.tensor(self.concepts, device=flipped.device), flipped, shown.to(flipped.device)]

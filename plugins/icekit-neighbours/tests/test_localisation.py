@@ -1,0 +1,149 @@
+"""ConceptExpress's localisation on attention that is planted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from icekit_neighbours.localisation import ConceptExpressSegmentor, connected_parts, salient_clusters
+from torch import Tensor
+
+from icekit.protocols import InputError, Proposer
+
+GRID = 8
+
+
+def two_squares() -> Tensor:
+    """0 for the background, 1 and 2 for two squares: int64 ``[8, 8]``."""
+    things = torch.zeros(GRID, GRID, dtype=torch.int64)
+    things[1:4, 1:4], things[5:8, 4:8] = 1, 2
+    return things
+
+
+class PlantedBackbone:
+    """Places of one thing attend to one another alone; ``seen[i]`` is what prompt position i looks at, ``[r, r]``."""
+
+    image_size, latent_shape, num_timesteps = 32, (4, 8, 8), 1000
+    device = torch.device("cpu")
+    attention_resolutions = (GRID,)
+
+    def __init__(self, things: Tensor, seen: dict[int, Tensor]) -> None:
+        self.things, self.seen = things, seen
+        self.prompts: list[str] = []
+
+    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+        return [[1 + prompt.split().index(word)] for word in words]
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+        self.prompts += prompts
+        return SimpleNamespace()
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        return torch.zeros(len(images), *self.latent_shape)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return latents + noise
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
+        return noisy
+
+    @contextlib.contextmanager
+    def capture_attention(self, cross: Any = (), self_: Any = (), places: Any = ()) -> Iterator[Any]:
+        yield SimpleNamespace(cross=self.cross, self_=self.self_attention)
+
+    def cross(self, resolution: int) -> Tensor:
+        maps = torch.zeros(1, 10, resolution, resolution)
+        for position, seen in self.seen.items():
+            maps[0, position] = seen
+        return maps
+
+    def self_attention(self, resolution: int) -> Tensor:
+        flat = self.things.flatten()
+        same = (flat[:, None] == flat[None, :]).float() + 0.01
+        return (same / same.sum(dim=1, keepdim=True))[None]
+
+
+def proposals(backbone: PlantedBackbone, **settings: Any) -> list[Tensor]:
+    segmentor = ConceptExpressSegmentor(ConceptExpressSegmentor.Settings(**settings), backbone)  # type: ignore[arg-type]
+    assert isinstance(segmentor, Proposer)
+    found = segmentor.propose(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    assert all(proposal.word is None for proposal in found)
+    return [proposal.mask for proposal in found]
+
+
+def enlarged(thing: Tensor) -> Tensor:
+    return thing.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+def overlap(mask: Tensor, other: Tensor) -> float:
+    return float((mask & other).sum() / (mask | other).sum())
+
+
+def test_what_the_end_token_hardly_looks_at_is_background() -> None:
+    things = two_squares()
+    masks = proposals(PlantedBackbone(things, {1: 0.1 + 0.5 * (things > 0).float()}), clusters=2)
+    assert len(masks) == 2
+    assert overlap(masks[0], enlarged(things == 2)) > 0.8  # largest first
+    assert overlap(masks[1], enlarged(things == 1)) > 0.8
+    assert not (masks[0] & masks[1]).any()
+
+
+def test_a_thing_that_is_not_looked_at_goes_with_the_background() -> None:
+    things = two_squares()
+    [mask] = proposals(PlantedBackbone(things, {1: 0.1 + 0.5 * (things == 1).float()}), clusters=2)
+    assert overlap(mask, enlarged(things == 1)) > 0.8
+
+
+def test_the_end_token_comes_after_the_caption() -> None:
+    things = two_squares()
+    seen = 0.1 + (things == 1).float()
+    backbone = PlantedBackbone(things, {3: 0.1 + (things == 2).float(), 4: seen})
+    [mask] = proposals(backbone, clusters=2, caption="photo of things")
+    assert set(backbone.prompts) == {"photo of things"}
+    assert overlap(mask, enlarged(things == 1)) > 0.8
+    [mask] = proposals(backbone, clusters=2, caption="photo of things", salient_by="last_word")
+    assert overlap(mask, enlarged(things == 2)) > 0.8
+
+
+def test_a_model_that_hides_the_end_token_is_named() -> None:
+    things = two_squares()
+    with pytest.raises(InputError, match=r"hides the end token .* segmentor.salient_by=last_word"):
+        proposals(PlantedBackbone(things, {0: torch.ones(GRID, GRID)}))
+
+
+def test_alike_things_that_do_not_touch_are_apart_if_asked_for() -> None:
+    things = (two_squares() > 0).long()
+    backbone = PlantedBackbone(things, {1: 0.1 + things.float()})
+    assert len(proposals(backbone, clusters=2)) == 1
+    assert len(proposals(backbone, clusters=2, apart=True)) == 2
+
+
+def test_salient_clusters_are_merged_below_the_limit_only() -> None:
+    sorts = np.array([[0.7, 0.1, 0.1, 0.1], [0.6, 0.2, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1], [0.1, 0.1, 0.1, 0.7]])
+    rows = np.repeat(sorts, 3, axis=0)
+    attention = np.repeat([1.0, 1.0, 1.0, 0.0], 3)
+
+    def clusters(limit: float) -> list[int]:
+        found = salient_clusters(rows, attention, clusters=4, salience=1.0, merge_below=limit)
+        return found[::3].tolist()
+
+    assert clusters(1e-3) == [0, 1, 2, -1]
+    assert clusters(0.2) == [0, 0, 1, -1]
+    assert clusters(9.0) == [0, 0, 0, -1]
+
+
+def test_connected_parts() -> None:
+    labels = np.array([[0, -1, 0], [0, -1, 1], [1, 1, 1]])
+    assert connected_parts(labels).tolist() == [[0, -1, 1], [0, -1, 2], [2, 2, 2]]
+
+
+def test_settings_refuse_what_cannot_work() -> None:
+    with pytest.raises(ValueError, match="caption must have a word"):
+        ConceptExpressSegmentor.Settings(salient_by="last_word")
+    with pytest.raises(InputError, match=r"segmentor.resolution: 16 is none of the backbone's grids: 8"):
+        proposals(PlantedBackbone(two_squares(), {}), resolution=16)
