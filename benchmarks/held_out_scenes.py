@@ -4,6 +4,8 @@
     python benchmarks/held_out_scenes.py --scenes 50 --given words        # the true words in place of the retriever's
     python benchmarks/held_out_scenes.py --scenes 50 --given masks        # the true masks in place of the segmentor's
     python benchmarks/held_out_scenes.py --scenes 50 --given words masks  # what is left is stage two
+    python benchmarks/held_out_scenes.py --retriever splice --segmentor diffseg
+    python benchmarks/held_out_scenes.py --split train --seed 1000        # scenes to choose settings on
 
 What a stage loses is the difference between two of these. Every object of every scene counts: one that was not found
 has IoU 0 and is named wrong. The last line is what chance would reach.
@@ -30,14 +32,14 @@ FIRST_SEED = 2_000_000_000
 """Scenes of this benchmark start here: beyond the training's seeds and the models' own evaluation."""
 
 
-def held_out_scene(seed: int, size: int) -> Scene:
-    """A scene of 1 to 3 objects, all of held-out combinations, no two of the same shape.
+def scene_of(seed: int, size: int, split: str = "held-out") -> Scene:
+    """A scene of 1 to 3 objects, all of held-out combinations (or none, ``train``), no two of the same shape.
 
     A word is used once a run, so two balls could not both be found; scenes with a shape twice are drawn again.
     """
     for attempt in range(1000):
         rng = np.random.default_rng([seed, attempt])
-        scene = render_scene(int(rng.integers(FIRST_SEED, 2**31)), n_objects=1 + seed % 3, size=size, split="held-out")
+        scene = render_scene(int(rng.integers(FIRST_SEED, 2**31)), n_objects=1 + seed % 3, size=size, split=split)
         shapes = [spec.shape for spec in scene.objects]
         if len(set(shapes)) == len(shapes):
             return scene
@@ -106,18 +108,31 @@ def share(rows: list[dict[str, Any]], key: str) -> str:
 @click.option("--scenes", default=50, show_default=True, help="Number of scenes.")
 @click.option("--seed", default=0, show_default=True, help="Number of the first scene.")
 @click.option("--given", multiple=True, type=click.Choice(["words", "masks"]), help="Give the pipeline the truth.")
+@click.option("--retriever", help="In place of the default.")
+@click.option("--segmentor", help="In place of the default.")
+@click.option("--split", default="held-out", show_default=True, type=click.Choice(["held-out", "train"]))
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting of icekit run.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write every object's row here.")
-def main(scenes: int, seed: int, given: tuple[str, ...], assignments: tuple[str, ...], out: Path | None) -> None:
+def main(
+    scenes: int,
+    seed: int,
+    given: tuple[str, ...],
+    retriever: str | None,
+    segmentor: str | None,
+    split: str,
+    assignments: tuple[str, ...],
+    out: Path | None,
+) -> None:
     """Run the pipeline on held-out scenes and print what it got right."""
     from icekit.settings import load_settings
 
-    chosen = load_settings(assignments=assignments).given()
+    components = {role: name for role, name in (("retriever", retriever), ("segmentor", segmentor)) if name}
+    chosen = load_settings(assignments=assignments, options={"components": components}).given()
     rows: list[dict[str, Any]] = []
     extra = 0
     seconds: list[float] = []
     for number in tqdm(range(seed, seed + scenes), unit="scene"):
-        scene = held_out_scene(number, size=64)
+        scene = scene_of(number, size=64, split=split)
         with tempfile.TemporaryDirectory() as folder:
             masks = Path(folder) / "masks"
             masks.mkdir()
@@ -130,7 +145,7 @@ def main(scenes: int, seed: int, given: tuple[str, ...], assignments: tuple[str,
             judged = judge(scene, found)
             extra += max(0, len(found.concepts) - len(judged)) if found else 0
         rows += [{"scene": number, **row} for row in judged]
-    click.echo(f"{scenes} held-out scenes, {len(rows)} objects; given: {', '.join(given) or 'nothing'}")
+    click.echo(f"{scenes} {split} scenes, {len(rows)} objects; given: {', '.join(given) or 'nothing'}")
     for key, label in {
         "found": "found, right word, IoU >= 0.5",
         "word": "right word on the best mask",

@@ -84,6 +84,14 @@ def test_suggestions_come_below_what_was_given() -> None:
     assert (given.min_visible, given.samples) == (0.1, 2)  # the defaults too, when somebody gave them
 
 
+def test_a_suggestion_for_one_component_is_for_that_one_alone() -> None:
+    learner = fake_plugins().resolve(load_settings()).components.learner
+    suggestions = {f"learner.{learner}.steps": 7, "learner.steps": 1, "learner.another.rate": 0.5, "learner.rate": 0.2}
+    full = fake_plugins().resolve(load_settings(), suggestions)
+    assert (full.learner["steps"], full.learner["rate"]) == (7, 0.2)
+    assert fake_plugins().resolve(load_settings(None, ["learner.steps=20"]), suggestions).learner["steps"] == 20
+
+
 def test_settings_file_runs_again(tmp_path: Path) -> None:
     plugins = fake_plugins()
     full = plugins.resolve(load_settings(None, ["learner.rate=1e-5", 'attributes=["color", "colour"]']))

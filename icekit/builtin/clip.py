@@ -1,7 +1,7 @@
 """The retriever of stage one: CLIP compares what is still visible with every word of a vocabulary.
 
-ICE (Cendra and Han, CVPR 2025) decomposes CLIP's image embedding sparsely and re-ranks with a second CLIP; here the
-words are ranked by one CLIP alone, against words for the background, which end the loop when they win.
+ICE (Cendra and Han, CVPR 2025) decomposes CLIP's image embedding sparsely and re-ranks with a second CLIP (``splice``);
+here the words are ranked by one CLIP alone, against words for the background, which end the loop when they win.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ CROP_MARGIN = 0.1
 """A crop is wider than the visible part by this share of its side, on every side."""
 
 
-def _one_or_more(value: Any) -> Any:
+def one_or_more(value: Any) -> Any:
+    """``"a {}"`` -> ``["a {}"]``: a setting that takes a list takes a single value, too."""
     return [value] if isinstance(value, str) else value
 
 
@@ -48,7 +49,7 @@ class ClipRetriever:
         vocabulary: str | tuple[str, ...] | None = Field(
             None, description="words to choose from: a list, or a text file with one a line; none: the built-in nouns"
         )
-        templates: Annotated[tuple[str, ...], BeforeValidator(_one_or_more)] = Field(
+        templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
             ("a photo of a {}",),
             min_length=1,
             description="prompts a word is put into, their embeddings averaged; each costs a pass over the vocabulary",
@@ -69,10 +70,7 @@ class ClipRetriever:
 
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
         self.settings = settings
-        self._device = backbone.device
-        for template in settings.templates:
-            if template.count("{}") != 1:
-                raise InputError(f"retriever.templates: {template!r} has no single {{}} for the word")
+        check_templates("templates", settings.templates)
         background = [word.lower() for word in settings.background]
         words = read_vocabulary(settings.vocabulary)
         known = [word for word in words if backbone.knows(word) and word not in background]
@@ -81,13 +79,10 @@ class ClipRetriever:
                 f"retriever.vocabulary: the backbone knows none of its {len(words)} words"
                 f" (they begin {', '.join(words[:3])})"
             )
-        self._model, self._tokenizer = load_clip(settings.model, settings.pretrained, backbone.device)
+        self._clip = ClipModel(settings.model, settings.pretrained, backbone.device)
         self._words, self._background = known, background
         self._plain: dict[str, Tensor] = {}
-        prompts = [[template.format(word) for template in settings.templates] for word in known + background]
-        embeddings = self._embed_texts([prompt for of_word in prompts for prompt in of_word])
-        averaged = embeddings.unflatten(0, (-1, len(settings.templates))).mean(dim=1)
-        self._prompted = F.normalize(averaged, dim=-1)
+        self._prompted = self._clip.embed_words(known + background, settings.templates)
 
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """Words that describe the view better than any word for the background, best first, at most ``top``.
@@ -95,15 +90,27 @@ class ClipRetriever:
         Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them. Scores are cosine
         similarities of image and prompt, in [-1, 1].
         """
-        similarity = (self._prompted @ self._embed_view(view)).tolist()
-        floor = max(similarity[len(self._words) :], default=-1.0)
-        ranked = sorted(zip(self._words, similarity, strict=False), key=lambda pair: -pair[1])
+        return self._unused(self._ranked(view), used, self.settings.top)
+
+    def _ranked(self, view: View) -> list[Candidate]:
+        """The words that outdo the background, best first."""
+        return self._above_background((self._prompted @ self._embed_view(view, self._clip)).tolist(), floor=-1.0)
+
+    def _above_background(self, scores: Sequence[float], floor: float) -> list[Candidate]:
+        """Words whose score is above those of all words for the background, and above ``floor``; best first."""
+        floor = max(scores[len(self._words) :], default=floor)
+        ranked = sorted(zip(self._words, scores, strict=False), key=lambda pair: -pair[1])
+        return [Candidate(word, score) for word, score in ranked if score > floor]
+
+    def _unused(self, ranked: Sequence[Candidate], used: Sequence[str], count: int) -> list[Candidate]:
+        """The first ``count`` that are neither one of the words used nor too similar to one."""
         found: list[Candidate] = []
-        for word, score in ranked:
-            if score <= floor or len(found) == self.settings.top:
+        for candidate in ranked:
+            if len(found) == count:
                 break
+            word = candidate.word
             if not any(word.casefold() == one.casefold() or self._too_similar(word, one) for one in used):
-                found.append(Candidate(word, score))
+                found.append(candidate)
         return found
 
     def similarity(self, one: str, other: str) -> float:
@@ -116,27 +123,71 @@ class ClipRetriever:
     def _text(self, word: str) -> Tensor:
         """A plain word's embedding ``[D]``, computed when first asked for: few words come into question."""
         if word not in self._plain:
-            self._plain[word] = self._embed_texts([word])[0]
+            self._plain[word] = self._clip.embed_texts([word])[0]
         return self._plain[word]
 
+    def _embed_view(self, view: View, model: ClipModel) -> Tensor:
+        return model.embed_view(view, self.settings.crop_below if self.settings.crop else 0.0)
+
+
+class ClipModel:
+    """A frozen CLIP model with its tokenizer. Embeddings are float32 on the CPU, L2-normalised.
+
+    Args:
+        model: as ``load_clip`` takes it.
+        pretrained: likewise.
+        device: where it runs.
+        prefix: of the settings ``model`` and ``pretrained`` in messages.
+
+    Raises:
+        InputError: no such model, weights or folder.
+        RunError: the weights cannot be fetched.
+    """
+
+    def __init__(self, model: str, pretrained: str, device: torch.device, prefix: str = "") -> None:
+        self._model, self._tokenizer = load_clip(model, pretrained, device, prefix)
+        self._device = device
+
     @torch.no_grad()
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> float32 ``[N, D]`` on the CPU, L2-normalised."""
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> ``[N, D]``."""
         batches = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
         embedded = [self._model.encode_text(self._tokenizer(list(batch)).to(self._device)) for batch in batches]
         return F.normalize(torch.cat(embedded).float(), dim=-1).cpu()
 
+    def embed_words(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
+        """Words -> ``[N, D]``: the mean of each word's embeddings in these prompts."""
+        embeddings = self.embed_texts([template.format(word) for word in words for template in templates])
+        return F.normalize(embeddings.unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
+
     @torch.no_grad()
-    def _embed_view(self, view: View) -> Tensor:
-        """Mean of the whole view's embedding and, if what is visible is small, of its crop's: ``[D]``, normalised."""
-        images = [view.pixels]
-        if self.settings.crop and bool(view.visible.any()):
-            top, left, side = visible_square(view.visible, CROP_MARGIN)
-            if side * side < self.settings.crop_below * view.visible.numel():
-                images.append(view.pixels[:, top : top + side, left : left + side])
+    def embed_images(self, images: Sequence[Tensor]) -> Tensor:
+        """Square images ``[3, S, S]`` in [0, 1], of any sizes -> ``[N, D]``."""
         batch = torch.stack([preprocess(image, self._model) for image in images])
-        embedded = F.normalize(self._model.encode_image(batch.to(self._device)).float(), dim=-1)
-        return F.normalize(embedded.mean(dim=0), dim=-1).cpu()
+        return F.normalize(self._model.encode_image(batch.to(self._device)).float(), dim=-1).cpu()
+
+    def embed_view(self, view: View, crop_below: float) -> Tensor:
+        """Mean of the whole view's embedding and, if what is visible is small, of its crop's: ``[D]``.
+
+        Small is a bounding square of less than ``crop_below`` of the image.
+        """
+        images = [view.pixels]
+        if crop_below > 0 and bool(view.visible.any()):
+            top, left, side = visible_square(view.visible, CROP_MARGIN)
+            if side * side < crop_below * view.visible.numel():
+                images.append(view.pixels[:, top : top + side, left : left + side])
+        return F.normalize(self.embed_images(images).mean(dim=0), dim=-1)
+
+
+def check_templates(setting: str, templates: Sequence[str]) -> None:
+    """Whether each prompt of this setting has one place for the word.
+
+    Raises:
+        InputError: one has none, or several.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(f"retriever.{setting}: {template!r} has no single {{}} for the word")
 
 
 def visible_square(visible: Tensor, margin: float) -> tuple[int, int, int]:
@@ -198,13 +249,14 @@ def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
     return words
 
 
-def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[Any, Any]:
+def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "") -> tuple[Any, Any]:
     """A frozen open_clip model and its tokenizer. Weights are read as tensors only, never as pickled programs.
 
     Args:
         model: a name of ``open_clip.list_models()``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH`` or a folder.
         pretrained: a tag of that name's weights, or a ``.safetensors`` file; ignored for folders and the hub.
         device: where it runs.
+        prefix: of the settings ``model`` and ``pretrained`` in messages.
 
     Raises:
         InputError: no such model, weights or folder.
@@ -212,15 +264,16 @@ def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[Any, A
     """
     import open_clip
 
+    setting = f"retriever.{prefix}"
     folder = Path(model.removeprefix("local-dir:")).expanduser()
     local = model.startswith("local-dir:") or (folder.is_dir() and model not in open_clip.list_models())
     if local:
-        _check_folder(model, folder)
+        _check_folder(f"{setting}model", model, folder)
         name, weights = f"local-dir:{folder}", None
     elif model.startswith("hf-hub:"):
         name, weights = model, None
     else:
-        _check_name(model, pretrained)
+        _check_name(setting, model, pretrained)
         name, weights = model, pretrained
     try:
         loaded = open_clip.create_model_from_pretrained(
@@ -230,32 +283,32 @@ def load_clip(model: str, pretrained: str, device: torch.device) -> tuple[Any, A
     except Exception as error:  # open_clip, the hub, the file system: each fails in its own way
         reason = " ".join(str(error).split()) or type(error).__name__
         if local:
-            raise InputError(f"retriever.model: {model} is not a folder that open_clip can load: {reason}") from error
+            raise InputError(f"{setting}model: {model} is not a folder that open_clip can load: {reason}") from error
         raise RunError(f"CLIP model {model} ({weights or 'its weights'}) cannot be loaded: {reason}") from error
     return loaded.requires_grad_(False).eval(), tokenizer
 
 
-def _check_folder(model: str, folder: Path) -> None:
+def _check_folder(setting: str, model: str, folder: Path) -> None:
     if not folder.is_dir():
-        raise InputError(f"retriever.model: no such folder: {model}")
+        raise InputError(f"{setting}: no such folder: {model}")
     if not (folder / "open_clip_config.json").is_file():
-        raise InputError(f"retriever.model: {model} is no open_clip folder: it has no open_clip_config.json")
+        raise InputError(f"{setting}: {model} is no open_clip folder: it has no open_clip_config.json")
     if not any(folder.glob("*.safetensors")):
-        raise InputError(f"retriever.model: {model} has no weights as .safetensors (pickled weights are not loaded)")
+        raise InputError(f"{setting}: {model} has no weights as .safetensors (pickled weights are not loaded)")
 
 
-def _check_name(model: str, pretrained: str) -> None:
+def _check_name(setting: str, model: str, pretrained: str) -> None:
     import open_clip
 
     names = open_clip.list_models()
     if model.replace("/", "-") not in names:
         hint = _nearest(model, names) or "a folder, hf-hub:OWNER/NAME or a name of open_clip.list_models()"
-        raise InputError(f"retriever.model: there is no {model!r}; it can be {hint}")
+        raise InputError(f"{setting}model: there is no {model!r}; it can be {hint}")
     tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
     if pretrained in tags or (Path(pretrained).is_file() and Path(pretrained).suffix == ".safetensors"):
         return
     hint = _nearest(pretrained, tags) or ", ".join(tags) or "a .safetensors file: open_clip has no weights for it"
-    raise InputError(f"retriever.pretrained: {model} has no weights {pretrained!r}; they can be {hint}")
+    raise InputError(f"{setting}pretrained: {model} has no weights {pretrained!r}; they can be {hint}")
 
 
 def _nearest(given: str, known: Sequence[str]) -> str:

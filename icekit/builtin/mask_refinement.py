@@ -146,6 +146,23 @@ def without_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     return ~_without_small_parts(~kept, least)
 
 
+def heaviest_part(soft: Tensor, level: float) -> Tensor:
+    """The connected part of ``soft >= level`` with the largest sum; neighbours are left, right, above and below.
+
+    Args:
+        soft: float ``[H, W]`` in [0, 1].
+        level: a share of its maximum.
+
+    Returns:
+        bool ``[H, W]``: that part and all that is below ``level``, so that only the other parts are left out.
+    """
+    labels, count = ndimage.label((soft >= level).numpy())
+    if count == 0:
+        return torch.ones_like(soft, dtype=torch.bool)
+    sums = ndimage.sum_labels(soft.numpy(), labels, index=range(1, count + 1))
+    return torch.from_numpy((labels == 0) | (labels == 1 + int(sums.argmax())))
+
+
 def _without_small_parts(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
     labels, _ = ndimage.label(mask)
     large = np.bincount(labels.ravel()) >= least

@@ -1,0 +1,208 @@
+"""DiffSeg's formulas by hand, and the whole of it on attention whose segments are known."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
+from scipy.stats import entropy
+from torch import Tensor
+
+from icekit.builtin.attention_segmentor import upsample
+from icekit.builtin.diffseg import (
+    DiffSegSegmentor,
+    aggregate,
+    anchor_cells,
+    kl_means,
+    merge_maps,
+    name_segments,
+    share_of,
+    symmetric_kl,
+)
+from icekit.protocols import InputError, View
+
+
+def build(**settings: Any) -> tuple[DiffSegSegmentor, PlantedBackbone]:
+    backbone: Any = PlantedBackbone({"cup": CUP, "ball": BALL})
+    values = {"prompt": "{word} cup ball background"} | settings  # a segment that none of the words means goes astray
+    return DiffSegSegmentor(DiffSegSegmentor.Settings.model_validate(values), backbone), backbone
+
+
+def distributions(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows)
+
+
+def some(count: int, length: int, seed: int = 0) -> Tensor:
+    return torch.rand(count, length, generator=generator(seed)).softmax(dim=1)
+
+
+def test_symmetric_kl_by_hand() -> None:
+    # KL(p || q) = 0.5 ln(0.5 / 0.25) + 0.5 ln(0.5 / 0.75), KL(q || p) = 0.25 ln(0.25 / 0.5) + 0.75 ln(0.75 / 0.5):
+    # their sum is 0.25 ln 3, half of it 0.13733.
+    found = symmetric_kl(distributions([0.5, 0.5]), distributions([0.25, 0.75], [0.5, 0.5]))
+    assert found.tolist() == [[pytest.approx(math.log(3) / 8), pytest.approx(0, abs=1e-6)]]
+
+
+def test_symmetric_kl_is_scipys() -> None:
+    one, other = some(3, 20), some(4, 20, seed=1)
+    found = symmetric_kl(one, other)
+    for i, p in enumerate(one.numpy()):
+        for j, q in enumerate(other.numpy()):
+            assert float(found[i, j]) == pytest.approx((entropy(p, q) + entropy(q, p)) / 2, abs=1e-5)
+
+
+def test_symmetric_kl_of_what_does_not_overlap_is_large_and_finite() -> None:
+    far = symmetric_kl(distributions([1.0, 0.0]), distributions([0.0, 1.0]))
+    assert far.isfinite().all() and far.item() > 10
+
+
+def test_one_resolution_is_left_as_it_is() -> None:
+    maps = some(16, 16)
+    assert torch.allclose(aggregate({4: maps}), maps)
+
+
+def test_resolutions_are_weighted_by_their_sides() -> None:
+    fine = torch.eye(4)  # every cell of the 2 x 2 grid looks at itself, the one cell of the coarse grid everywhere
+    found = aggregate({2: fine, 1: torch.ones(1, 1)})
+    assert torch.allclose(found, 2 / 3 * torch.eye(4) + 1 / 3 * torch.full((4, 4), 1 / 4))
+
+
+def test_a_coarse_query_stands_for_the_cells_it_covers() -> None:
+    coarse = torch.eye(4)
+    found = aggregate({2: coarse, 4: torch.full((16, 16), 1 / 16)}) - 4 / 6 / 16
+    keys = upsample(coarse.unflatten(1, (2, 2)), (4, 4)).flatten(1)
+    for cell, query in ((0, 0), (1, 0), (5, 0), (3, 1), (12, 2), (10, 3)):
+        assert torch.allclose(found[cell], 2 / 6 * keys[query] / keys[query].sum())
+    assert torch.allclose(aggregate({4: some(16, 16), 2: some(4, 4)}).sum(dim=1), torch.ones(16))
+
+
+def test_anchors_are_spread_evenly_and_never_more_than_there_are_cells() -> None:
+    assert anchor_cells(4, 2).tolist() == [5, 7, 13, 15]
+    assert anchor_cells(3, 1).tolist() == [4]
+    assert anchor_cells(3, 16).tolist() == list(range(9))
+    assert len(anchor_cells(64, 16).unique()) == 256
+
+
+def test_merging_by_hand() -> None:
+    maps = distributions([0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8])
+    near = float(symmetric_kl(maps[:1], maps[1:2]))
+    assert near == pytest.approx(0.1 * math.log(9 / 4) / 2)
+    # Below the distance of the nearest two nothing is merged, above it each pair is, above all of them everything.
+    anchors = torch.arange(4)
+    assert torch.allclose(merge_maps(maps, anchors, near * 0.9, 3), maps)
+    assert torch.allclose(merge_maps(maps, anchors, near * 1.1, 3), distributions([0.85, 0.15], [0.15, 0.85]))
+    assert torch.allclose(merge_maps(maps, anchors, 5.0, 3), distributions([0.5, 0.5]))
+
+
+def test_the_first_round_averages_around_each_anchor_alone() -> None:
+    maps = distributions([0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8])
+    found = merge_maps(maps, torch.tensor([0, 1, 2]), 0.1, 1)
+    assert torch.allclose(found, distributions([0.85, 0.15], [0.85, 0.15], [0.15, 0.85]))
+
+
+def test_no_threshold_leaves_an_anchor_without_a_map() -> None:
+    maps = some(9, 9)
+    assert torch.allclose(merge_maps(maps, torch.arange(9), 1e-30, 3), maps)
+
+
+def test_k_means_moves_a_map_to_the_mean_it_is_nearest_to() -> None:
+    maps = distributions([0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9])
+    begun = distributions([0.9, 0.1], [0.45, 0.55])
+    assert torch.equal(kl_means(maps, begun, 0), begun)
+    assert torch.allclose(kl_means(maps, begun, 10), distributions([0.8, 0.2], [0.15, 0.85]))
+
+
+def test_k_means_never_grows_its_objective_and_drops_empty_means() -> None:
+    maps = some(40, 8)
+    means = torch.cat([maps[:5], torch.tensor([[1 - 7e-9, *[1e-9] * 7]])])
+
+    def objective(centres: Tensor) -> float:
+        return sum(min(float(entropy(p, q)) for q in centres.numpy()) for p in maps.numpy())
+
+    values = [objective(kl_means(maps, means, rounds)) for rounds in range(6)]
+    assert all(after <= before + 1e-6 for before, after in itertools.pairwise(values))
+    assert values[-1] < values[0]
+    assert len(kl_means(maps, means, 6)) == 5
+
+
+def test_a_segment_is_the_words_that_looks_at_it_most_on_average() -> None:
+    segments = torch.tensor([0, 0, 0, 1, 1, 2])
+    cross = torch.tensor([[0.9, 0.0, 0.0, 0.5, 0.5, 1.0], [0.4, 0.4, 0.4, 0.1, 0.1, 0.0]])
+    everywhere = torch.ones(6, dtype=torch.bool)
+    assert name_segments(segments, cross, everywhere) == {0: 1, 1: 0, 2: 0}  # 0: 0.3 < 0.4, whatever the largest
+    assert name_segments(segments, cross, torch.tensor([1, 0, 0, 1, 1, 0], dtype=torch.bool)) == {0: 0, 1: 0}
+
+
+def test_the_share_is_above_one_half_where_the_argmax_is_own() -> None:
+    proposals = torch.rand(5, 9, 9, generator=generator())
+    own = torch.tensor([True, False, True, False, False])
+    share = share_of(proposals, own)
+    assert torch.equal(share > 0.5, own[proposals.argmax(dim=0)])
+    assert float(share_of(torch.tensor([[[0.3]], [[0.1]]]), torch.tensor([True, False]))) == pytest.approx(0.75)
+    assert not share_of(proposals, torch.zeros(5, dtype=torch.bool)).any()
+    assert (share_of(proposals, torch.ones(5, dtype=torch.bool)) == 1).all()
+
+
+def test_the_planted_segments_are_found() -> None:
+    segmentor, backbone = build()
+    maps = aggregate({r: backbone.self_attention(r)[0] for r in (16, 8)})
+    segments = segmentor._proposals(maps).argmax(dim=0).reshape(16, 16)
+    assert len(segments.unique()) == 3
+    for mask in (CUP, BALL):
+        inside = F.interpolate(mask.float()[None, None], size=(16, 16), mode="area")[0, 0] == 1
+        assert len(segments[inside].unique()) == 1
+
+
+@pytest.mark.parametrize("refinement", [False, True])
+@pytest.mark.parametrize(("word", "mask"), [("cup", CUP), ("ball", BALL)])
+def test_the_planted_mask_is_found(word: str, mask: Tensor, refinement: bool) -> None:
+    segmentor, backbone = build(refinement=refinement)
+    found = segmentor.segment(scene(), word, generator())
+    assert found.dtype == torch.bool and found.shape == (64, 64)
+    assert iou(found, mask) > (0.75 if refinement else 0.6)
+    assert backbone.timesteps == [150] * 4
+
+
+def test_a_word_that_wins_no_segment_is_not_there() -> None:
+    segmentor, backbone = build()
+    backbone.unseen = {"spoon"}
+    assert not segmentor.segment(scene(), "spoon", generator()).any()
+
+
+def test_nothing_is_found_where_it_was_erased() -> None:
+    segmentor, _ = build()
+    view = scene()
+    assert not (segmentor.segment(View(view.original, view.pixels, ~CUP), "cup", generator()) & CUP).any()
+    hidden = View(view.original, view.pixels, torch.zeros(64, 64, dtype=torch.bool))
+    assert not segmentor.segment(hidden, "cup", generator()).any()
+
+
+def test_several_segments_or_one_piece() -> None:
+    small = torch.zeros(64, 64, dtype=torch.bool)
+    small[40:52, 4:16] = True
+    both = CUP | small
+    for one_piece, expected in ((False, both), (True, CUP)):
+        segmentor, backbone = build(one_piece=one_piece, min_island=0, refinement=False)
+        backbone.objects["cup"] = both
+        assert iou(segmentor.segment(scene(), "cup", generator()), expected) > 0.6
+
+
+def test_the_same_seed_gives_the_same_mask() -> None:
+    masks = [build()[0].segment(scene(), "cup", generator(3)) for _ in range(2)]
+    assert torch.equal(*masks)
+
+
+def test_what_is_wrong_is_named() -> None:
+    with pytest.raises(InputError, match=r"segmentor.self_resolutions: 12 is none of the backbone's grids: 16, 8"):
+        build(self_resolutions=12)
+    for wrong in ({"prompt": "things"}, {"kl_threshold": 0}, {"anchors": 0}, {"rounds": 0}, {"kmeans": -1}):
+        with pytest.raises(ValueError):
+            build(**wrong)
+    backbone: Any = SimpleNamespace(attention_resolutions=(64, 32, 16, 8))
+    assert DiffSegSegmentor(DiffSegSegmentor.Settings(), backbone)._self == (64, 32, 16, 8)
