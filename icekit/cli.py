@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import traceback
 import warnings
@@ -22,7 +23,7 @@ import click
 
 from icekit import plugins
 from icekit.protocols import InputError, RunError
-from icekit.settings import ROLES, load_settings, nearest
+from icekit.settings import load_settings, merge, nearest, parse_assignment
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -191,6 +192,109 @@ def compose(
             click.echo(path)
 
 
+def _several(role: str, what: str) -> Callable[[Any], Any]:
+    return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what)
+
+
+@cli.command("bench")
+@click.argument("dataset", metavar="DATASET")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bench directory")
+@click.option(
+    "--n", "count", type=click.IntRange(min=1), metavar="N", help="Number of images [default: the data set's]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which "
+              "images, where there is a choice, and every other random choice.")  # fmt: skip
+@_several("retriever", "Measure this retriever; give it once for each")
+@_several("segmentor", "Measure this segmentor; give it once for each")
+@_several("learner", "Measure this learner; give it once for each")
+@_several("attribute", "Learn this attribute; give it once for each")
+@_several("metric", "Measure this; give it once for each [default: all that suit the data set]")
+@click.option("--backbone", metavar="NAME", help="Text-to-image model [default: the data set's, or sd21]")
+@click.option("--path", type=click.Path(path_type=Path), metavar="FOLDER", help="The pictures, for the data set folder")
+@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400 "
+              "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the bench in DIR, with the same settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the bench in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.pass_context
+def run_bench(
+    context: click.Context,
+    dataset: str,
+    out: Path,
+    count: int | None,
+    seed: int,
+    retrievers: Sequence[str],
+    segmentors: Sequence[str],
+    learners: Sequence[str],
+    attributes: Sequence[str],
+    metrics: Sequence[str],
+    backbone: str | None,
+    path: Path | None,
+    device: str | None,
+    assignments: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Measure every combination of the components given on DATASET, a floor and a ceiling.
+
+    Prints a table of means with their 95 % bootstrap intervals over images, and writes results.json, results.csv and
+    bench.html into DIR. What was measured is kept: --resume goes on where a bench was interrupted, and measures
+    learners, metrics or images that were added.
+
+    icekit bench tabletop --n 8 --learner ice --learner textual-inversion --out runs/bench
+    """
+    settings: dict[str, Any] = {}
+    for assignment in assignments:
+        settings = merge(settings, parse_assignment(assignment))
+    options = {"attributes": list(attributes), "device": device}
+    settings = merge(settings, {key: value for key, value in options.items() if value})
+    if path is not None:
+        settings = merge(settings, {"dataset": {"path": str(path)}})
+    components = {"retriever": retrievers, "segmentor": segmentors, "learner": learners}
+    components |= {"backbone": [backbone] if backbone else []}
+
+    typed = shlex.join(["icekit", *sys.argv[1:]])
+    if isinstance(context.find_root().obj, Invocation):
+        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+        context.find_root().obj.resume = shlex.join(["icekit", *again, "--resume"])
+    from icekit.bench import bench
+    from icekit.bench.results import cell, heading, notes
+    from icekit.progress import BenchProgress
+
+    found = plugins.installed()
+    with BenchProgress([str(broken) for broken in found.broken]) as progress:
+        made = bench(
+            dataset,
+            out,
+            count=count,
+            seed=seed,
+            components=components,
+            metrics=metrics,
+            settings=settings,
+            resume=resume,
+            overwrite=overwrite,
+            command=typed,
+            on_progress=progress.show,
+            installed=found,
+        )
+    if as_json:
+        click.echo(json.dumps(made, indent=1, ensure_ascii=False))
+        return
+    columns = list(made["columns"])
+    at_once = max(1, (shutil.get_terminal_size().columns - 20) // 21) if sys.stdout.isatty() else len(columns)
+    for start in range(0, len(columns), at_once):
+        part = columns[start : start + at_once]
+        table = _table("", *(heading(column, made["columns"][column]) for column in part))
+        for row in made["rows"]:
+            table.add_row(row["name"], *(cell(row["values"].get(column)) for column in part))
+        _print(table)
+    for note in notes(made):
+        click.echo(note)
+    click.echo(f"{out} (page: {out / 'bench.html'})")
+
+
 @cli.command("report")
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def write_report(run_dir: Path) -> None:
@@ -215,7 +319,7 @@ def plugins_group(context: click.Context) -> None:
 def list_plugins(as_json: bool) -> None:
     """List components and attributes by name, and plugins that are broken."""
     found = plugins.installed()
-    everything = [one for role in (*ROLES, "attribute") for one in found.offered(role).values()]
+    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
     if as_json:
         listed = [
             {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)} for one in everything
@@ -237,7 +341,7 @@ def list_plugins(as_json: bool) -> None:
 def show_plugin(name: str, as_json: bool) -> None:
     """Show what NAME is, and its settings with defaults and meaning."""
     found = plugins.installed()
-    everything = [one for role in (*ROLES, "attribute") for one in found.offered(role).values()]
+    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
     matching = [one for one in everything if name in (one.name, *getattr(one.value, "aliases", ()))]
     if not matching:
         suspects = "".join(f"; {broken}" for broken in found.broken)

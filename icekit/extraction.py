@@ -62,6 +62,8 @@ def extract(
     overwrite: bool = False,
     observers: Sequence[object] = (),
     installed: Plugins | None = None,
+    backbone: Backbone | None = None,
+    located: Located | None = None,
 ) -> Extraction:
     """Find the concepts of an image, learn their tokens, and keep everything in a run directory.
 
@@ -73,6 +75,8 @@ def extract(
         overwrite: replace the run in ``out``.
         observers: objects with observer hooks (``icekit.hookspecs``), for this run.
         installed: the plugins to use; those of this Python environment if None.
+        backbone: the settings' backbone, loaded before; loaded here if None.
+        located: stage one's result, when it is known; the retriever and the segmentor are then not asked.
 
     Raises:
         InputError: the image, the settings or ``out`` are wrong.
@@ -83,7 +87,8 @@ def extract(
     run = RunDirectory(out if out is not None else Path("runs") / source.stem)
     with found.observed_by(observers) as tell, reproducible():
         try:
-            return _Run(found, tell, run, source, settings or Settings()).to_the_end(resume=resume, overwrite=overwrite)
+            this_run = _Run(found, tell, run, source, settings or Settings(), backbone, located)
+            return this_run.to_the_end(resume=resume, overwrite=overwrite)
         except BaseException as error:
             tell.tell("run_failed", error=error)
             raise
@@ -93,13 +98,22 @@ class _Run:
     """One run on its way: the settings, the models and the directory, stage by stage."""
 
     def __init__(
-        self, found: Plugins, observers: Observers, run: RunDirectory, source: images.SourceImage, settings: Settings
+        self,
+        found: Plugins,
+        observers: Observers,
+        run: RunDirectory,
+        source: images.SourceImage,
+        settings: Settings,
+        backbone: Backbone | None,
+        located: Located | None,
     ) -> None:
         self.plugins = found
         self.observers = observers
         self.run = run
         self.source = source
         self.settings = settings
+        self.loaded = backbone
+        self.located = located
         self.timings: dict[str, float] = {}
 
     def to_the_end(self, *, resume: bool, overwrite: bool) -> Extraction:
@@ -115,9 +129,7 @@ class _Run:
 
         self.timings = self.run.load_timings() if goes_on else {}
         with self._stage("load"):
-            self.backbone: Backbone = self.plugins.component("backbone", self.settings.name_of("backbone"))(
-                self.plugins.component_settings("backbone", *self._choice("backbone")), device
-            )
+            self.backbone = self.loaded or load_backbone(self.plugins, self.settings, device)
         self.settings = self.plugins.resolve(self.settings, self.backbone.suggestions)
         self.attributes = [self.plugins.attribute(name) for name in self.settings.attributes]
         if not goes_on:
@@ -190,13 +202,13 @@ class _Run:
             if self.run.started():
                 self.run.save_timings(self.timings)
 
-    def _choice(self, role: Role) -> tuple[str, dict[str, object]]:
-        return self.settings.name_of(role), self.settings.values_of(role)
-
     # --- Stage one ---------------------------------------------------------------------------------------------------
 
     def _localise(self) -> tuple[Region, ...]:
         located = self.run.load_located()
+        if self.located is not None and not located.finished:
+            located = self.located
+            self.run.save_located(located)
         for region in located.regions:
             self.observers.tell("region_found", region=region)
         if not located.finished:
@@ -212,10 +224,8 @@ class _Run:
             raise RunError(f"no concept found in {self.source.source}: {tried}; try another --retriever or min_area")
         return located.regions
 
-    # Any, for a retriever and a segmentor both: what a component must offer was checked at registration.
     def _build(self, role: Role) -> Any:
-        settings = self.plugins.component_settings(role, *self._choice(role))
-        return self.plugins.component(role, self.settings.name_of(role))(settings, self.backbone)
+        return build_component(self.plugins, self.settings, role, self.backbone)
 
     # --- Stage two ---------------------------------------------------------------------------------------------------
 
@@ -313,6 +323,21 @@ class _Run:
         }
         self.run.save_report(report.render_report(self.run.path, manifest))
         self.run.finish(manifest)
+
+
+def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> Backbone:
+    """The settings' backbone, loaded."""
+    name = settings.name_of("backbone")
+    values = found.component_settings("backbone", name, settings.values_of("backbone"))
+    backbone: Backbone = found.component("backbone", name)(values, device)
+    return backbone
+
+
+# Any, for a retriever and a segmentor both: what a component must offer was checked at registration.
+def build_component(found: Plugins, settings: Settings, role: Role, backbone: Backbone) -> Any:
+    """The settings' retriever, segmentor or learner on this backbone."""
+    name = settings.name_of(role)
+    return found.component(role, name)(found.component_settings(role, name, settings.values_of(role)), backbone)
 
 
 def localise(

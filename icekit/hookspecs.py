@@ -49,6 +49,16 @@ def register_attributes(register: Callable[[Attribute], None]) -> None:
 
 
 @hookspec
+def register_datasets(register: Callable[[str, type], None]) -> None:
+    """Offer data sets for ``icekit bench``: ``register("folder", FolderDataset)``; see ``protocols.Dataset``."""
+
+
+@hookspec
+def register_metrics(register: Callable[[str, type], None]) -> None:
+    """Offer what ``icekit bench`` measures: ``register("miou", MeanIou)``; see ``protocols.Metric``."""
+
+
+@hookspec
 def register_commands(cli: click.Group) -> None:
     """Add sub-commands to ``icekit``: ``@cli.command() ...``."""
 

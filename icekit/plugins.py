@@ -26,12 +26,16 @@ from icekit.settings import ROLES, Role, Settings, merge, nearest, validate
 GROUP = "icekit"
 BUILTIN = "icekit.builtin"
 
-_PROTOCOLS: dict[Role, type] = {
+_PROTOCOLS: dict[str, type] = {
     "backbone": protocols.Backbone,
     "retriever": protocols.Retriever,
     "segmentor": protocols.Segmentor,
     "learner": protocols.Learner,
+    "dataset": protocols.Dataset,
+    "metric": protocols.Metric,
 }
+KINDS = (*ROLES, "attribute", "dataset", "metric")
+"""All that plugins can register by name."""
 RESERVED_TOKENS = ("category", "instance")
 
 log = logging.getLogger(__name__)
@@ -137,7 +141,7 @@ class Plugins:
     # --- What they offer ---------------------------------------------------------------------------------------------
 
     def offered(self, role: str) -> dict[str, Registered]:
-        """Everything registered for a role (``"backbone"``, ..., ``"attribute"``), by name."""
+        """Everything registered of one of ``KINDS``, by name."""
         if role not in self._offers:
             offers: dict[str, Registered] = {}
             for plugin, origin in self._origins.items():
@@ -170,8 +174,8 @@ class Plugins:
         self._call_one(f"register_{role}s", plugin, register=register)
         return offers
 
-    def component(self, role: Role, name: str) -> type:
-        """The class registered under this name.
+    def component(self, role: str, name: str) -> type:
+        """The class registered under this name for one of ``ROLES``, or as a ``"dataset"`` or ``"metric"``.
 
         Raises:
             InputError: there is none; the message names the nearest one and broken plugins that might have brought it.
@@ -196,7 +200,7 @@ class Plugins:
             raise InputError(f"no {role} {name!r}: {nearest(name, offers)}{suspects}")
         return offers[name]
 
-    def component_settings(self, role: Role, name: str, values: Mapping[str, Any]) -> ComponentSettings:
+    def component_settings(self, role: str, name: str, values: Mapping[str, Any]) -> ComponentSettings:
         """A component's settings, checked.
 
         Raises:
@@ -209,16 +213,20 @@ class Plugins:
         """Complete settings: attribute aliases replaced, every component's settings checked and filled in.
 
         ``suggestions`` (key as in ``--set`` -> value) come below what was given. One for a setting that the chosen
-        component does not have is passed over: it was made for another component.
+        component does not have is passed over: it was made for another component. A key that names the component
+        (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role.
 
         Raises:
             InputError: a component, attribute, key or value is wrong.
         """
         given = settings.given()
         lower: dict[str, Any] = {}
-        for key, value in (suggestions or {}).items():
-            role, _, setting = key.rpartition(".")
-            if role in ROLES and setting not in self._settings_model(role, settings).model_fields:
+        for key, value in sorted((suggestions or {}).items(), key=lambda item: item[0].count(".")):
+            role, *component, setting = key.split(".") if "." in key else ("", key)
+            if role in ROLES and (
+                component not in ([], [settings.name_of(role)])
+                or setting not in self._settings_model(role, settings).model_fields
+            ):
                 continue
             lower = merge(lower, {role: {setting: value}} if role else {setting: value})
         full = validate(Settings, merge(lower, given))
@@ -284,7 +292,7 @@ def check_component(role: str, name: str, component: object) -> None:
     Raises:
         PluginError: it cannot; the message says what is missing.
     """
-    protocol = _PROTOCOLS[role]  # type: ignore[index]
+    protocol = _PROTOCOLS[role]
     if role == "segmentor" and hasattr(component, "propose"):
         protocol = protocols.Proposer
     if not isinstance(component, type):
@@ -295,6 +303,7 @@ def check_component(role: str, name: str, component: object) -> None:
         raise PluginError(f"{where} has no nested class Settings(icekit.ComponentSettings)")
     methods = [key for key, value in vars(protocol).items() if not key.startswith("_") and inspect.isfunction(value)]
     missing = [method for method in methods if not callable(getattr(component, method, None))]
+    missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
     if missing:
         raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from icekit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from icekit.bench import Progress as BenchStep
     from icekit.library import Extraction
     from icekit.protocols import Region, Step
     from icekit.settings import Settings
@@ -89,3 +90,33 @@ class Progress:
 
     def _say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+class BenchProgress:
+    """How far a bench is: a bar on a terminal, a line for every image of every combination elsewhere."""
+
+    def __init__(self, warnings: Sequence[str] = ()) -> None:
+        self._bar: tqdm[None] | None = None
+        self._warnings = warnings
+
+    def __enter__(self) -> BenchProgress:
+        for warning in self._warnings:
+            tqdm.write(f"warning: {warning}", file=sys.stderr)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, progress: BenchStep) -> None:
+        """One more is measured."""
+        what = f"{progress.image}: {progress.combination}"
+        if progress.error:
+            tqdm.write(f"{what}: {progress.error}", file=sys.stderr)
+        if not sys.stderr.isatty():
+            tqdm.write(f"{progress.done}/{progress.total} {what}", file=sys.stderr)
+            return
+        if self._bar is None:
+            self._bar = tqdm(desc="bench", total=progress.total, file=sys.stderr, leave=False, dynamic_ncols=True)
+        self._bar.set_postfix_str(what, False)
+        self._bar.update(progress.done - self._bar.n)

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
+    from pathlib import Path
+
     import torch
     from PIL import Image
     from torch import Tensor
@@ -214,7 +216,7 @@ class Learner(Protocol):
 class Conditioning:
     """Encoded prompts.
 
-    sequence: ``[B, L, D]``, what the noise predictor attends to.
+    sequence: ``[B, L, D]``, what the noise predictor attends to; L may be another for other prompts.
     pooled: ``[B, P]``, L2-normalised: the paper's text encoder E. A backbone with several text encoders concatenates.
     extra: whatever else the backbone's own predictor needs (SDXL's size embeddings, say).
     """
@@ -261,7 +263,10 @@ class Backbone(Protocol):
 
     @property
     def suggestions(self) -> Mapping[str, Any]:
-        """Settings this model works best with, by key as in ``--set`` (``"retriever.model"``); the user's own win."""
+        """Settings this model works best with, by key as in ``--set`` (``"retriever.model"``); the user's own win.
+
+        A key with the component's name in it (``"segmentor.xattn.prompt"``) is for that component alone.
+        """
         ...
 
     def knows(self, word: str) -> bool:
@@ -329,4 +334,166 @@ class Backbone(Protocol):
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt, not on its place in the batch."""
+        ...
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrueConcept:
+    """What is known of one object of a bench image.
+
+    mask: bool ``[S, S]``, its visible pixels.
+    word: what it is; None where nobody said.
+    attributes: attribute's name -> its true word (``{"colour": "red"}``), as far as known.
+    """
+
+    mask: Tensor
+    word: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchPicture:
+    """A picture of a data set.
+
+    name: unique in the data set, fit for a file name.
+    picture: a file or an image of any size; its centre square is used, ``S`` x ``S`` pixels of it.
+    concepts: what is in it; empty where the data set does not know.
+    """
+
+    name: str
+    picture: Image.Image | Path
+    concepts: tuple[TrueConcept, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchImage:
+    """A picture of a data set as runs and metrics see it: pixels float32 ``[3, S, S]`` in [0, 1]."""
+
+    name: str
+    pixels: Tensor
+    concepts: tuple[TrueConcept, ...] = ()
+
+
+class Dataset(Protocol):
+    """Images to measure on. Built as ``Dataset(settings)``: it is asked for suggestions before any model is loaded."""
+
+    @property
+    def suggestions(self) -> Mapping[str, Any]:
+        """Settings that suit it, by key as in ``--set`` (``"components.backbone"``, ``"metric.clip"``); the user's win.
+
+        They lie above the backbone's own suggestions.
+        """
+        ...
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics that are measured on it when none are asked for, as far as its truth allows."""
+        ...
+
+    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
+        """The pictures.
+
+        Args:
+            count: how many; None for the data set's own number.
+            seed: which ones, where there is a choice. The first pictures are the same for every count.
+            size: side in pixels of the masks (S), and of pictures that are drawn to order.
+
+        Raises:
+            InputError: there are not so many, or a mask cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FoundConcept:
+    """A concept that a run found.
+
+    region: its place and word. tokens: part -> token, as ``token_names`` gives them.
+    words: attribute's name -> words its token was named with, best first.
+    """
+
+    region: Region
+    tokens: Mapping[str, str]
+    words: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """One concept of a bench image that is judged.
+
+    Where the truth is known there is one for every true concept, with the found concept that belongs to it (``found``
+    is None if it was missed, ``iou`` then 0). Where it is not, every found concept stands for itself (``true`` is
+    None).
+
+    mask: bool ``[S, S]``, the true one where known.
+    """
+
+    mask: Tensor
+    true: TrueConcept | None
+    found: FoundConcept | None
+    iou: float
+
+
+class Outcome(Protocol):
+    """What one combination of components made of one image, as a metric sees it."""
+
+    image: BenchImage
+    found: Sequence[FoundConcept]
+
+    @property
+    def matches(self) -> Sequence[Match]:
+        """The concepts that are judged: the true ones in their order, or else the found ones."""
+        ...
+
+    @property
+    def attributes(self) -> Sequence[str]:
+        """Names of the attributes that were learned."""
+        ...
+
+    def generate(self, prompt: str) -> list[Image.Image]:
+        """Images for a prompt of plain words and the concepts' tokens: as many as ``bench.images`` says.
+
+        Image i starts from the same noise for every prompt and combination. A prompt is generated once, whichever
+        metric asks first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that a metric gives: what it says, in one line, and whether more is better."""
+
+    meaning: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A column's value for one image (None: it does not apply), and the prompts whose images it was read from."""
+
+    value: float | None
+    prompts: Sequence[str] = ()
+
+
+class Metric(Protocol):
+    """Judges what was found and learned, image by image. Built as ``Metric(settings, backbone)``.
+
+    The same metric measures a floor (random masks, random tokens) and a ceiling (the true masks, the true words in
+    place of learned tokens): a column whose ceiling is not above its floor says nothing, and is marked so.
+    """
+
+    columns: Mapping[str, Column]
+    """The numbers it gives, by name; a name is used by one metric alone."""
+    needs: Collection[str]
+    """What of the truth it cannot do without: ``"masks"``, ``"words"``, names of attributes."""
+
+    def prepare(self, images: Sequence[BenchImage]) -> None:
+        """See all images of the data set before the first is measured."""
+        ...
+
+    def measure(self, outcome: Outcome) -> Mapping[str, Score]:
+        """One image's scores by column; a column that is left out does not apply."""
         ...

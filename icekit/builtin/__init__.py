@@ -24,30 +24,37 @@ def register_backbones(register: Callable[[str, type], None]) -> None:
 
 @hookimpl
 def register_retrievers(register: Callable[[str, type], None]) -> None:
-    """CLIP, and the user's own words."""
+    """CLIP alone, its sparse decomposition, and the user's own words."""
     from icekit.builtin.clip import ClipRetriever
+    from icekit.builtin.splice import SpliceRetriever
     from icekit.builtin.words import WordsRetriever
 
     register("clip", ClipRetriever)
+    register("splice", SpliceRetriever)
     register("words", WordsRetriever)
 
 
 @hookimpl
 def register_segmentors(register: Callable[[str, type], None]) -> None:
-    """Cross-attention, and the user's own masks."""
+    """Cross-attention, clustered self-attention, and the user's own masks."""
+    from icekit.builtin.diffseg import DiffSegSegmentor
     from icekit.builtin.masks import MaskFilesSegmentor
     from icekit.builtin.xattn import CrossAttentionSegmentor
 
     register("xattn", CrossAttentionSegmentor)
+    register("diffseg", DiffSegSegmentor)
     register("masks", MaskFilesSegmentor)
 
 
 @hookimpl
 def register_learners(register: Callable[[str, type], None]) -> None:
-    """ICE's structured concept learning."""
+    """ICE's structured concept learning; plain words and random rows, the ends of the scale."""
     from icekit.builtin.ice import IceLearner
+    from icekit.builtin.word_tokens import RandomTokens, WordTokens
 
     register("ice", IceLearner)
+    register("words", WordTokens)
+    register("random", RandomTokens)
 
 
 @hookimpl
@@ -57,3 +64,29 @@ def register_attributes(register: Callable[[Attribute], None]) -> None:
 
     register(COLOUR)
     register(MATERIAL)
+
+
+@hookimpl
+def register_datasets(register: Callable[[str, type], None]) -> None:
+    """The user's own pictures."""
+    from icekit.builtin.folder import FolderDataset
+
+    register("folder", FolderDataset)
+
+
+@hookimpl
+def register_metrics(register: Callable[[str, type], None]) -> None:
+    """The UCE protocol's metrics, with CLIP and with DINO, and those of masks and words."""
+    from icekit.builtin import mask_metrics, similarity
+
+    register("sim_i", similarity.Identity)
+    register("sim_c", similarity.Composition)
+    register("acc1", similarity.Accuracy)
+    register("acc3", similarity.Accuracy3)
+    register("sim_i_dino", similarity.DinoIdentity)
+    register("sim_c_dino", similarity.DinoComposition)
+    register("acc1_dino", similarity.DinoAccuracy)
+    register("acc3_dino", similarity.DinoAccuracy3)
+    register("miou", mask_metrics.MeanIou)
+    register("recall", mask_metrics.Recall)
+    register("word_accuracy", mask_metrics.WordAccuracy)

@@ -1,4 +1,4 @@
-"""What the package gives icekit: the backbone ``tabletop`` and the command ``icekit tabletop``."""
+"""What the package gives icekit: backbone and data set ``tabletop``, metrics, and the command ``icekit tabletop``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,26 @@ def register_backbones(register: Callable[[str, type], None]) -> None:
     from icekit_tabletop.backbone import Tabletop
 
     register("tabletop", Tabletop)
+
+
+@hookimpl
+def register_datasets(register: Callable[[str, type], None]) -> None:
+    """Held-out scenes with all that is true of them."""
+    from icekit_tabletop.dataset import TabletopDataset
+
+    register("tabletop", TabletopDataset)
+
+
+@hookimpl
+def register_metrics(register: Callable[[str, type], None]) -> None:
+    """What the truth of a rendered scene allows to measure."""
+    from icekit_tabletop import metrics
+
+    register("attribute_words", metrics.AttributeWords)
+    register("attribute_images", metrics.AttributeImages)
+    register("transfer", metrics.Transfer)
+    register("leakage", metrics.Leakage)
+    register("recompose", metrics.Recompose)
 
 
 @hookimpl

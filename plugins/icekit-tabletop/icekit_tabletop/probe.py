@@ -1,9 +1,12 @@
 """A small classifier trained on renders alone: it reads shapes, colours and materials from pictures, so that generated
 pictures can be judged by something that none of the models has had a part in.
+
+`python -m icekit_tabletop.probe` trains the one that comes with the package, in a quarter of an hour on a busy core.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import sys
@@ -26,6 +29,8 @@ PROBE_SEED = EVALUATION_SEED + 500_000_000
 PROBE_SCENES = 6_000
 EPOCHS = 9
 BATCH = 64
+SHIPPED = Path(__file__).resolve().parent / "probe.safetensors"
+"""The probe that comes with the package, in half precision."""
 
 _SHAPES, _COLOURS = tuple(SHAPES), tuple(COLOURS)
 
@@ -130,3 +135,21 @@ def load_probe(work: Path) -> Probe:
     probe = Probe()
     probe.load_state_dict(load_state(path)[0])
     return probe.eval()
+
+
+def write_probe(probe: Probe, path: Path = SHIPPED) -> None:
+    """Writes a probe as the package ships it."""
+    half = {name: t.half() if t.is_floating_point() else t for name, t in probe.state_dict().items()}
+    save_state(path, half, {"scenes": PROBE_SCENES, "epochs": EPOCHS})
+
+
+@functools.cache
+def shipped_probe() -> Probe:
+    """The probe that comes with the package."""
+    probe = Probe()
+    probe.load_state_dict(load_state(SHIPPED)[0])
+    return probe.eval()
+
+
+if __name__ == "__main__":
+    write_probe(train_probe())

@@ -29,7 +29,7 @@ from icekit_tabletop.world import is_held_out
 BATCH = 64
 PEAK_RATE = 1e-3
 WARMUP_STEPS = 100
-COUNT_SHARES = (0.02, 0.45, 0.28, 0.18, 0.07)
+COUNT_SHARES = (0.02, 0.35, 0.33, 0.24, 0.06)
 """Shares of pictures with 0 to 4 objects."""
 
 SCALE = 40.0
@@ -50,7 +50,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 )
 """Attributes that the phrases of a family name; a family's phrases are each other's rivals."""
 
-WEIGHTS = (3.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0)
+WEIGHTS = (4.0, 1.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0)
 """Weight of each family's loss: shapes and materials are the hardest to see."""
 
 _ATTRIBUTES = ("shape", "colour", "material", "texture")
@@ -77,7 +77,7 @@ def _wordings(values: dict[str, str], rng: random.Random) -> list[str]:
     if not noun:
         attribute, value = next(iter(values.items()))
         thing = rng.choice(("thing", "object"))
-        forms = ("{value}", "{value} {attribute}", "the {attribute} {value}", "a {value} {attribute}")
+        forms: tuple[str, ...] = ("{value}", "{value} {attribute}", "the {attribute} {value}", "a {value} {attribute}")
         forms += ("a {value} {thing}", "a photo of a {value} {thing}", "a {thing} made of {value}")[
             : 3 if attribute == "material" else 2
         ]

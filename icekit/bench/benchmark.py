@@ -1,0 +1,532 @@
+"""The bench: a data set, some combinations of components, some metrics -> a table.
+
+Every combination runs on every image and is measured there; two more, ``floor`` and ``ceiling``, put luck and the
+truth in place of what was found and learned. What is done is on disk at once, and a bench that goes on after any
+interruption ends with the same numbers.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from icekit import images, plugins
+from icekit.bench import page, results
+from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
+from icekit.bench.outcome import MeasuredOutcome, found_concepts
+from icekit.bench.results import CEILING, FLOOR
+from icekit.extraction import (
+    UNNAMED,
+    build_component,
+    extract,
+    load_backbone,
+    localise,
+    reproducible,
+    resolve_device,
+    seeded_generator,
+)
+from icekit.library import Extraction, Located, write_image_atomically
+from icekit.plugins import Plugins
+from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError
+from icekit.settings import ROLES, Components, Role, Settings, merge, nearest, validate
+
+FLOOR_AREA = 0.1
+"""Share of the image that a random mask covers where the true one is not known."""
+
+
+class BenchSettings(BaseModel):
+    """Settings of the bench itself: ``--set bench.images=4``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int = Field(8, ge=1, description="images generated for each prompt that a metric asks for")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """A row of the table: the components and complete settings of its runs.
+
+    stage_one: the name under which its regions are kept; combinations with the same one share them.
+    """
+
+    name: str
+    stage_one: str
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a bench is: the image and the combination that were just measured, and why the run failed if it did."""
+
+    done: int
+    total: int
+    image: str
+    combination: str
+    error: str | None = None
+
+
+def bench(
+    dataset: str,
+    out: str | Path,
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    components: Mapping[str, Sequence[str]] | None = None,
+    metrics: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    command: str = "",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    installed: Plugins | None = None,
+) -> dict[str, Any]:
+    """Measure combinations of components on a data set.
+
+    Args:
+        dataset: its registered name.
+        out: the bench directory.
+        count: number of images; the data set's own if None.
+        seed: which images, where there is a choice, and every other random choice.
+        components: role -> names, all combinations of which are measured (one backbone).
+        metrics: names; those of the data set if there are none.
+        settings: nested, as in a settings file; tables ``dataset``, ``metric`` and ``bench`` besides a run's own. A
+            setting of a role holds for all its components that have it; ``{"learner": {"ice": {"steps": 400}}}`` is for
+            one of them.
+        resume: go on with the bench in ``out``, if there is one.
+        overwrite: replace the bench in ``out``.
+        command: what was typed, for the record.
+        on_progress: called after every image of every combination.
+        installed: the plugins to use; those of this Python environment if None.
+
+    Returns:
+        What is in ``results.json``: see ``results.summarise``.
+
+    Raises:
+        InputError: a name, a setting or ``out`` is wrong.
+        RunError: a model cannot be had.
+    """
+    BenchDirectory(out).check_usable(resume=resume, overwrite=overwrite)
+    found = installed or plugins.installed()
+    work = _Bench(found, dataset, Path(out), count, seed, components or {}, metrics, settings or {})
+    with reproducible():
+        work.begin(resume=resume)
+        return work.to_the_end(command, on_progress)
+
+
+class _Bench:
+    """One bench on its way: settings first, then models, then image by image."""
+
+    def __init__(
+        self,
+        found: Plugins,
+        dataset: str,
+        out: Path,
+        count: int | None,
+        seed: int,
+        components: Mapping[str, Sequence[str]],
+        metrics: Sequence[str],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.plugins, self.dataset_name, self.seed = found, dataset, seed
+        self.directory = BenchDirectory(out)
+        given = {key: value for key, value in settings.items() if key not in ("dataset", "metric", "bench")}
+        own_values = {key: dict(settings.get(key, {})) for key in ("dataset", "metric", "bench")}
+        self.dataset_settings = found.component_settings("dataset", dataset, own_values["dataset"])
+        self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
+
+        suggested: dict[str, Any] = {}
+        for key, value in self.dataset.suggestions.items():
+            suggested = merge(suggested, _nest(key, value))
+        self.given = merge(given, {"seed": seed})
+        self.suggested = {key: value for key, value in suggested.items() if key not in ("metric", "bench")}
+        self.bench = validate(BenchSettings, merge(suggested.get("bench", {}), own_values["bench"]), prefix="bench.")
+        defaults = merge(self.suggested.get("components", {}), given.get("components", {}))
+        names = {
+            role: _once(components.get(role) or [defaults.get(role) or getattr(Components(), role)]) for role in ROLES
+        }
+        if len(names["backbone"]) > 1:
+            raise InputError("a bench has one backbone: give --backbone once, and a second bench for another")
+        self.names = names
+        for role in ROLES:
+            for name in names[role]:
+                found.component(role, name)
+        for one in metrics:
+            found.component("metric", one)
+
+        self._check_role_keys()
+        device = resolve_device(str(validate(Settings, {"device": given.get("device", "auto")}).device))
+        self.backbone: Backbone = load_backbone(found, self._settings(self._first()), device)
+        self.combinations = self._combinations()
+
+        self.images = [
+            BenchImage(one.name, images.to_tensor(images.load_image(one.picture).resized(side)), one.concepts)
+            for side in [self.backbone.image_size]
+            for one in self.dataset.pictures(count, seed, side)
+        ]
+        _check_names([image.name for image in self.images], dataset)
+        self.known = known_truth(self.images)
+        self.metric_names = self._choose_metrics(metrics)
+        self.metric_settings = self._metric_values(merge(suggested.get("metric", {}), own_values["metric"]), own_values)
+        self.metrics: dict[str, Metric] = {}
+
+    # --- Settings ----------------------------------------------------------------------------------------------------
+
+    def _first(self) -> dict[Role, str]:
+        return {role: self.names[role][0] for role in ROLES}
+
+    def _settings(self, chosen: Mapping[Role, str]) -> Settings:
+        """A run's settings with these components, as far as they are given or the data set suggests them."""
+        values = {key: value for key, value in merge(self.suggested, self.given).items() if key not in ROLES}
+        values = merge({"samples": 0}, values)
+        values["components"] = dict(chosen)
+        for role in ROLES:
+            values[role] = self._role_values(role, chosen[role])
+        return validate(Settings, values)
+
+    def _role_values(self, role: Role, name: str) -> dict[str, Any]:
+        fields = self._fields(role, name)
+        values: dict[str, Any] = {}
+        if role == "backbone" and "images_at_once" in fields:
+            values["images_at_once"] = self.bench.images
+        for layer in (self.suggested, self.given):
+            table = layer.get(role, {})
+            values |= {key: value for key, value in table.items() if key in fields}
+            if name not in fields and isinstance(table.get(name), Mapping):
+                values |= table[name]
+        return values
+
+    def _fields(self, role: str, name: str) -> Collection[str]:
+        fields: Collection[str] = self.plugins.component(role, name).Settings.model_fields  # type: ignore[attr-defined]
+        return fields
+
+    def _check_role_keys(self) -> None:
+        for role in ROLES:
+            _check_keys(role, self.given.get(role, {}), {name: self._fields(role, name) for name in self.names[role]})
+
+    def _combinations(self) -> list[Combination]:
+        """Every combination asked for, with complete settings."""
+        made = []
+        for retriever in self.names["retriever"]:
+            for segmentor in self.names["segmentor"]:
+                for learner in self.names["learner"]:
+                    chosen: dict[Role, str] = self._first() | {
+                        "retriever": retriever,
+                        "segmentor": segmentor,
+                        "learner": learner,
+                    }
+                    name = f"{segmentor}-{learner}"
+                    if len(self.names["retriever"]) > 1:
+                        name = f"{retriever}-{name}"
+                    settings = self.plugins.resolve(self._settings(chosen), self.backbone.suggestions)
+                    made.append(Combination(name, f"{retriever}-{segmentor}", settings))
+        return made
+
+    def _choose_metrics(self, asked: Sequence[str]) -> list[str]:
+        """The metrics asked for, or those of the data set that its truth allows."""
+        chosen = []
+        for name in _once(asked or self.dataset.metrics):
+            lacking = sorted(set(self.plugins.component("metric", name).needs) - self.known)  # type: ignore[attr-defined]
+            if lacking and asked:
+                raise InputError(
+                    f"metric {name!r} needs true {' and '.join(lacking)}, and data set {self.dataset_name!r} has none"
+                )
+            if not lacking:
+                chosen.append(name)
+        if not chosen:
+            raise InputError(
+                f"data set {self.dataset_name!r} has no truth for any metric: give some, as in --metric sim_i"
+            )
+        return chosen
+
+    def _metric_values(self, values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        fields = {name: self._fields("metric", name) for name in self.metric_names}
+        _check_keys("metric", own["metric"], fields)
+        made = {}
+        for name, known in fields.items():
+            mine = {key: value for key, value in values.items() if key in known}
+            if name not in known and isinstance(values.get(name), Mapping):
+                mine |= values[name]
+            made[name] = self.plugins.component_settings("metric", name, mine)
+        return made
+
+    def _record(self) -> dict[str, Any]:
+        """What the numbers depend on, for ``bench.json``."""
+        shared = self.combinations[0].settings.model_dump(mode="json", exclude={*ROLES, "components", "device"})
+        settings: dict[str, Any] = {
+            "dataset": {"name": self.dataset_name, **self.dataset_settings.model_dump(mode="json")},
+            "bench": self.bench.model_dump(mode="json"),
+            "run": shared | {"backbone": self.names["backbone"][0]},
+            "backbone": self.combinations[0].settings.values_of("backbone"),
+            "metric": {name: one.model_dump(mode="json") for name, one in self.metric_settings.items()},
+        }
+        for role in ("retriever", "segmentor", "learner"):
+            settings[role] = {one.settings.name_of(role): one.settings.values_of(role) for one in self.combinations}
+        return {"icekit_version": plugins.own_version(), "settings": settings}
+
+    # --- On its way --------------------------------------------------------------------------------------------------
+
+    def begin(self, *, resume: bool) -> None:
+        """Build the metrics, take the directory, write the data into it."""
+        for name in self.metric_names:
+            self.metrics[name] = self.plugins.component("metric", name)(self.metric_settings[name], self.backbone)
+        _check_columns(self.metrics)
+        self.directory.begin(self._record(), resume=resume)
+        for image in self.images:
+            folder = self.directory.data(image.name)
+            write_image_atomically(folder / "image.png", to_picture(image.pixels))
+            for number, concept in enumerate(image.concepts):
+                label = Region(number, concept.word or UNNAMED, 1.0, concept.mask).label
+                write_image_atomically(folder / "masks" / f"{number}-{label}.png", to_mask_picture(concept.mask))
+        for metric in self.metrics.values():
+            metric.prepare(self.images)
+
+    def to_the_end(self, command: str, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+        """Run and measure everything that is missing, and write the results."""
+        begun = time.monotonic()
+        rows = [one.name for one in self.combinations] + [FLOOR] + ([CEILING] if "words" in self.known else [])
+        values: dict[str, dict[str, Any]] = {row: {} for row in rows}
+        done = 0
+        for image in self.images:
+            everyone = [*self.combinations, self._floor(image)]
+            everyone += [self._ceiling(image)] if CEILING in rows else []
+            for combination in everyone:
+                measured = self._measure(combination, image)
+                values[combination.name][image.name] = measured
+                done += 1
+                total = len(rows) * len(self.images)
+                on_progress(Progress(done, total, image.name, combination.name, measured.get("error")))
+        made = results.summarise(
+            values=values,
+            columns={name: dict(metric.columns) for name, metric in self.metrics.items()},
+            images=[image.name for image in self.images],
+            components={one.name: one.settings.components.model_dump() for one in self.combinations},
+            seed=self.seed,
+            record=self._record()
+            | {
+                "command": command,
+                "dataset": self.dataset_name,
+                "n": len(self.images),
+                "seed": self.seed,
+                "versions": self._versions(),
+                "device": str(self.backbone.device),
+                "seconds": round(time.monotonic() - begun, 1),
+            },
+        )
+        self.directory.save_results(made, results.to_csv(made), page.render_page(self.directory, made))
+        return made
+
+    def _versions(self) -> dict[str, str]:
+        kinds = [*((role, name) for role in ROLES for name in self.names[role]), ("dataset", self.dataset_name)]
+        kinds += [("metric", name) for name in self.metric_names]
+        origins = [self.plugins.offered(kind)[name].origin for kind, name in kinds]
+        return {"python": platform.python_version(), "torch": version("torch")} | {
+            origin.distribution: origin.version for origin in origins
+        }
+
+    # --- One image of one combination --------------------------------------------------------------------------------
+
+    def _measure(self, combination: Combination, image: BenchImage) -> dict[str, Any]:
+        kept = self.directory.load_values(combination.name, image.name)
+        missing = [name for name in self.metrics if name not in kept["metrics"]]
+        if not missing:
+            return kept
+        located = self._locate(combination, image)
+        run: Extraction | None = None
+        error: str | None = "no concept found"
+        if located.regions:
+            run, error = self._extract(combination, image, located)
+        outcome = MeasuredOutcome(
+            image=image,
+            found=found_concepts(run, located.regions) if run else [],
+            settings=combination.settings,
+            backbone=self.backbone,
+            directory=self.directory,
+            combination=combination.name,
+            run=run,
+            count=self.bench.images,
+        )
+        kept |= {"error": None if run else error}
+        if run:
+            seconds = self.directory.located(combination.stage_one, image.name).load_timings()
+            kept["seconds"] = {
+                key: {**run.manifest["timings"], **seconds}.get(key) for key in ("localise_s", "learn_s")
+            }
+        for name in missing:
+            scores = self.metrics[name].measure(outcome)
+            strange = sorted(scores.keys() - self.metrics[name].columns.keys())
+            if strange:
+                raise RunError(f"metric {name!r} measured {strange[0]!r}, which is none of its columns")
+            kept["metrics"][name] = {
+                column: {
+                    "value": score.value,
+                    "prompts": list(score.prompts),
+                    "strips": [str(outcome.strip(one).relative_to(self.directory.path)) for one in score.prompts],
+                }
+                for column, score in scores.items()
+            }
+            self.directory.save_values(combination.name, image.name, kept)
+        return kept
+
+    def _locate(self, combination: Combination, image: BenchImage) -> Located:
+        """Stage one, once for all combinations that share it."""
+        place = self.directory.located(combination.stage_one, image.name)
+        located = place.load_located()
+        if located.finished:
+            return located
+        begun = time.monotonic()
+        if combination.name in (FLOOR, CEILING):
+            located = Located(tuple(self._random_regions(image) if combination.name == FLOOR else true_regions(image)))
+            located = Located(located.regions, finished=True)
+            place.save_located(located)
+            return located
+        retriever, segmentor = (
+            build_component(self.plugins, combination.settings, role, self.backbone)
+            for role in ("retriever", "segmentor")
+        )
+        for step in localise(image.pixels, retriever, segmentor, combination.settings, located):
+            located = step
+            place.save_located(located)
+        place.save_timings({"localise_s": round(time.monotonic() - begun, 3)})
+        return located
+
+    def _extract(
+        self, combination: Combination, image: BenchImage, located: Located
+    ) -> tuple[Extraction | None, str | None]:
+        """Stage two. A run that fails is a result, too: (None, why)."""
+        folder = self.directory.run(combination.name, image.name)
+        if (folder / "manifest.json").is_file():
+            return Extraction.open(folder), None
+        try:
+            return (
+                extract(
+                    self.directory.data(image.name) / "image.png",
+                    folder,
+                    combination.settings,
+                    resume=True,
+                    installed=self.plugins,
+                    backbone=self.backbone,
+                    located=located,
+                ),
+                None,
+            )
+        except RunError as error:
+            return None, str(error)
+
+    # --- The ends of the scale ---------------------------------------------------------------------------------------
+
+    def _floor(self, image: BenchImage) -> Combination:
+        """Random masks, as many and as large as the true ones, words drawn from the data set's, random tokens."""
+        return self._end(FLOOR, image, self._random_regions(image), "random", {})
+
+    def _ceiling(self, image: BenchImage) -> Combination:
+        """The true masks, and the true words' embeddings as tokens."""
+        regions = true_regions(image)
+        words = []
+        for concept in image.concepts:
+            known = {name: word for name, word in concept.attributes.items() if name in self._attributes()}
+            look = " ".join(concept.attributes.values())
+            words.append({"instance": look or concept.word, **known})
+        return self._end(CEILING, image, regions, "words", {"words": words})
+
+    def _attributes(self) -> Sequence[str]:
+        return self.combinations[0].settings.attributes
+
+    def _end(
+        self, name: str, image: BenchImage, regions: Sequence[Region], learner: str, learner_settings: Mapping[str, Any]
+    ) -> Combination:
+        files = self.directory.located(name, image.name).path / "masks"
+        words = [region.word for region in regions]
+        base = self.combinations[0].settings.model_dump(mode="json", exclude={"retriever", "segmentor", "learner"})
+        values = merge(
+            base,
+            {
+                "components": {"retriever": "words", "segmentor": "masks", "learner": learner},
+                "max_concepts": max(1, len(regions)),
+                "retriever": {"words": words},
+                "segmentor": {"files": [str(files)], "words": words},
+                "learner": dict(learner_settings),
+            },
+        )
+        return Combination(name, name, self.plugins.resolve(validate(Settings, values)))
+
+    def _random_regions(self, image: BenchImage) -> list[Region]:
+        vocabulary = sorted({one.word for other in self.images for one in other.concepts if one.word}) or [UNNAMED]
+        side = image.pixels.shape[-1]
+        regions = []
+        for number in range(max(1, len(image.concepts))):
+            generator = seeded_generator(self.seed, "floor", image.name, number)
+            area = float(image.concepts[number].mask.float().mean()) if image.concepts else FLOOR_AREA
+            word = vocabulary[int(torch.randint(len(vocabulary), (), generator=generator))]
+            regions.append(Region(number, word, 0.0, random_disc(side, area, generator)))
+        return regions
+
+
+def random_disc(side: int, area: float, generator: torch.Generator) -> Tensor:
+    """A disc of this share of a ``side`` x ``side`` image, somewhere wholly inside it: bool ``[side, side]``."""
+    radius = min(side * (area / torch.pi) ** 0.5, side / 2)
+    x, y = (radius + (side - 2 * radius) * torch.rand(2, generator=generator)).tolist()
+    grid = torch.arange(side) + 0.5
+    disc = (grid[:, None] - y) ** 2 + (grid[None] - x) ** 2 <= max(radius, 1.0) ** 2
+    return disc
+
+
+def true_regions(image: BenchImage) -> list[Region]:
+    """The truth as regions."""
+    return [Region(number, concept.word or UNNAMED, 1.0, concept.mask) for number, concept in enumerate(image.concepts)]
+
+
+def known_truth(pictures: Sequence[BenchImage]) -> set[str]:
+    """What is known of every concept of every image: ``"masks"``, ``"words"`` and names of attributes."""
+    if not pictures or not all(image.concepts for image in pictures):
+        return set()
+    concepts = [concept for image in pictures for concept in image.concepts]
+    known = set.intersection(*(set(concept.attributes) for concept in concepts)) | {"masks"}
+    return known | ({"words"} if all(concept.word for concept in concepts) else set())
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def _once(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
+
+
+def _check_keys(role: str, table: Any, fields: Mapping[str, Collection[str]]) -> None:
+    """Whether each setting of a role is one of a chosen component, or the table of one."""
+    if not isinstance(table, Mapping):
+        raise InputError(f"setting {role!r} cannot be {table!r}: it should be a table, as in {role}.KEY=VALUE")
+    known = {key for own in fields.values() for key in own} | fields.keys()
+    for key in table:
+        if key not in known:
+            raise InputError(
+                f"unknown setting '{role}.{key}': {nearest(f'{role}.{key}', [f'{role}.{k}' for k in known])}"
+            )
+
+
+def _check_columns(metrics: Mapping[str, Metric]) -> None:
+    owners: dict[str, str] = {}
+    for name, metric in metrics.items():
+        for column, what in metric.columns.items():
+            if not isinstance(what, Column):
+                raise RunError(f"metric {name!r}: its column {column!r} is {what!r} and no icekit Column")
+            if column in owners:
+                raise InputError(f"metrics {owners[column]!r} and {name!r} both give {column!r}: choose one of them")
+            owners[column] = name
+
+
+def _check_names(names: Sequence[str], dataset: str) -> None:
+    for name in names:
+        if names.count(name) > 1 or Path(name).name != name:
+            raise RunError(f"data set {dataset!r} has a picture called {name!r}: names must be file names, each once")

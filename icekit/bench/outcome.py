@@ -1,0 +1,99 @@
+"""What one combination made of one image, as metrics see it: concepts matched to the truth, and generated images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from icekit.bench.directory import BenchDirectory, load_strip, save_strip
+from icekit.extraction import derived_seed
+from icekit.library import Extraction
+from icekit.matching import match_masks
+from icekit.protocols import Backbone, BenchImage, FoundConcept, InputError, Match, Region
+from icekit.settings import Settings
+
+PLAIN = "plain"
+"""Where images of prompts without a learned token are kept: they are the same for all combinations."""
+
+
+@dataclass
+class MeasuredOutcome:
+    """``protocols.Outcome`` on a run directory; images are generated when a metric asks for them, and kept.
+
+    run: None where nothing was found.
+    count: images for each prompt.
+    """
+
+    image: BenchImage
+    found: Sequence[FoundConcept]
+    settings: Settings
+    backbone: Backbone
+    directory: BenchDirectory
+    combination: str
+    run: Extraction | None
+    count: int
+    _images: dict[str, list[Image.Image]] = field(default_factory=dict)
+    _tokens_set: bool = False
+
+    @property
+    def attributes(self) -> Sequence[str]:
+        """Names of the attributes that were learned."""
+        return self.settings.attributes
+
+    @property
+    def matches(self) -> Sequence[Match]:
+        """See ``protocols.Match``."""
+        if not self.image.concepts:
+            return [Match(concept.region.mask, None, concept, 0.0) for concept in self.found]
+        pairs = match_masks(
+            [concept.mask for concept in self.image.concepts], [concept.region.mask for concept in self.found]
+        )
+        return [
+            Match(concept.mask, concept, None if index is None else self.found[index], overlap)
+            for concept, (index, overlap) in zip(self.image.concepts, pairs, strict=True)
+        ]
+
+    def generate(self, prompt: str) -> list[Image.Image]:
+        """See ``protocols.Outcome``."""
+        if prompt not in self._images:
+            file = self.strip(prompt)
+            pictures = load_strip(file, self.count)
+            if pictures is None:
+                pictures = self._made(prompt)
+                save_strip(file, pictures)
+            self._images[prompt] = pictures
+        return self._images[prompt]
+
+    def strip(self, prompt: str) -> Path:
+        """The file of a prompt's images."""
+        place = self.combination if "<" in prompt else PLAIN
+        how = (self.count, self.settings.sample_steps, self.settings.guidance_scale)
+        return self.directory.strip(place, self.image.name, prompt, how)
+
+    def _made(self, prompt: str) -> list[Image.Image]:
+        if self.run is not None and not self._tokens_set:
+            self.backbone.set_tokens(self.run.tokens)
+            self._tokens_set = True
+        elif self.run is None and "<" in prompt:
+            raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
+        lora = self.run.lora() if self.run is not None and "<" in prompt else {}
+        return self.backbone.generate(
+            [prompt] * self.count,
+            seeds=[derived_seed(self.settings.seed, "bench", self.image.name, i) for i in range(self.count)],
+            steps=self.settings.sample_steps,
+            guidance_scale=self.settings.guidance_scale,
+            lora=lora or None,
+        )
+
+
+def found_concepts(run: Extraction, regions: Sequence[Region]) -> list[FoundConcept]:
+    """The concepts of a complete run, with the regions that it was given."""
+    by_index = {concept.index: concept for concept in run.concepts}
+    return [
+        FoundConcept(region, by_index[region.index].tokens, by_index[region.index].words)
+        for region in regions
+        if region.index in by_index
+    ]

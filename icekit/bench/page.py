@@ -1,0 +1,170 @@
+"""The results for people: ``bench.html``, one self-contained page in the manner of a run's report.
+
+Whatever comes from the data set or the plugins (names, words, messages) is escaped by the template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from icekit.bench import results
+from icekit.bench.directory import BenchDirectory
+from icekit.report import COLOURS, Picture, duration, mask_outline, to_picture
+
+SHOWN_IMAGES = 4
+"""Of a prompt's images."""
+SHOWN_PROMPTS = 3
+"""Of an example's prompts."""
+SOURCE_SIDE, STRIP_SIDE = 256, 640
+"""Longest sides of the pictures in the page, pixels."""
+KINDS = ("best", "median", "worst")
+
+
+@dataclass(frozen=True)
+class Example:
+    """The pictures behind one image's value.
+
+    kind: best, median or worst. outlines: SVG path data of the found masks, in pixels of the image.
+    strips: (prompt, its first images side by side).
+    """
+
+    kind: str
+    image: str
+    value: float
+    source: Picture
+    size: tuple[int, int]
+    outlines: list[tuple[str, str, str]]
+    strips: list[tuple[str, Picture]]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row in a column's chart: the interval and the mean as shares of the chart's width, percent."""
+
+    row: str
+    kind: str
+    text: str
+    low: float
+    mean: float
+    high: float
+
+
+def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
+    """The page as HTML.
+
+    Args:
+        directory: where the pictures are.
+        made: the results, as ``results.summarise`` gives them.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("icekit"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["duration"] = duration
+    environment.filters["cell"] = results.cell
+    folder = Path(__file__).parents[1] / "templates"
+    style = Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in ("report.css", "bench.css")))
+    columns = [
+        {
+            "name": name,
+            **what,
+            "bars": _bars(made, name),
+            "examples": _examples(directory, made, name, what),
+        }
+        for name, what in made["columns"].items()
+    ]
+    return environment.get_template("bench.html.jinja").render(
+        style=style, made=made, columns=columns, notes=results.notes(made)
+    )
+
+
+def _bars(made: Mapping[str, Any], column: str) -> list[Bar]:
+    rows = [(row, row["values"][column]) for row in made["rows"] if column in row["values"]]
+    start = min(0.0, *(value["low"] for _, value in rows))
+    end = max(1.0, *(value["high"] for _, value in rows))
+
+    def place(value: float) -> float:
+        return round(100 * (value - start) / (end - start), 2)
+
+    return [
+        Bar(
+            row["name"],
+            "measured" if row["components"] else "end",
+            results.cell(value),
+            place(value["low"]),
+            place(value["mean"]),
+            place(value["high"]),
+        )
+        for row, value in rows
+    ]
+
+
+def choose(values: Mapping[str, float], higher_is_better: bool) -> list[tuple[str, str]]:
+    """The best, the median and the worst image, each once: (kind, image), for values by image."""
+    ranked = sorted(values, key=lambda image: values[image], reverse=higher_is_better)
+    places = {"best": 0, "median": len(ranked) // 2, "worst": len(ranked) - 1}
+    chosen: dict[str, str] = {}
+    for kind in ("best", "worst", "median"):
+        if ranked and ranked[places[kind]] not in chosen.values():
+            chosen[kind] = ranked[places[kind]]
+    return [(kind, chosen[kind]) for kind in KINDS if kind in chosen]
+
+
+def _examples(
+    directory: BenchDirectory, made: Mapping[str, Any], column: str, what: Mapping[str, Any]
+) -> list[tuple[str, list[Example]]]:
+    """Row -> its examples, for the rows that are combinations of components."""
+    found = []
+    for row in made["rows"]:
+        if not row["components"]:
+            continue
+        values = {image: table[column] for image, table in row["images"].items() if table.get(column) is not None}
+        examples = [
+            _example(directory, row["name"], kind, image, values[image], what["metric"], column)
+            for kind, image in choose(values, what["higher_is_better"])
+        ]
+        found.append((row["name"], examples))
+    return found
+
+
+def _example(
+    directory: BenchDirectory, row: str, kind: str, image: str, value: float, metric: str, column: str
+) -> Example:
+    with Image.open(directory.data(image) / "image.png") as file:
+        source = file.convert("RGB")
+    score = directory.load_values(row, image)["metrics"][metric][column]
+    strips = []
+    for prompt, name in list(zip(score["prompts"], score["strips"], strict=True))[:SHOWN_PROMPTS]:
+        if (directory.path / name).is_file():
+            strips.append((prompt, to_picture(_first(directory.path / name), STRIP_SIDE)))
+    return Example(
+        kind, image, value, to_picture(source, SOURCE_SIDE), source.size, _outlines(directory.run(row, image)), strips
+    )
+
+
+def _first(path: Path) -> Image.Image:
+    with Image.open(path) as file:
+        strip = file.convert("RGB")
+    return strip.crop((0, 0, min(strip.width, SHOWN_IMAGES * strip.height), strip.height))
+
+
+def _outlines(run: Path) -> list[tuple[str, str, str]]:
+    """(label, colour, path data) of every mask of a run."""
+    outlines = []
+    files: Sequence[Path] = sorted((run / "masks").glob("*.png"), key=lambda path: int(path.name.partition("-")[0]))
+    for number, path in enumerate(files):
+        with Image.open(path) as file:
+            outline = mask_outline(np.asarray(file.convert("L")) > 127)
+        outlines.append((path.stem, COLOURS[number % len(COLOURS)], outline))
+    return outlines

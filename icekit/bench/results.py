@@ -1,0 +1,142 @@
+"""From values to results: means, intervals, the table's cells, the CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from icekit.bench.bootstrap import bootstrap
+from icekit.protocols import Column
+
+FLOOR, CEILING = "floor", "ceiling"
+"""The rows that are no combination of components."""
+SCHEMA_VERSION = 1
+
+
+def summarise(
+    *,
+    values: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    columns: Mapping[str, Mapping[str, Column]],
+    images: Sequence[str],
+    components: Mapping[str, Mapping[str, str]],
+    seed: int,
+    record: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Put everything that was measured together, as in ``results.json``.
+
+    Args:
+        values: row -> image -> what ``BenchDirectory.load_values`` gives.
+        columns: metric -> its columns by name.
+        images: names, in order.
+        components: combination -> role -> name.
+        seed: of the bootstrap.
+        record: what was measured and how; comes first.
+
+    Returns:
+        ``record`` with ``columns`` (name -> metric, meaning, higher_is_better, says_nothing) and ``rows``: name,
+        components (None for floor and ceiling), ``values`` (column -> mean, low, high, n), ``images`` (image -> column
+        -> value), ``errors`` (image -> why its run failed) and ``seconds`` (means over images). Columns that nobody has
+        a value for are left out.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, by_image in values.items():
+        table = {image: _scores(by_image[image], columns) for image in images}
+        estimates = {}
+        for metric in columns.values():
+            for column in metric:
+                numbers = [value for image in images if (value := table[image].get(column)) is not None]
+                if (estimate := bootstrap(numbers, seed)) is not None:
+                    estimates[column] = {
+                        "mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.count
+                    }  # fmt: skip
+        seconds = [by_image[image]["seconds"] for image in images if by_image[image].get("seconds")]
+        rows.append(
+            {
+                "name": name,
+                "components": components.get(name),
+                "values": estimates,
+                "images": table,
+                "errors": {image: by_image[image]["error"] for image in images if by_image[image].get("error")},
+                "seconds": _mean_seconds(seconds) if name in components else {},
+            }
+        )
+    by_name = {row["name"]: row["values"] for row in rows}
+    described = {}
+    for metric_name, metric in columns.items():
+        for column, what in metric.items():
+            if any(column in row["values"] for row in rows):
+                described[column] = {
+                    "metric": metric_name,
+                    "meaning": what.meaning,
+                    "higher_is_better": what.higher_is_better,
+                    "says_nothing": says_nothing(by_name, column, what.higher_is_better),
+                }
+    return {"schema_version": SCHEMA_VERSION, **record, "columns": described, "rows": rows}
+
+
+def says_nothing(rows: Mapping[str, Mapping[str, Any]], column: str, higher_is_better: bool) -> bool:
+    """Whether a column's ceiling is not better than its floor, where both were measured."""
+    floor, ceiling = (rows.get(name, {}).get(column) for name in (FLOOR, CEILING))
+    if floor is None or ceiling is None:
+        return False
+    better = ceiling["mean"] > floor["mean"] if higher_is_better else ceiling["mean"] < floor["mean"]
+    return not better
+
+
+def cell(estimate: Mapping[str, float] | None) -> str:
+    """``0.62 [0.55, 0.70]``; a dash where nothing was measured."""
+    if estimate is None:
+        return "–"
+    return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def heading(column: str, what: Mapping[str, Any]) -> str:
+    """A column's name; ``↓`` where less is better, ``!`` where it says nothing."""
+    return column + ("" if what["higher_is_better"] else " ↓") + (" !" if what["says_nothing"] else "")
+
+
+def notes(made: Mapping[str, Any]) -> list[str]:
+    """What must be said under the table."""
+    lines = []
+    by_name = {row["name"]: row["values"] for row in made["rows"]}
+    for column, what in made["columns"].items():
+        if what["says_nothing"]:
+            floor, ceiling = (by_name[name][column]["mean"] for name in (FLOOR, CEILING))
+            lines.append(
+                f"! {column} says nothing here: its ceiling ({ceiling:.2f}) is no better than its floor ({floor:.2f})"
+            )
+    for row in made["rows"]:
+        if row["errors"]:
+            [first, *_] = row["errors"].items()
+            lines.append(
+                f"{row['name']}: nothing came of {len(row['errors'])} of {made['n']} images ({first[0]}: {first[1]})"
+            )
+    return lines
+
+
+def to_csv(made: Mapping[str, Any]) -> str:
+    """One line a row: its name, its components, and mean, low, high and n of every column."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    roles = ["backbone", "retriever", "segmentor", "learner"]
+    parts = ("mean", "low", "high", "n")
+    writer.writerow(["row", *roles, *(f"{column}_{part}" for column in made["columns"] for part in parts)])
+    for row in made["rows"]:
+        cells = [row["values"].get(column, {}).get(part, "") for column in made["columns"] for part in parts]
+        writer.writerow([row["name"], *((row["components"] or {}).get(role, "") for role in roles), *cells])
+    return file.getvalue()
+
+
+def _scores(kept: Mapping[str, Any], columns: Mapping[str, Mapping[str, Column]]) -> dict[str, float | None]:
+    return {column: score["value"] for metric in columns for column, score in kept["metrics"].get(metric, {}).items()}
+
+
+def _mean_seconds(seconds: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    means = {}
+    for key in ("localise_s", "learn_s"):
+        numbers = [value for one in seconds if (value := one.get(key)) is not None]
+        if numbers:
+            means[key] = round(sum(numbers) / len(numbers), 2)
+    return means

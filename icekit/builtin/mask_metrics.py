@@ -1,0 +1,69 @@
+"""Metrics of stage one: are the objects found, and called what they are? They need true masks."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from icekit.protocols import Backbone, BenchImage, Column, ComponentSettings, Match, Outcome, Score
+
+FOUND_IOU = 0.5
+"""From this IoU on an object counts as found."""
+
+
+class _MaskMetric:
+    """A number for every true object, its mean over them."""
+
+    class Settings(ComponentSettings):
+        """There are none."""
+
+    columns: Mapping[str, Column] = {}
+    needs: Collection[str] = ("masks",)
+
+    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+        pass
+
+    def prepare(self, images: Sequence[BenchImage]) -> None:
+        """Nothing to prepare."""
+
+    def value(self, match: Match) -> float:
+        """One true object's number."""
+        raise NotImplementedError
+
+    def measure(self, outcome: Outcome) -> Mapping[str, Score]:
+        """The mean over the true objects."""
+        [column] = self.columns
+        values = [self.value(match) for match in outcome.matches]
+        return {column: Score(sum(values) / len(values) if values else None)}
+
+
+class MeanIou(_MaskMetric):
+    """Mean IoU of the true masks with the found ones, matched one to one for the largest total; 0 for a missed one."""
+
+    columns: Mapping[str, Column] = {"miou": Column("overlap of true and found masks")}
+
+    def value(self, match: Match) -> float:
+        """The object's IoU."""
+        return match.iou
+
+
+class Recall(_MaskMetric):
+    """Share of true objects that were found: IoU 0.5 or more with the mask matched to them."""
+
+    columns: Mapping[str, Column] = {"recall": Column("objects found, IoU 0.5 or more")}
+
+    def value(self, match: Match) -> float:
+        """Whether it was found."""
+        return float(match.iou >= FOUND_IOU)
+
+
+class WordAccuracy(_MaskMetric):
+    """Share of true objects that were found (IoU 0.5 or more) and called by their right word."""
+
+    columns: Mapping[str, Column] = {"word_accuracy": Column("objects found and called by the right word")}
+    needs: Collection[str] = ("masks", "words")
+
+    def value(self, match: Match) -> float:
+        """Whether it was found under its word."""
+        if match.found is None or match.true is None or match.iou < FOUND_IOU:
+            return 0.0
+        return float(match.found.region.word.casefold() == (match.true.word or "").casefold())

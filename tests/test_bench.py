@@ -1,0 +1,210 @@
+"""`icekit bench`: what it measures, prints and keeps, and how it goes on."""
+
+import csv
+import json
+import signal
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import plain_components as plain
+import pytest
+from icekit_process import plain_plugin, start
+from PIL import Image
+
+from icekit import ComponentSettings
+from icekit.cli import main
+from icekit.plugins import Origin, PluginError, Plugins, check_component
+
+Run = Callable[..., tuple[int, str, str]]
+PLAIN = ["--backbone=plain", "--retriever=plain", "--segmentor=plain"]
+QUICK = ["--set", "bench.images=2", "--set", "sample_steps=1", "--set", "learner.plain.steps=3"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pictures whose true masks are two of the quadrants that the plain components find."""
+    folder = tmp_path_factory.mktemp("bench")
+    plain_plugin(folder / "plugin")
+    for name, colour in (("one", "red"), ("two", "blue")):
+        (folder / "data" / "masks" / name).mkdir(parents=True)
+        Image.new("RGB", (plain.SIDE, plain.SIDE), colour).save(folder / "data" / f"{name}.png")
+        for number, word in enumerate(("cup", "vase")):
+            mask = Image.fromarray(plain.quadrant(word).numpy().astype(np.uint8) * 255)
+            mask.save(folder / "data" / "masks" / name / f"{number}-{word}.png")
+    return folder
+
+
+@pytest.fixture
+def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The program in this process, with the plain components and the built-ins."""
+    from icekit import builtin
+
+    found = Plugins()
+    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
+    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    monkeypatch.setattr("icekit.plugins.installed", lambda: found)
+    monkeypatch.setattr("icekit.cli.quieten", lambda: None)
+    monkeypatch.chdir(place)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        typed = [str(argument) for argument in arguments]
+        monkeypatch.setattr("sys.argv", ["icekit", *typed])
+        with pytest.raises(SystemExit) as leaving:
+            main(typed)
+        captured = capsys.readouterr()
+        assert isinstance(leaving.value.code, int)
+        return leaving.value.code, captured.out, captured.err
+
+    return call
+
+
+class Pictures(HTMLParser):
+    """The pictures and links of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.sources: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+def test_table_files_and_page(place: Path, run: Run, clip_folder: Path) -> None:
+    arguments = [
+        "bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--learner", "random", *QUICK,
+        "--set", f"metric.clip=local-dir:{clip_folder}", "--seed", "3", "--out", "full",
+    ]  # fmt: skip
+    status, out, err = run(*arguments)
+    assert status == 0, err
+    lines = out.splitlines()
+    assert [word for word in lines[0].split() if word != "!"] == [
+        "sim_i", "sim_c", "acc1", "acc3", "miou", "recall", "word_accuracy"
+    ]  # fmt: skip
+    assert [line.split()[0] for line in lines[1:5]] == ["plain-plain", "plain-random", "floor", "ceiling"]
+    assert "8/8 two: ceiling" in err
+
+    made = json.loads((place / "full" / "results.json").read_text())
+    assert made["command"].startswith("icekit bench folder --path data --backbone=plain")
+    assert (made["n"], made["seed"], made["versions"]["plain-plugin"]) == (2, 3, "1.0")
+    rows = {row["name"]: row for row in made["rows"]}
+    assert rows["plain-plain"]["components"]["learner"] == "plain"
+    assert rows["ceiling"]["values"]["miou"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+    assert rows["ceiling"]["values"]["word_accuracy"]["mean"] == 1
+    # The quadrants with a frayed edge, both words right; both learners were given the same masks.
+    assert 0.9 < rows["plain-plain"]["values"]["miou"]["mean"] < 1
+    assert rows["plain-plain"]["values"]["recall"]["mean"] == 1
+    assert rows["plain-random"]["images"]["one"]["miou"] == rows["plain-plain"]["images"]["one"]["miou"]
+    assert rows["floor"]["values"]["miou"]["mean"] < 0.5
+    assert {"sim_i", "sim_c", "acc1", "acc3"} <= made["columns"].keys()
+    assert (place / "full" / "runs" / "plain-plain" / "one" / "manifest.json").is_file()
+    for column, what in made["columns"].items():
+        if what["says_nothing"]:
+            assert f"! {column} says nothing here" in out
+            assert f"{column} !" in lines[0]
+
+    table = list(csv.DictReader((place / "full" / "results.csv").open()))
+    assert [row["row"] for row in table] == list(rows)
+    assert float(table[0]["miou_mean"]) == rows["plain-plain"]["values"]["miou"]["mean"]
+
+    page = (place / "full" / "bench.html").read_text()
+    pictures = Pictures(page).sources
+    assert any(source.startswith("data:image/png") for source in pictures)
+    assert all(source.startswith(("data:", "#")) for source in pictures)  # nothing is fetched
+    assert "&lt;cup-0-instance&gt;" in page and "<cup-0-instance>" not in page
+
+    # What is there is kept; a metric, a learner, fewer images may be asked for later.
+    before = {path: path.stat().st_mtime_ns for path in (place / "full" / "runs").rglob("manifest.json")}
+    status, out, err = run(*arguments, "--learner", "words", "--metric", "sim_i", "--n", "1", "--resume", "--json")
+    assert status == 0, err
+    again = json.loads(out)
+    assert [row["name"] for row in again["rows"]][2] == "plain-words"
+    assert again["rows"][0]["images"]["one"] == {"sim_i": rows["plain-plain"]["images"]["one"]["sim_i"]}
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert run(*arguments)[0] == 2
+    status, _, err = run(*arguments, "--set", "learner.plain.rate=0.7", "--resume")
+    assert status == 2
+    assert "learner.plain.rate was 0.5, now 0.7 (--overwrite starts it afresh)" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["foldr"], "no dataset 'foldr': did you mean 'folder'?"),
+        (["folder"], "give one, as in --path FOLDER"),
+        (["folder", "--path", "nowhere"], "dataset.path: no such folder: nowhere"),
+        (["folder", "--path", "data", "--learner", "icy"], "no learner 'icy': did you mean 'ice'?"),
+        (["folder", "--path", "data", "--metric", "miuo"], "no metric 'miuo': did you mean 'miou'?"),
+        (["folder", "--path", "data", "--set", "learner.stps=3"], "unknown setting 'learner.stps': did you mean"),
+        (["folder", "--path", "data", "--set", "bench.image=3"], "did you mean 'bench.images'?"),
+        (["folder", "--path", "data", "--set", "metric.clp=x"], "unknown setting 'metric.clp': did you mean"),
+        (["folder", "--path", "data", "--n", "9"], "--n 9: data has 2 pictures"),
+        (["folder", "--path", "data", "--n", "0"], "0 is not in the range"),
+        (["folder", "--path", "plugin"], "no picture in plugin"),
+        (["folder", "--path", "data", "--out", "plugin"], "no bench of icekit's"),
+        (["folder", "--path", "data", "--resume", "--overwrite"], "give one of them"),
+    ],
+)
+def test_wrong_input(run: Run, arguments: list[str], hint: str) -> None:
+    out = [] if "--out" in arguments else ["--out", "wrong"]
+    status, printed, err = run("bench", *arguments, *out, *PLAIN)
+    assert (status, printed) == (2, "")
+    assert hint in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.timeout(600)  # a process of its own: on a busy machine its imports take minutes
+def test_killed_and_resumed(place: Path, run: Run) -> None:
+    def arguments(out: str) -> list[str]:
+        return [
+            "bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "miou", "--metric",
+            "word_accuracy", *QUICK, "--set", "learner.plain.pause=0.3", "--out", out,
+        ]  # fmt: skip
+
+    process = start(arguments("cut"), place, place / "plugin")
+    second = place / "cut" / "runs" / "plain-plain" / "two" / "log.jsonl"
+    deadline = time.monotonic() + 400
+    while not second.is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert second.is_file() and not (place / "cut" / "results.json").exists()
+    first = place / "cut" / "runs" / "plain-plain" / "one" / "manifest.json"
+    made_at = first.stat().st_mtime_ns
+
+    status, resumed, err = run(*arguments("cut"), "--resume")
+    assert status == 0, err
+    assert first.stat().st_mtime_ns == made_at
+    status, whole, err = run(*arguments("whole"))
+    assert status == 0, err
+    assert resumed.splitlines()[:-1] == whole.splitlines()[:-1]
+    for name in ("one", "two"):
+        tokens = [place / out / "runs" / "plain-plain" / name / "embeddings.safetensors" for out in ("whole", "cut")]
+        assert tokens[0].read_bytes() == tokens[1].read_bytes()
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text()
+    names: dict = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    check_component("dataset", "mine", names["MyPictures"])
+    check_component("metric", "found", names["Found"])
+    Image.new("RGB", (40, 40)).save(tmp_path / "one.jpg")
+    [picture] = names["MyPictures"](names["MyPictures"].Settings(folder=str(tmp_path))).pictures(4, 0, 32)
+    assert (picture.name, picture.concepts) == ("one", ())
+
+
+def test_a_metric_without_columns_is_broken() -> None:
+    class Nameless:
+        class Settings(ComponentSettings):
+            pass
+
+        def prepare(self, images: object) -> None: ...
+
+        def measure(self, outcome: object) -> None: ...
+
+    with pytest.raises(PluginError, match=r"lacks columns, needs; see icekit\.protocols\.Metric"):
+        check_component("metric", "nameless", Nameless)

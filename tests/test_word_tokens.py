@@ -1,0 +1,57 @@
+"""The learners at the ends of the scale: plain words, and luck."""
+
+from typing import Any
+
+import plain_components as plain
+import pytest
+import torch
+
+from icekit import InputError, Region
+from icekit.builtin.attributes import COLOUR, MATERIAL
+from icekit.builtin.word_tokens import RandomTokens, WordTokens
+
+BACKBONE = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+REGIONS = [Region(0, "cup", 1.0, plain.quadrant("cup")), Region(1, "ball", 1.0, plain.quadrant("ball"))]
+
+
+def learn(learner: Any, seed: int = 0) -> dict[str, torch.Tensor]:
+    return learner.learn(
+        torch.zeros(3, plain.SIDE, plain.SIDE),
+        REGIONS,
+        [COLOUR, MATERIAL],
+        seed=seed,
+        checkpoint=None,
+        on_step=lambda step: None,
+    ).tokens
+
+
+def test_words() -> None:
+    words = ({"instance": "red metal", "colour": "red"},)
+    tokens = learn(WordTokens(WordTokens.Settings(words=words), BACKBONE))
+    expected = {
+        "<cup-0>": "cup",
+        "<cup-0-instance>": "red metal",
+        "<cup-0-colour>": "red",
+        "<cup-0-material>": "material",  # not given: the attribute's anchor
+        "<ball-1>": "ball",
+        "<ball-1-instance>": "ball",
+        "<ball-1-colour>": "colour",
+        "<ball-1-material>": "material",
+    }
+    assert tokens.keys() == expected.keys()
+    for token, word in expected.items():
+        torch.testing.assert_close(tokens[token], BACKBONE.word_embedding(word))
+    with pytest.raises(InputError, match=r"^learner.words: 'shape' is no token of a concept: category, instance, "):
+        learn(WordTokens(WordTokens.Settings(words=({"shape": "cup"},)), BACKBONE))
+
+
+def test_random() -> None:
+    learner = RandomTokens(RandomTokens.Settings(), BACKBONE)
+    tokens = learn(learner)
+    assert len(tokens) == 8
+    for token, row in tokens.items():
+        word = "cup" if "cup" in token else "ball"
+        torch.testing.assert_close(row.norm(), BACKBONE.word_embedding(word).norm())
+    assert torch.stack(list(tokens.values())).unique(dim=0).shape[0] == 8
+    assert all(torch.equal(tokens[token], row) for token, row in learn(learner).items())
+    assert not torch.equal(tokens["<cup-0>"], learn(learner, seed=1)["<cup-0>"])
