@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
-from icekit_tabletop.probe import load_probe
+from icekit_tabletop.probe import shipped_probe
 from icekit_tabletop.render import render_batch
 from icekit_tabletop.train.clip import enlarge
 from icekit_tabletop.train.data import EVALUATION_SEED, VALUES, scene_of_count
@@ -41,10 +41,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is evaluated and how; `models` holds the exported folders, `work` the cached probe."""
+    """What is evaluated and how; `models` holds the exported folders."""
 
     models: Path = MODELS_FOLDER
-    work: Path = Path.home() / ".cache" / "icekit-tabletop"
     device: str = "cpu"
     n: int = 500
     split: Split = "held-out"
@@ -217,7 +216,7 @@ def evaluate_images(options: Options) -> dict[str, float]:
     their colours exchanged; `both_found`: those in which both pairs are found. `probe_*`: the same on renders, the
     most that could be reached.
     """
-    probe = load_probe(options.work)
+    probe = shipped_probe()
     pipeline = _load_pipeline(options)
     rng = random.Random(0)
     combinations = [
@@ -292,7 +291,6 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=EVALUATIONS)
     parser.add_argument("--models", type=Path, default=defaults.models, help="folder of the exported models")
-    parser.add_argument("--work", type=Path, default=defaults.work, help="folder where the probe is kept")
     parser.add_argument("--device", default=defaults.device)
     parser.add_argument("--n", type=int, default=defaults.n, help="scenes or images")
     parser.add_argument("--split", choices=("held-out", "train", "any"), default=defaults.split)

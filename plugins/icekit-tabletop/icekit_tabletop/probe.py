@@ -127,16 +127,6 @@ def train_probe(scenes: int = PROBE_SCENES, epochs: int = EPOCHS, seed: int = 0)
     return probe.eval()
 
 
-def load_probe(work: Path) -> Probe:
-    """The probe kept as `<work>/probe.safetensors`, trained first if there is none."""
-    path = work / "probe.safetensors"
-    if not path.exists():
-        save_state(path, train_probe().state_dict(), {"scenes": PROBE_SCENES})
-    probe = Probe()
-    probe.load_state_dict(load_state(path)[0])
-    return probe.eval()
-
-
 def write_probe(probe: Probe, path: Path = SHIPPED) -> None:
     """Writes a probe as the package ships it."""
     half = {name: t.half() if t.is_floating_point() else t for name, t in probe.state_dict().items()}

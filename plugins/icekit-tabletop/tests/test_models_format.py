@@ -18,7 +18,7 @@ from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, sav
 from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions, enlarge
 from icekit_tabletop.train.data import SceneWords
 from icekit_tabletop.train.export import export_models, write_clip
-from icekit_tabletop.train.image_tower import PhraseBank, bank_loss, build_bank
+from icekit_tabletop.train.image_tower import NO_OBJECT, PhraseBank, bank_loss, build_bank
 from icekit_tabletop.train.settings import Settings
 from icekit_tabletop.train.shipped import continue_models
 from icekit_tabletop.train.text_tower import build_text_encoder
@@ -151,6 +151,8 @@ def test_a_picture_is_held_against_every_phrase_of_a_family() -> None:
     scenes = torch.full((3, 4, 4), -2)
     scenes[0, 0], scenes[1, 0], scenes[1, 1] = torch.tensor([0, 3, 2, 1]), torch.tensor([1, 0, 0, 0]), torch.zeros(4)
     assert bank.truth(scenes).tolist() == [[True, False], [True, True], [False, False]]
+    nothing = PhraseBank(bank.embeddings, torch.tensor([[0, -1, -1, -1], [NO_OBJECT, -1, -1, -1]]))
+    assert nothing.truth(scenes).tolist() == [[True, False], [True, False], [False, True]]
     images = torch.tensor([[0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
     loss = bank_loss(images, bank, torch.tensor([0, 2]), scenes, scale=10.0)
     # First picture: log(1 + exp(8 - 6)); second: no rival, nothing to lose; third: no true phrase, left out.

@@ -29,8 +29,14 @@ from icekit_tabletop.world import is_held_out
 BATCH = 64
 PEAK_RATE = 1e-3
 WARMUP_STEPS = 100
-COUNT_SHARES = (0.02, 0.35, 0.33, 0.24, 0.06)
+COUNT_SHARES = (0.08, 0.33, 0.31, 0.22, 0.06)
 """Shares of pictures with 0 to 4 objects."""
+
+NOTHING = ("an empty table", "a photo of an empty table", "there is nothing on the table", "nothing but a table")
+"""What is said of a picture without objects: a rival of all shapes, so that a retriever knows when to stop."""
+
+NO_OBJECT = -3
+"""In place of a shape's index, the code of those phrases."""
 
 SCALE = 40.0
 """Factor of the cosines in the loss. Fixed: the text embeddings do not move, so neither need their distances."""
@@ -59,7 +65,7 @@ _ATTRIBUTES = ("shape", "colour", "material", "texture")
 @dataclass(frozen=True)
 class PhraseBank:
     """The phrases of one family. `embeddings`: [V, P, D], V wordings of P phrases, normalised. `codes`: int64 [P, 4],
-    what each says of shape, colour, material and texture, as indices, -1 where it says nothing.
+    what each says of shape, colour, material and texture, as indices, -1 where it says nothing; or `NO_OBJECT`.
     """
 
     embeddings: Tensor
@@ -68,7 +74,8 @@ class PhraseBank:
     def truth(self, scenes: Tensor) -> Tensor:
         """Whether each phrase is true of some object: bool [B, P], of scenes' codes int64 [B, 4 objects, 4]."""
         fits = (self.codes[None, :, None] == -1) | (self.codes[None, :, None] == scenes[:, None])
-        return (fits.all(-1) & (scenes[:, None, :, 0] >= 0)).any(-1)
+        there = scenes[:, None, :, 0] >= 0
+        return torch.where(self.codes[:, 0] == NO_OBJECT, ~there.any(-1), (fits.all(-1) & there).any(-1))
 
 
 def _wordings(values: dict[str, str], rng: random.Random) -> list[str]:
@@ -103,6 +110,9 @@ def build_bank(model: open_clip.CLIP, family: tuple[str, ...], rng: random.Rando
             continue
         codes.append([VALUES[key].index(values[key]) if key in values else -1 for key in _ATTRIBUTES])
         texts += rng.choices(_wordings(values, rng), k=VARIANTS)
+    if family == ("shape",):
+        codes.append([NO_OBJECT, -1, -1, -1])
+        texts += rng.choices(NOTHING, k=VARIANTS)
     ids = tokenizer(texts, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt")[
         "input_ids"
     ]
