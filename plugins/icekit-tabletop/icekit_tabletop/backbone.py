@@ -67,6 +67,7 @@ class Tabletop(StableDiffusion):
             "learner.learning_rate": 5e-3,
             "learner.prior_images": 8,
             "learner.timestep_range": [0.35, 0.85],
+            "learner.by_area": True,
             "learner.attribute_rows": "words",
             "rename": True,
         }
