@@ -7,6 +7,7 @@ is done is on disk at once, and a run that goes on after any interruption ends w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from icekit import images, library, naming, plugins, report
@@ -43,6 +46,9 @@ from icekit.settings import Role, Settings, flatten, merge, validate
 
 CANDIDATES_TRIED = 5
 """Words tried on one view before stage one gives up: as many as the published retriever re-ranks."""
+UNFIT, KEPT = -100.0, 1e-6
+"""In the assignment of words to regions: the score of a word that the retriever has not found there, and what the word
+that a region has already counts more than another of the same score."""
 UNNAMED = "object"
 """The word for a mask of the user's own that the retriever cannot name."""
 ATTENTION_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
@@ -393,7 +399,34 @@ def localise(
         regions.append(found)
         visible &= ~found.mask
         yield Located(tuple(regions), tuple(refused))
+    if settings.rename and regions:
+        regions = _named_together(regions, image, retriever)
     yield Located(tuple(regions), tuple(refused), finished=True)
+
+
+def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriever) -> list[Region]:
+    """The regions with the words that fit all of them best: the assignment of the largest total score, each word once.
+
+    One by one, the first region may take the word that the next one fits better. A region that the retriever has no
+    word for keeps its own.
+    """
+    found = [
+        {one.word: one.score for one in retriever.retrieve(View(image, isolate(image, region.mask), region.mask), ())}
+        for region in regions
+    ]
+    words = list(dict.fromkeys([region.word for region in regions] + [word for row in found for word in row]))
+
+    def fit(row: int, word: str) -> float:
+        kept = word == regions[row].word
+        return found[row].get(word, UNFIT) + (KEPT if kept else 0.0)
+
+    table = np.array([[fit(row, word) for word in words] for row in range(len(regions))])
+    named = list(regions)
+    for row, column in zip(*linear_sum_assignment(table, maximize=True), strict=True):
+        word = words[column]
+        if word in found[row]:
+            named[row] = dataclasses.replace(regions[row], word=word, score=found[row][word])
+    return named
 
 
 def _renamed(candidate: Candidate, mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str]) -> Candidate:

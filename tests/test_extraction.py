@@ -167,6 +167,30 @@ def test_regions_are_named_again_by_what_they_show() -> None:
         assert [region.word for region in last.regions] == words
 
 
+def test_regions_are_named_together() -> None:
+    """The first region would take the word that the second one fits better."""
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    shown: list[torch.Tensor] = []
+
+    class SeesTwoThings(plain.PlainRetriever):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            if float(view.visible.float().mean()) >= 0.3:
+                return super().retrieve(view, used)
+            if not any(torch.equal(view.visible, mask) for mask in shown):
+                shown.append(view.visible)
+            scores = ({"mug": 0.6, "pot": 0.5}, {"mug": 0.9, "pot": 0.1})[
+                [torch.equal(view.visible, mask) for mask in shown].index(True)
+            ]
+            return [Candidate(word, score) for word, score in scores.items() if word not in used]
+
+    retriever = SeesTwoThings(plain.PlainRetriever.Settings(), backbone)
+    segmentor = plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
+    settings = Settings(max_concepts=2, rename=True)
+    [_, second, last] = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
+    assert [region.word for region in second.regions] == ["mug", "pot"]
+    assert [(region.word, region.score) for region in last.regions] == [("pot", 0.5), ("mug", 0.9)]
+
+
 @pytest.mark.parametrize("known", [1, 2, 3])
 def test_going_on_from_any_region_finds_the_same(known: int) -> None:
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))

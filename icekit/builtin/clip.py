@@ -62,6 +62,12 @@ class ClipRetriever:
         max_similarity: float = Field(
             0.85, gt=0, le=1, description="a word whose text similarity to an earlier word is this or more is dropped"
         )
+        min_score: float = Field(
+            -1.0,
+            ge=-1,
+            le=1,
+            description="a word whose score is not above this is not proposed, whatever else there is",
+        )
         crop: bool = Field(True, description="look at the bounding box of a small visible part as well as at the whole")
         crop_below: float = Field(
             0.5, ge=0, le=1, description="small: the visible part's square covers less than this share of the image"
@@ -94,11 +100,11 @@ class ClipRetriever:
 
     def _ranked(self, view: View) -> list[Candidate]:
         """The words that outdo the background, best first."""
-        return self._above_background((self._prompted @ self._embed_view(view, self._clip)).tolist(), floor=-1.0)
+        return self._above_background((self._prompted @ self._embed_view(view, self._clip)).tolist())
 
-    def _above_background(self, scores: Sequence[float], floor: float) -> list[Candidate]:
-        """Words whose score is above those of all words for the background, and above ``floor``; best first."""
-        floor = max(scores[len(self._words) :], default=floor)
+    def _above_background(self, scores: Sequence[float], floor: float = -1.0) -> list[Candidate]:
+        """Words with a score above those of all words for the background, ``min_score`` and ``floor``; best first."""
+        floor = max(floor, self.settings.min_score, *scores[len(self._words) :])
         ranked = sorted(zip(self._words, scores, strict=False), key=lambda pair: -pair[1])
         return [Candidate(word, score) for word, score in ranked if score > floor]
 

@@ -50,6 +50,8 @@ class Tabletop(StableDiffusion):
             "retriever.model": f"local-dir:{_own(clip_dir)}",
             "retriever.vocabulary": list(SHAPES),
             "retriever.background": ["an empty table"],
+            "retriever.clip.min_score": -0.02,
+            "retriever.top": len(SHAPES),
             "retriever.splice.l1_penalty": 0.1,
             "retriever.splice.image_mean": "none",
             "segmentor.prompt": "a {word}",
