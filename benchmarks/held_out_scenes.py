@@ -20,36 +20,23 @@ from typing import Any
 
 import click
 import numpy as np
-from icekit_tabletop import Scene, render_scene
-from icekit_tabletop.world import COLOURS, MATERIALS
+import torch
+from icekit_tabletop import Scene
+from icekit_tabletop.dataset import distinct_scene
+from icekit_tabletop.world import COLOURS, MATERIALS, Split
 from PIL import Image
-from scipy.optimize import linear_sum_assignment
 from tqdm import tqdm
 
 from icekit import Extraction, RunError, Settings, extract
+from icekit.matching import match_masks
 
 FIRST_SEED = 2_000_000_000
 """Scenes of this benchmark start here: beyond the training's seeds and the models' own evaluation."""
 
 
-def scene_of(seed: int, size: int, split: str = "held-out") -> Scene:
-    """A scene of 1 to 3 objects, all of held-out combinations (or none, ``train``), no two of the same shape.
-
-    A word is used once a run, so two balls could not both be found; scenes with a shape twice are drawn again.
-    """
-    for attempt in range(1000):
-        rng = np.random.default_rng([seed, attempt])
-        scene = render_scene(int(rng.integers(FIRST_SEED, 2**31)), n_objects=1 + seed % 3, size=size, split=split)
-        shapes = [spec.shape for spec in scene.objects]
-        if len(set(shapes)) == len(shapes):
-            return scene
-    raise AssertionError("scenes with different shapes are the rule")
-
-
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    """Intersection over union of two bool masks [H, W]; 0 when both are empty."""
-    union = np.logical_or(a, b).sum()
-    return float(np.logical_and(a, b).sum() / union) if union else 0.0
+def scene_of(seed: int, size: int, split: Split = "held-out") -> Scene:
+    """A scene of 1 to 3 objects, all of held-out combinations (or none, ``train``), no two of the same shape."""
+    return distinct_scene([seed], (FIRST_SEED, 2**31), 1 + seed % 3, size, split)
 
 
 def settings_for(scene: Scene, given: tuple[str, ...], assignments: dict[str, Any], folder: Path) -> Settings:
@@ -71,13 +58,12 @@ def settings_for(scene: Scene, given: tuple[str, ...], assignments: dict[str, An
 
 def judge(scene: Scene, found: Extraction | None) -> list[dict[str, Any]]:
     """One row per true object: its match among the concepts (best total IoU) and what was said of it."""
-    masks = [concept.mask() for concept in found.concepts] if found else []
-    overlap = np.array([[iou(true, mask) for mask in masks] for true in scene.masks]).reshape(len(scene.masks), -1)
-    match = dict(zip(*linear_sum_assignment(-overlap), strict=True)) if masks else {}
+    concepts = found.concepts if found else []
+    masks = [torch.from_numpy(concept.mask()) for concept in concepts]
     rows = []
-    for index, spec in enumerate(scene.objects):
-        concept = found.concepts[match[index]] if found and index in match else None
-        overlaps = float(overlap[index, match[index]]) if concept else 0.0
+    matches = match_masks([torch.from_numpy(mask) for mask in scene.masks], masks)
+    for spec, (index, overlaps) in zip(scene.objects, matches, strict=True):
+        concept = None if index is None else concepts[index]
         words = concept.words if concept else {}
         rows.append(
             {
@@ -119,7 +105,7 @@ def main(
     given: tuple[str, ...],
     retriever: str | None,
     segmentor: str | None,
-    split: str,
+    split: Split,
     assignments: tuple[str, ...],
     out: Path | None,
 ) -> None:

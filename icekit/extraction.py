@@ -220,9 +220,11 @@ class _Run:
         if not located.finished:
             retriever, segmentor = self._build("retriever"), self._build("segmentor")
             for step in localise(self.image, retriever, segmentor, self.settings, located):
+                before = {region.index: region.word for region in located.regions}
                 located = step
-                if not located.finished:
-                    self.observers.tell("region_found", region=located.regions[-1])
+                for region in located.regions:
+                    if before.get(region.index) != region.word:  # new, or named anew at the end
+                        self.observers.tell("region_found", region=region)
                 self.run.save_located(located)
         if not located.regions:
             words = ", ".join(located.refused)
@@ -390,7 +392,8 @@ def localise(
             _check_mask(mask, image, settings)
             mask = mask & visible
             if bool(mask.any()) and float(mask.float().mean()) >= settings.min_area:
-                named = _renamed(candidate, mask, image, retriever, used) if settings.rename else candidate
+                fitting = _seen_alone(mask, image, retriever, used + refused) if settings.rename else []
+                named = fitting[0] if fitting else candidate
                 found = Region(len(regions), named.word, named.score, mask)
                 break
             refused.append(candidate.word)
@@ -410,10 +413,7 @@ def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriev
     One by one, the first region may take the word that the next one fits better. A region that the retriever has no
     word for keeps its own.
     """
-    found = [
-        {one.word: one.score for one in retriever.retrieve(View(image, isolate(image, region.mask), region.mask), ())}
-        for region in regions
-    ]
+    found = [{one.word: one.score for one in _seen_alone(region.mask, image, retriever)} for region in regions]
     words = list(dict.fromkeys([region.word for region in regions] + [word for row in found for word in row]))
 
     def fit(row: int, word: str) -> float:
@@ -429,16 +429,15 @@ def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriev
     return named
 
 
-def _renamed(candidate: Candidate, mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str]) -> Candidate:
-    """The best unused word for what the mask shows; the candidate itself when there is none."""
-    named = _unused(retriever.retrieve(View(image, isolate(image, mask), mask), used), used)
-    return named[0] if named else candidate
+def _seen_alone(mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str] = ()) -> list[Candidate]:
+    """Words not used yet for what a mask shows, all else hidden; best first."""
+    return _unused(retriever.retrieve(View(image, isolate(image, mask), mask), used), used)
 
 
 def _word_of(proposal: Proposal, image: Tensor, retriever: Retriever) -> Candidate:
     if proposal.word is not None:
         return Candidate(proposal.word, 1.0)
-    named = retriever.retrieve(View(image, isolate(image, proposal.mask), proposal.mask), ())
+    named = _seen_alone(proposal.mask, image, retriever)
     return named[0] if named else Candidate(UNNAMED, 0.0)
 
 

@@ -75,7 +75,7 @@ def stage_started(name: str, total: int | None) -> None:
 
 @hookspec
 def region_found(region: Region) -> None:
-    """Stage one found a concept."""
+    """Stage one found a concept, or at its end gave one that it had found another word (same ``index``)."""
 
 
 @hookspec

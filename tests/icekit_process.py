@@ -1,4 +1,4 @@
-"""The program ``icekit`` in a process of its own, as a user meets it."""
+"""The program ``icekit`` with the plain components: in a process of its own, as a user meets it, or in this one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from plain_components import write_distribution
+import plain_components as plain
+import pytest
+
+from icekit.cli import main
+from icekit.plugins import Origin, Plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,4 +48,29 @@ def icekit(arguments: Sequence[str | Path], cwd: Path, *folders: Path) -> subpro
 def plain_plugin(folder: Path) -> Path:
     """The plain components as an installed distribution."""
     source = f"import sys; sys.path.append({str(ROOT / 'tests')!r})\nfrom plain_components import *\n"
-    return write_distribution(folder, "plain_plugin", source, name="plain-plugin")
+    return plain.write_distribution(folder, "plain_plugin", source, name="plain-plugin")
+
+
+def in_this_process(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """``icekit`` in ``place`` without a new process, which would import torch again: arguments -> status, out, err."""
+    from icekit import builtin
+
+    found = Plugins()
+    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
+    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    monkeypatch.setattr("icekit.plugins.installed", lambda: found)
+    monkeypatch.setattr("icekit.cli.quieten", lambda: None)
+    monkeypatch.chdir(place)
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        typed = [str(argument) for argument in arguments]
+        monkeypatch.setattr("sys.argv", ["icekit", *typed])
+        with pytest.raises(SystemExit) as leaving:
+            main(typed)
+        captured = capsys.readouterr()
+        assert isinstance(leaving.value.code, int)
+        return leaving.value.code, captured.out, captured.err
+
+    return call

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import plain_components as plain
 import pytest
-from icekit_process import plain_plugin, start
+from icekit_process import in_this_process, plain_plugin, start
 from PIL import Image
 
 from icekit import ComponentSettings
-from icekit.cli import main
-from icekit.plugins import Origin, PluginError, Plugins, check_component
+from icekit.plugins import PluginError, check_component
 
 Run = Callable[..., tuple[int, str, str]]
 PLAIN = ["--backbone=plain", "--retriever=plain", "--segmentor=plain"]
@@ -40,25 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The program in this process, with the plain components and the built-ins."""
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    monkeypatch.setattr("icekit.plugins.installed", lambda: found)
-    monkeypatch.setattr("icekit.cli.quieten", lambda: None)
-    monkeypatch.chdir(place)
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        typed = [str(argument) for argument in arguments]
-        monkeypatch.setattr("sys.argv", ["icekit", *typed])
-        with pytest.raises(SystemExit) as leaving:
-            main(typed)
-        captured = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return leaving.value.code, captured.out, captured.err
-
-    return call
+    return in_this_process(place, monkeypatch, capsys)
 
 
 class Pictures(HTMLParser):

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import plain_components as plain
 import pytest
-from icekit_process import environment, icekit, plain_plugin, start
+from icekit_process import environment, icekit, in_this_process, plain_plugin, start
 from PIL import Image
-
-from icekit.cli import main
-from icekit.plugins import Origin, Plugins
 
 Run = Callable[..., tuple[int, str, str]]
 SAMPLES = ["--set", "samples=1", "--set", "sample_steps=1"]
@@ -41,23 +38,7 @@ def in_process(place: Path, *arguments: str | Path) -> tuple[int, str, str]:
 @pytest.fixture
 def run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """The same in this process, with the same plugins: a new one would import torch again."""
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    monkeypatch.setattr("icekit.plugins.installed", lambda: found)
-    monkeypatch.setattr("icekit.cli.quieten", lambda: None)
-    monkeypatch.chdir(place)
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as leaving:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert isinstance(leaving.value.code, int)
-        return leaving.value.code, captured.out, captured.err
-
-    return call
+    return in_this_process(place, monkeypatch, capsys)
 
 
 def test_table_and_manifest(place: Path, run: Run) -> None:

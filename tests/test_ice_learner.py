@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learning import Killed, Memory, assert_same, two_regions
 from torch import Tensor
 
 from icekit.builtin.ice import IceLearner, IceSettings, nearest_resolution, step_generator
@@ -16,25 +17,6 @@ from icekit.protocols import Attribute, InputError, Learned, Region, RunError, S
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
 MATERIAL = Attribute("material", anchor="material", vocabulary=("metal", "wood"))
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nobody catches it."""
-
-
-class Memory:
-    """A checkpoint in memory."""
-
-    def __init__(self) -> None:
-        self.held: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self.saves = 0
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.held
-
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.held = ({name: tensor.clone() for name, tensor in tensors.items()}, dict(state))
-        self.saves += 1
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +31,7 @@ def image() -> Tensor:
 
 @pytest.fixture(scope="module")
 def regions() -> list[Region]:
-    left, right = torch.zeros(2, 128, 128, dtype=torch.bool)
-    left[20:100, 10:60] = True
-    right[60:120, 70:120] = True
-    return [Region(0, "cup", 0.3, left), Region(1, "metal ball", 0.2, right)]
+    return two_regions()
 
 
 Learn = Callable[..., tuple[Learned, list[Step]]]
@@ -82,12 +61,6 @@ def learn(backbone: StableDiffusion, image: Tensor, regions: list[Region]) -> Le
         return learned, steps
 
     return run
-
-
-def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    assert list(first) == list(second)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 def test_every_token_is_learned_and_every_step_reported(learn: Learn, backbone: StableDiffusion) -> None:

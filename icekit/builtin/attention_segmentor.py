@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from torch import Tensor
 
 from icekit.builtin.mask_refinement import heaviest_part, refine, without_islands
@@ -25,6 +25,17 @@ def one_or_more(value: Any) -> Any:
     """``0.15`` -> ``[0.15]``: a setting that takes a list takes a single value, too."""
     return [value] if isinstance(value, int | float | str) else value
 
+
+def _in_schedule(timesteps: tuple[float, ...]) -> tuple[float, ...]:
+    if not all(0 <= timestep <= 1 for timestep in timesteps):
+        raise ValueError("0 to 1")
+    return timesteps
+
+
+Timesteps = Annotated[
+    tuple[float, ...], Field(min_length=1), BeforeValidator(one_or_more), AfterValidator(_in_schedule)
+]
+"""The type of a setting that says how noisy images are looked at: shares of the noise schedule, one or several."""
 
 Resolutions = Annotated[tuple[int, ...] | None, BeforeValidator(one_or_more)]
 
@@ -43,8 +54,8 @@ class AttentionSegmentor:
         look_at: Literal["image", "rest"] = Field(
             "image", description="the whole image, or only the rest of it with found concepts filled in"
         )
-        timestep: Annotated[tuple[float, ...], BeforeValidator(one_or_more)] = Field(
-            (0.15,), min_length=1, description="how noisy, 0 to 1 of the noise schedule; several are averaged"
+        timestep: Timesteps = Field(
+            (0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged"
         )
         draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each timestep")
         cross_resolutions: Resolutions = Field(
@@ -71,13 +82,6 @@ class AttentionSegmentor:
             if prompt.count("{word}") != 1:
                 raise ValueError("a text with {word} in it, once")
             return prompt
-
-        @field_validator("timestep")
-        @classmethod
-        def _in_schedule(cls, timesteps: tuple[float, ...]) -> tuple[float, ...]:
-            if not all(0 <= timestep <= 1 for timestep in timesteps):
-                raise ValueError("0 to 1")
-            return timesteps
 
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
         self._shared = settings

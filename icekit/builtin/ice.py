@@ -15,7 +15,7 @@ they contain no new token, so that while embeddings alone are trained their grad
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -25,33 +25,18 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from icekit.builtin.denoising import coverage, latent_mask, masked_denoising_loss, offset_noise, timestep_density
-from icekit.builtin.lora import lora_adapter
-from icekit.builtin.prior import prior_latents, prior_loss
-from icekit.builtin.templates import PHOTO_TEMPLATES
-from icekit.builtin.training import Group, Losses, Trainer, step_generator
+from icekit.builtin.prior import kept_prior, prior_loss
+from icekit.builtin.training import Group, Losses, Task, TrainedLearner, Trainer, TrainingSettings, step_generator
 from icekit.builtin.triplet import intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
-from icekit.protocols import (
-    AttentionMaps,
-    Attribute,
-    Backbone,
-    Checkpoint,
-    ComponentSettings,
-    InputError,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
+from icekit.protocols import AttentionMaps, Backbone, InputError, Learned, token_names
 
 
-class IceSettings(ComponentSettings):
+class IceSettings(TrainingSettings):
     """Settings of ``IceLearner``; the defaults are the paper's."""
 
     steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
     learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of one concept's tokens")
     attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
     object_triplet_weight: float = Field(1.0, ge=0, description="weight of the object triplet (phase one)")
     intrinsic_triplet_weight: float = Field(5e-2, ge=0, description="weight of the intrinsic triplet (phase two)")
@@ -69,16 +54,10 @@ class IceSettings(ComponentSettings):
     word_learning_rate: float = Field(
         0.2, gt=0, description="AdamW's learning rate of those weights (of their logarithms), constant"
     )
-    flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
     by_area: bool = Field(False, description="divide a concept's denoising loss by its mask's share of the image")
     attention_resolution: int | None = Field(
         None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
     )
-    templates: tuple[str, ...] = Field(PHOTO_TEMPLATES, min_length=1, description="prompts, {} where the tokens go")
-    max_batch: int = Field(
-        4, ge=1, description="concepts learned at once; more are learned in turns, with equal result"
-    )
-    checkpoint_every: int = Field(50, ge=1, description="steps between two saves of the learning state")
     refine_steps: int = Field(
         0, ge=0, description="steps of fine-tuning the noise predictor after the tokens; paper: 300"
     )
@@ -96,51 +75,18 @@ class IceSettings(ComponentSettings):
             raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
         return shares
 
-    @field_validator("templates")
-    @classmethod
-    def _one_place_for_tokens(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r}: must have {{}} exactly once, where the tokens go")
-        return templates
 
+class IceLearner(TrainedLearner[IceSettings]):
+    """ICE's structured concept learning: a category, an instance and one token an attribute for every object.
 
-class IceLearner:
-    """ICE's structured concept learning: a category, an instance and one token an attribute for every object."""
+    With no attributes all steps are phase one's. More attributes than fit into a prompt are refused.
+    """
 
     Settings = IceSettings
 
-    def __init__(self, settings: IceSettings, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
-
-        With no attributes all steps are phase one's.
-
-        Raises:
-            InputError: an empty mask, more attributes than fit into a prompt, or a saved state of another run.
-            RunError: a loss became NaN or infinite.
-        """
-        if not regions:
-            return Learned({})
-        for region in regions:
-            if not region.mask.any():
-                raise InputError(
-                    f"the mask of {region.word!r} (concept {region.index}) is empty: nothing can be learned"
-                )
-        lesson = Lesson(self.settings, self.backbone, image, regions, attributes, seed)
-        return lesson.run(checkpoint, on_step)
+    def teach(self, task: Task) -> Learned:
+        """See ``TrainedLearner``."""
+        return Lesson(self.settings, self.backbone, task).run()
 
 
 def nearest_resolution(resolutions: Sequence[int], wanted: int = 16) -> int:
@@ -186,17 +132,10 @@ class Lesson:
     C concepts, latents ``[c, h, w]``, attention loss on an r x r grid.
     """
 
-    def __init__(
-        self,
-        settings: IceSettings,
-        backbone: Backbone,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        seed: int,
-    ) -> None:
-        self.settings, self.backbone, self.seed = settings, backbone, seed
-        self.regions, self.attributes = regions, attributes
+    def __init__(self, settings: IceSettings, backbone: Backbone, task: Task) -> None:
+        self.settings, self.backbone, self.task = settings, backbone, task
+        image, regions, attributes = task.image, task.regions, task.attributes
+        self.seed, self.regions, self.attributes = task.seed, regions, attributes
         self.names = [token_names(region, attributes) for region in regions]
         self.resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
         self.object_steps = (settings.steps + 1) // 2 if attributes else settings.steps
@@ -223,24 +162,11 @@ class Lesson:
         self.mixtures = self._build_mixtures() if settings.attribute_rows == "words" else {}
         self._check_prompts_fit()
 
-    def run(self, checkpoint: Checkpoint, on_step: Callable[[Step], None]) -> Learned:
-        """All phases, from where ``checkpoint`` stands."""
+    def run(self) -> Learned:
+        """All phases, from where the checkpoint stands."""
         settings = self.settings
-        trainer = Trainer(
-            self.rows,
-            {"seed": self.seed, "settings": settings.model_dump(mode="json", exclude={"checkpoint_every"})},
-            settings.steps + settings.refine_steps,
-            checkpoint,
-            on_step,
-            weight_decay=settings.weight_decay,
-            gradient_clip=settings.gradient_clip,
-            checkpoint_every=settings.checkpoint_every,
-        )
-        trainer.restore(self.rows, "row")
-        logits = {name: mixture.logits for name, mixture in self.mixtures.items()}
-        trainer.restore(logits, "logits")
-        trainer.kept |= {f"logits/{name}": parameter for name, parameter in logits.items()}
-
+        trainer = Trainer(self.rows, settings, self.task, settings.steps + settings.refine_steps)
+        trainer.keep({name: mixture.logits for name, mixture in self.mixtures.items()}, "logits")
         with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
             trainer.train(
                 "object",
@@ -453,31 +379,17 @@ class Lesson:
 
     def _refine(self, trainer: Trainer) -> dict[str, Tensor]:
         """Phase three: a LoRA adapter, its weights by diffusers' key on the CPU."""
-        first, count = self.settings.steps + 1, self.settings.refine_steps
-        prior, prior_prompts = self._prior(trainer)
-        generator = step_generator(self.seed, "lora")
-        with lora_adapter(self.backbone.unet, self.settings.refine_rank, generator) as weights:
-            trainer.restore(weights, "lora")
-            trainer.kept |= {f"lora/{name}": weight for name, weight in weights.items()}
+        settings = self.settings
+        steps = range(settings.steps + 1, settings.steps + settings.refine_steps + 1)
+        prior, prior_prompts = kept_prior(
+            self.backbone, self.regions, settings.templates, settings.prior_images, settings.max_batch, trainer
+        )
+        with trainer.adapter(self.backbone.unet, settings.refine_rank) as weights:
             with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
                 trainer.train(
                     "refine",
-                    [Group(weights, self.settings.refine_learning_rate, "refine_learning_rate")],
-                    range(first, first + count),
+                    [Group(weights, settings.refine_learning_rate, "refine_learning_rate")],
+                    steps,
                     lambda step: self.refine_losses(step, maps, prior, prior_prompts),
                 )
             return {name: weight.detach().float().cpu().clone() for name, weight in weights.items()}
-
-    def _prior(self, trainer: Trainer) -> tuple[Tensor, list[str]]:
-        """Latents ``[N, c, h, w]`` and prompts of images of the concepts' plain words, from the untouched model."""
-        generator, count = step_generator(self.seed, "prior"), self.settings.prior_images
-        templates = torch.randint(len(self.settings.templates), (count,), generator=generator).tolist()
-        seeds = torch.randint(2**31, (count,), generator=generator).tolist()
-        prompts = [
-            self.prompt(template, self.regions[n % len(self.regions)].word) for n, template in enumerate(templates)
-        ]
-        saved = trainer.saved.get("prior")
-        if saved is None:
-            saved = prior_latents(self.backbone, prompts, seeds, self.settings.max_batch)
-        trainer.kept["prior"] = saved
-        return saved.to(self.backbone.device), prompts

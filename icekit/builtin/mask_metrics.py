@@ -10,13 +10,13 @@ FOUND_IOU = 0.5
 """From this IoU on an object counts as found."""
 
 
-class _MaskMetric:
-    """A number for every true object, its mean over them."""
+class MeanIou:
+    """Mean IoU of the true masks with the found ones, matched one to one for the largest total; 0 for a missed one."""
 
     class Settings(ComponentSettings):
         """There are none."""
 
-    columns: Mapping[str, Column] = {}
+    columns: Mapping[str, Column] = {"miou": Column("overlap of true and found masks")}
     needs: Collection[str] = ("masks",)
 
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
@@ -26,8 +26,8 @@ class _MaskMetric:
         """Nothing to prepare."""
 
     def value(self, match: Match) -> float:
-        """One true object's number."""
-        raise NotImplementedError
+        """One true object's number: its IoU."""
+        return match.iou
 
     def measure(self, outcome: Outcome) -> Mapping[str, Score]:
         """The mean over the true objects."""
@@ -36,17 +36,7 @@ class _MaskMetric:
         return {column: Score(sum(values) / len(values) if values else None)}
 
 
-class MeanIou(_MaskMetric):
-    """Mean IoU of the true masks with the found ones, matched one to one for the largest total; 0 for a missed one."""
-
-    columns: Mapping[str, Column] = {"miou": Column("overlap of true and found masks")}
-
-    def value(self, match: Match) -> float:
-        """The object's IoU."""
-        return match.iou
-
-
-class Recall(_MaskMetric):
+class Recall(MeanIou):
     """Share of true objects that were found: IoU 0.5 or more with the mask matched to them."""
 
     columns: Mapping[str, Column] = {"recall": Column("objects found, IoU 0.5 or more")}
@@ -56,7 +46,7 @@ class Recall(_MaskMetric):
         return float(match.iou >= FOUND_IOU)
 
 
-class WordAccuracy(_MaskMetric):
+class WordAccuracy(MeanIou):
     """Share of true objects that were found (IoU 0.5 or more) and called by their right word."""
 
     columns: Mapping[str, Column] = {"word_accuracy": Column("objects found and called by the right word")}

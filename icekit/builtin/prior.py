@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from icekit.protocols import Backbone
+from icekit.builtin.training import Trainer, step_generator
+from icekit.protocols import Backbone, Region
 
 
 @torch.no_grad()
@@ -22,6 +23,24 @@ def prior_latents(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[in
         scaled = (pixels.permute(0, 3, 1, 2).float() / 255).to(backbone.device)
         latents.append(backbone.encode_images(scaled).float())
     return torch.cat(latents)
+
+
+def kept_prior(
+    backbone: Backbone, regions: Sequence[Region], templates: Sequence[str], count: int, at_once: int, trainer: Trainer
+) -> tuple[Tensor, list[str]]:
+    """Latents ``[count, c, h, w]`` and prompts of images of the regions' plain words, from the untouched model.
+
+    The words take turns, templates and noise follow from the trainer's seed; the latents are kept in its checkpoint.
+    """
+    generator = step_generator(trainer.seed, "prior")
+    chosen = torch.randint(len(templates), (count,), generator=generator).tolist()
+    seeds = torch.randint(2**31, (count,), generator=generator).tolist()
+    prompts = [templates[t].replace("{}", regions[n % len(regions)].word) for n, t in enumerate(chosen)]
+    latents = trainer.saved.get("prior")
+    if latents is None:
+        latents = prior_latents(backbone, prompts, seeds, at_once)
+    trainer.kept["prior"] = latents
+    return latents.to(backbone.device), prompts
 
 
 def prior_loss(backbone: Backbone, latents: Tensor, prompts: Sequence[str], timesteps: Tensor, noise: Tensor) -> Tensor:

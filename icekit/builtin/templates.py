@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
 PHOTO_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}",
     "a photo of the {}",
@@ -21,3 +25,14 @@ PHOTO_TEMPLATES: tuple[str, ...] = (
     "a rendition of the {}",
 )
 """``{}`` is where the tokens go."""
+
+
+def _one_place_for_tokens(templates: tuple[str, ...]) -> tuple[str, ...]:
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(f"template {template!r}: must have {{}} exactly once, where the tokens go")
+    return templates
+
+
+Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_one_place_for_tokens)]
+"""The type of a setting that holds such prompts."""

@@ -1,17 +1,34 @@
-"""The loop in which a learner trains: steps, AdamW, clipping, and a state a killed run goes on from bit for bit."""
+"""What all learners that train share: settings, task, and the loop of steps, AdamW and clipping, with a state that a
+killed run goes on from bit for bit.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Generic, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.protocols import Checkpoint, InputError, RunError, Step
+from icekit.builtin.lora import lora_adapter
+from icekit.builtin.templates import PHOTO_TEMPLATES, Templates
+from icekit.protocols import (
+    Attribute,
+    Backbone,
+    Checkpoint,
+    ComponentSettings,
+    InputError,
+    Learned,
+    Region,
+    RunError,
+    Step,
+)
 
 Losses = dict[str, Tensor]
 """Scalars by name; ``total`` is what is minimised."""
@@ -25,6 +42,69 @@ def step_generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     """The randomness of one step, from the seed and the step's number alone: a resumed run draws what it would have."""
     digest = hashlib.sha256(f"{seed} {purpose} {step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class TrainingSettings(ComponentSettings):
+    """Settings that every learner that trains has."""
+
+    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
+    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of what is trained together")
+    flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
+    templates: Templates = Field(PHOTO_TEMPLATES, description="prompts, {} where the tokens go")
+    max_batch: int = Field(4, ge=1, description="images denoised at once; more are taken in turns, with equal result")
+    checkpoint_every: int = Field(50, ge=1, description="steps between two saves of the learning state")
+
+
+S = TypeVar("S", bound=TrainingSettings)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a learner is asked for; see ``protocols.Learner.learn``. At least one region, no empty mask."""
+
+    image: Tensor
+    regions: Sequence[Region]
+    attributes: Sequence[Attribute]
+    seed: int
+    checkpoint: Checkpoint
+    on_step: Callable[[Step], None]
+
+
+class TrainedLearner(ABC, Generic[S]):
+    """A learner that trains: what ``protocols.Learner`` asks for, but for ``teach``."""
+
+    def __init__(self, settings: S, backbone: Backbone) -> None:
+        self.settings = settings
+        self.backbone = backbone
+
+    def learn(
+        self,
+        image: Tensor,
+        regions: Sequence[Region],
+        attributes: Sequence[Attribute],
+        *,
+        seed: int,
+        checkpoint: Checkpoint,
+        on_step: Callable[[Step], None],
+    ) -> Learned:
+        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
+
+        Raises:
+            InputError: an empty mask, a saved state of another run, or what ``teach`` refuses.
+            RunError: a loss became NaN or infinite.
+        """
+        if not regions:
+            return Learned({})
+        for region in regions:
+            if not region.mask.any():
+                raise InputError(
+                    f"the mask of {region.word!r} (concept {region.index}) is empty: nothing can be learned"
+                )
+        return self.teach(Task(image, regions, attributes, seed, checkpoint, on_step))
+
+    @abstractmethod
+    def teach(self, task: Task) -> Learned:
+        """Learn what ``learn`` was asked for."""
 
 
 @dataclass(frozen=True)
@@ -47,41 +127,27 @@ class Trainer:
     done: steps done so far, over all phases. saved: tensors of the state that was found. kept: tensors to save.
     """
 
-    def __init__(
-        self,
-        rows: Mapping[str, nn.Parameter],
-        identity: Mapping[str, Any],
-        total: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-        *,
-        weight_decay: float,
-        gradient_clip: float,
-        checkpoint_every: int,
-    ) -> None:
-        """Find the saved state, if there is one.
+    def __init__(self, rows: Mapping[str, nn.Parameter], settings: TrainingSettings, task: Task, total: int) -> None:
+        """Find the saved state, if there is one, and restore the rows from it.
 
         Args:
             rows: the tokens' embeddings by name; they are saved as ``row/<name>``.
-            identity: what a saved state must agree in, JSON-able (the seed, the settings, ...).
+            settings: the learner's; a saved state must agree in them.
+            task: whose seed a saved state must agree in.
             total: steps of all phases together.
-            checkpoint: where the state is kept.
-            on_step: called after every step.
-            weight_decay: AdamW's.
-            gradient_clip: largest norm of a group's gradient.
-            checkpoint_every: steps between two saves; the end of a phase is saved as well.
 
         Raises:
             InputError: the saved state is of another run.
         """
-        self.identity = {"tokens": list(rows), **identity}
-        self.total, self.checkpoint, self.on_step = total, checkpoint, on_step
-        self.weight_decay, self.gradient_clip = weight_decay, gradient_clip
-        self.checkpoint_every = checkpoint_every
-        self.kept: dict[str, Tensor] = {f"row/{name}": row for name, row in rows.items()}
+        kept_settings = settings.model_dump(mode="json", exclude={"checkpoint_every"})
+        self.identity = {"tokens": list(rows), "seed": task.seed, "settings": kept_settings}
+        self.seed, self.total, self.checkpoint, self.on_step = task.seed, total, task.checkpoint, task.on_step
+        self.weight_decay, self.gradient_clip = settings.weight_decay, settings.gradient_clip
+        self.checkpoint_every = settings.checkpoint_every
+        self.kept: dict[str, Tensor] = {}
         self.saved: Mapping[str, Tensor] = {}
         self.done = 0
-        found = checkpoint.load()
+        found = self.checkpoint.load()
         if found is not None:
             self.saved, state = found
             for name, value in self.identity.items():
@@ -90,12 +156,21 @@ class Trainer:
                         f"the saved learning state is of a run with other {name}: start again (--overwrite)"
                     )
             self.done = int(state["step"])
+        self.keep(rows, "row")
 
-    def restore(self, parameters: Mapping[str, Tensor], kind: str) -> None:
-        """Take these tensors' values from the saved state, where it has them."""
+    def keep(self, parameters: Mapping[str, Tensor], kind: str) -> None:
+        """Save these tensors from now on, and take their values from the saved state, where it has them."""
         for name, parameter in parameters.items():
+            self.kept[f"{kind}/{name}"] = parameter
             if f"{kind}/{name}" in self.saved:
                 parameter.data.copy_(self.saved[f"{kind}/{name}"])
+
+    @contextmanager
+    def adapter(self, unet: nn.Module, rank: int) -> Iterator[dict[str, nn.Parameter]]:
+        """A ``lora_adapter`` to be trained, drawn from the seed or restored."""
+        with lora_adapter(unet, rank, step_generator(self.seed, "lora")) as weights:
+            self.keep(weights, "lora")
+            yield weights
 
     def train(
         self,

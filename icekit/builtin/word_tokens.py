@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from icekit.builtin.training import step_generator
 from icekit.protocols import (
     Attribute,
     Backbone,
@@ -22,7 +24,37 @@ from icekit.protocols import (
 )
 
 
-class WordTokens:
+class _Untaught(ABC):
+    """A learner without a model to train: every concept's rows follow from its words."""
+
+    def __init__(self, settings: Any, backbone: Backbone) -> None:
+        self.settings = settings
+        self.backbone = backbone
+
+    def learn(
+        self,
+        image: Tensor,
+        regions: Sequence[Region],
+        attributes: Sequence[Attribute],
+        *,
+        seed: int,
+        checkpoint: Checkpoint,
+        on_step: Callable[[Step], None],
+    ) -> Learned:
+        """Look the rows up or draw them; see ``protocols.Learner``."""
+        tokens: dict[str, Tensor] = {}
+        for region in regions:
+            tokens |= self.rows(region, token_names(region, attributes), attributes, seed)
+        return Learned(tokens)
+
+    @abstractmethod
+    def rows(
+        self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
+    ) -> dict[str, Tensor]:
+        """One concept's rows by token; names: its tokens."""
+
+
+class WordTokens(_Untaught):
     """Plain words in place of learned tokens: what a run would be worth if learning found just these words."""
 
     class Settings(ComponentSettings):
@@ -35,64 +67,36 @@ class WordTokens:
             "given are the concept's own word, an attribute is its anchor",
         )
 
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
-        self._words = settings.words
-        self._backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Look the words up; see ``protocols.Learner``.
+    def rows(
+        self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
+    ) -> dict[str, Tensor]:
+        """The words' rows.
 
         Raises:
             InputError: words for a token that is not learned.
         """
-        tokens: dict[str, Tensor] = {}
-        for region in regions:
-            names = token_names(region, attributes)
-            given = self._words[region.index] if region.index < len(self._words) else {}
-            if strange := sorted(given.keys() - names.keys()):
-                raise InputError(f"learner.words: {strange[0]!r} is no token of a concept: {', '.join(names)}")
-            words = {"category": region.word, "instance": region.word}
-            words |= {attribute.name: attribute.anchor for attribute in attributes}
-            words |= given
-            tokens |= {names[part]: self._backbone.word_embedding(words[part]).float().cpu() for part in names}
-        return Learned(tokens)
+        given = self.settings.words[region.index] if region.index < len(self.settings.words) else {}
+        if strange := sorted(given.keys() - names.keys()):
+            raise InputError(f"learner.words: {strange[0]!r} is no token of a concept: {', '.join(names)}")
+        words = {"category": region.word, "instance": region.word}
+        words |= {attribute.name: attribute.anchor for attribute in attributes}
+        words |= given
+        return {names[part]: self.backbone.word_embedding(words[part]).float().cpu() for part in names}
 
 
-class RandomTokens:
+class RandomTokens(_Untaught):
     """Random rows in place of learned tokens, each as long as the row of the concept's word."""
 
     class Settings(ComponentSettings):
         """Settings of the ``random`` learner: there are none."""
 
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
-        self._backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Draw the rows, each from the seed and its token's name; see ``protocols.Learner``."""
-        tokens: dict[str, Tensor] = {}
-        for region in regions:
-            length = float(self._backbone.word_embedding(region.word).norm())
-            for token in token_names(region, attributes).values():
-                digest = hashlib.sha256(f"{seed} {token}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-                row = torch.randn(self._backbone.embedding_dim, generator=generator)
-                tokens[token] = row * (length / row.norm())
-        return Learned(tokens)
+    def rows(
+        self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
+    ) -> dict[str, Tensor]:
+        """Each row follows from the seed and its token's name."""
+        length = float(self.backbone.word_embedding(region.word).norm())
+        drawn = {
+            token: torch.randn(self.backbone.embedding_dim, generator=step_generator(seed, token))
+            for token in names.values()
+        }
+        return {token: row * (length / row.norm()) for token, row in drawn.items()}

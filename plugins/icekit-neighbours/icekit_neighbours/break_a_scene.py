@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.denoising import coverage, masked_denoising_loss
-from icekit.builtin.ice import nearest_resolution
-from icekit.builtin.lora import lora_adapter
-from icekit.builtin.training import Group, Losses, step_generator
-from icekit.protocols import (
-    AttentionMaps,
-    Attribute,
-    Backbone,
-    Checkpoint,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
-from icekit_neighbours.lesson import Draw, Lesson, Prior, WeightsSettings
+from icekit.builtin.denoising import masked_denoising_loss
+from icekit.builtin.templates import Templates
+from icekit.builtin.training import Group, Losses, Task, TrainedLearner, step_generator
+from icekit.protocols import AttentionMaps, Backbone, Learned
+from icekit_neighbours.lesson import Draw, Lesson, Prior, WeightsSettings, word_rows
 
 
 class BreakASceneSettings(WeightsSettings):
@@ -39,9 +29,7 @@ class BreakASceneSettings(WeightsSettings):
         None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
     )
     batch_size: int = Field(1, ge=1, description="subsets of the concepts in one step")
-    templates: tuple[str, ...] = Field(
-        ("a photo of {}",), min_length=1, description="prompts, {} where the tokens go, joined by 'and'"
-    )
+    templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
 
 
 def union_sample(count: int, generator: torch.Generator) -> list[int]:
@@ -71,7 +59,7 @@ def attention_loss(attention: Tensor, masks: Tensor) -> Tensor:
     return (attention / highest - masks).square().mean()
 
 
-class BreakASceneLearner:
+class BreakASceneLearner(TrainedLearner[BreakASceneSettings]):
     """One token a concept, learned from random subsets of the concepts ("union sampling"), then the weights as well.
 
         L = || M_s (eps - eps_theta(z_t, t, "a photo of v_i and v_j")) ||^2 + attention_weight * L_attention
@@ -84,34 +72,17 @@ class BreakASceneLearner:
 
     Settings = BreakASceneSettings
 
-    def __init__(self, settings: BreakASceneSettings, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
+    def teach(self, task: Task) -> Learned:
+        """See ``TrainedLearner``.
 
         Raises:
-            InputError: an empty mask, concepts that do not fit into one prompt, or a saved state of another run.
-            RunError: a loss became NaN or infinite.
+            InputError: concepts that do not fit into one prompt.
         """
-        if not regions:
-            return Learned({})
         settings = self.settings
-        names = [token_names(region, ())["category"] for region in regions]
-        rows = {name: self.backbone.word_embedding(region.word) for name, region in zip(names, regions, strict=True)}
-        scene = Scene(settings, self.backbone, image, regions, rows, seed)
-        tokens = [scene.rows[name] for name in names]
-        trainer = scene.trainer(settings.steps, checkpoint, on_step)
+        rows = word_rows(task.regions, self.backbone)
+        names = list(rows)
+        scene = Scene(settings, self.backbone, task, rows)
+        trainer = scene.trainer(settings.steps)
         half = (settings.steps + 1) // 2
         # The prior is the untouched model's, so its images are made before there is an adapter.
         prior = Prior(scene, settings, trainer)
@@ -122,9 +93,7 @@ class BreakASceneLearner:
             range(1, half + 1),
             lambda step: scene.losses(step, names),
         )
-        with lora_adapter(self.backbone.unet, settings.weights_rank, step_generator(seed, "lora")) as weights:
-            trainer.restore(weights, "lora")
-            trainer.kept |= {f"lora/{name}": weight for name, weight in weights.items()}
+        with trainer.adapter(self.backbone.unet, settings.weights_rank) as weights:
             trainer.train(
                 "weights",
                 [
@@ -134,25 +103,18 @@ class BreakASceneLearner:
                 range(half + 1, settings.steps + 1),
                 lambda step: scene.losses(step, names, prior),
             )
-            return scene.learned(attributes, tokens, lora=weights)
+            return scene.learned([scene.rows[name] for name in names], lora=weights)
 
 
 class Scene(Lesson):
     """A lesson in all concepts of the image at once. ``attention_masks``: ``[2, C, r, r]``, covered shares of cells."""
 
     def __init__(
-        self,
-        settings: BreakASceneSettings,
-        backbone: Backbone,
-        image: Tensor,
-        regions: Sequence[Region],
-        rows: dict[str, Tensor],
-        seed: int,
+        self, settings: BreakASceneSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]
     ) -> None:
-        super().__init__(settings, backbone, image, regions, rows, seed)
+        super().__init__(settings, backbone, task, rows)
         self._batch_size, self._attention_weight = settings.batch_size, settings.attention_weight
-        self._resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
-        self.attention_masks = torch.stack([coverage(side, self._resolution) for side in self.masks])
+        self._resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
         for template in settings.templates:  # the longest prompts, before a step is made
             self.backbone.token_positions(template.replace("{}", " and ".join(rows)), list(rows))
 

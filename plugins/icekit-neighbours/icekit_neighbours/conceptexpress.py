@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import coverage, masked_denoising_loss
-from icekit.builtin.ice import nearest_resolution
-from icekit.builtin.training import Group, Losses, step_generator
+from icekit.builtin.denoising import masked_denoising_loss
+from icekit.builtin.training import Group, Losses, Task, TrainedLearner, TrainingSettings, step_generator
 from icekit.builtin.wasserstein import wasserstein_distance
-from icekit.protocols import (
-    AttentionMaps,
-    Attribute,
-    Backbone,
-    Checkpoint,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
-from icekit_neighbours.lesson import LearnerSettings, Lesson
+from icekit.protocols import AttentionMaps, Backbone, Learned, token_names
+from icekit_neighbours.lesson import Lesson
 
 
-class ConceptExpressSettings(LearnerSettings):
+class ConceptExpressSettings(TrainingSettings):
     """Settings of ``ConceptExpressLearner``; the defaults are the paper's, or are said to be ours."""
 
     steps: int = Field(500, ge=2, description="learning steps")
@@ -69,7 +59,7 @@ def contrastive_loss(tokens: Tensor, temperature: float) -> Tensor:
     return (similarity.logsumexp(dim=1) - own).mean()
 
 
-class ConceptExpressLearner:
+class ConceptExpressLearner(TrainedLearner[ConceptExpressSettings]):
     """One token a concept. It starts as several, which are merged into their mean after ``split_share`` of the steps:
 
         L = L_recon + attention_weight * L_attention + contrastive_weight * L_contrastive (while split)
@@ -82,40 +72,20 @@ class ConceptExpressLearner:
 
     Settings = ConceptExpressSettings
 
-    def __init__(self, settings: ConceptExpressSettings, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
-
-        Raises:
-            InputError: an empty mask, or a saved state of another run.
-            RunError: a loss became NaN or infinite.
-        """
-        if not regions:
-            return Learned({})
-        settings = self.settings
+    def teach(self, task: Task) -> Learned:
+        """See ``TrainedLearner``."""
+        settings, regions = self.settings, task.regions
         merged = [token_names(region, ())["category"] for region in regions]
         split = [[f"{name[:-1]}-split-{k}>" for k in range(settings.split_tokens)] for name in merged]
         start = self.backbone.word_embedding(settings.initial_word).float()
-        generator = step_generator(seed, "split")
+        generator = step_generator(task.seed, "split")
         rows = {}
         for name in [name for own in split for name in own]:
             noise = torch.randn(start.shape, generator=generator).to(start)
             rows[name] = start + settings.initial_noise * start.std() * noise
         rows |= {name: start for name in merged}
-        express = Express(settings, self.backbone, image, regions, rows, seed)
-        trainer = express.trainer(settings.steps, checkpoint, on_step)
+        express = Express(settings, self.backbone, task, rows)
+        trainer = express.trainer(settings.steps)
         splitting = max(1, round(settings.split_share * settings.steps))
 
         trainer.train(
@@ -136,26 +106,19 @@ class ConceptExpressLearner:
             lambda step: express.losses(step, [[name] for name in merged]),
             loss_scale=len(regions),
         )
-        return express.learned(attributes, [express.rows[name] for name in merged])
+        return express.learned([express.rows[name] for name in merged])
 
 
 class Express(Lesson):
     """A lesson of each concept in its own mask. ``attention_masks``: ``[2, C, r, r]``, covered shares of cells."""
 
     def __init__(
-        self,
-        settings: ConceptExpressSettings,
-        backbone: Backbone,
-        image: Tensor,
-        regions: Sequence[Region],
-        rows: dict[str, Tensor],
-        seed: int,
+        self, settings: ConceptExpressSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]
     ) -> None:
-        super().__init__(settings, backbone, image, regions, rows, seed)
+        super().__init__(settings, backbone, task, rows)
         self._weights = settings.attention_weight, settings.contrastive_weight
         self._temperature = settings.temperature
-        self._resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
-        self.attention_masks = torch.stack([coverage(side, self._resolution) for side in self.masks])
+        self._resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
 
     def losses(self, step: int, tokens: Sequence[Sequence[str]]) -> Iterator[Losses]:
         """One step's losses, chunk by chunk; tokens: those of each concept, one of which is in its prompt."""

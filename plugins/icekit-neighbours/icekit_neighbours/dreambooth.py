@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.builtin.lora import lora_adapter
-from icekit.builtin.training import Group, Losses, step_generator
-from icekit.protocols import (
-    Attribute,
-    Backbone,
-    Checkpoint,
-    InputError,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
+from icekit.builtin.training import Group, Losses, Task, TrainedLearner
+from icekit.protocols import InputError, Learned, token_names
 from icekit_neighbours.lesson import Lesson, Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings
 
@@ -44,7 +34,7 @@ class DreamBoothSettings(PictureSettings, WeightsSettings):
         return identifiers
 
 
-class DreamBoothLearner:
+class DreamBoothLearner(TrainedLearner[DreamBoothSettings]):
     """The noise predictor learns to draw the object at "a photo of a [V] class", [V] a rare word of its own (eq. 2):
 
         L = || target - model(z_t, "[V] class") ||^2 + prior_weight * || target - model(z_pr, "class") ||^2
@@ -56,29 +46,13 @@ class DreamBoothLearner:
 
     Settings = DreamBoothSettings
 
-    def __init__(self, settings: DreamBoothSettings, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Learn all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
+    def teach(self, task: Task) -> Learned:
+        """See ``TrainedLearner``.
 
         Raises:
-            InputError: an empty mask, more concepts than rare words, or a saved state of another run.
-            RunError: a loss became NaN or infinite.
+            InputError: more concepts than rare words.
         """
-        if not regions:
-            return Learned({})
-        settings = self.settings
+        settings, regions = self.settings, task.regions
         if len(regions) > len(settings.identifiers):
             raise InputError(
                 f"learner.identifiers: {len(settings.identifiers)} rare words for {len(regions)} concepts;"
@@ -91,25 +65,17 @@ class DreamBoothLearner:
             rows[names["instance"]] = self.backbone.word_embedding(identifier)
             rows[names["category"]] = self.backbone.word_embedding(region.word)
             phrases.append(f"{names['instance']} {names['category']}")
-        lesson = Lesson(settings, self.backbone, image, regions, rows, seed)
-        trainer = lesson.trainer(settings.steps, checkpoint, on_step)
-        book, prior = PictureBook(lesson, settings, image), Prior(lesson, settings, trainer)
+        lesson = Lesson(settings, self.backbone, task, rows)
+        trainer = lesson.trainer(settings.steps)
+        book, prior = PictureBook(lesson, settings), Prior(lesson, settings, trainer)
 
         def losses(step: int) -> Iterator[Losses]:
-            count = len(book.concepts)
-            draw = lesson.draw(step, count)
-            pictures = book.open(step, draw.flipped)
-            for places in lesson.chunks(count):
-                prompts = [lesson.prompt(draw.templates[place], phrases[book.concepts[place]]) for place in places]
-                prediction, target = lesson.denoise(pictures[places], draw, places, prompts)
-                loss = (prediction - target).square().mean() * (len(places) / count)
-                yield {"reconstruction": loss, "total": loss}
-                if preserved := prior.losses(step, places, count):
+            for places, reconstruction in book.losses(step, phrases):
+                yield reconstruction
+                if preserved := prior.losses(step, places, len(book.concepts)):
                     yield preserved
 
-        with lora_adapter(self.backbone.unet, settings.weights_rank, step_generator(seed, "lora")) as weights:
-            trainer.restore(weights, "lora")
-            trainer.kept |= {f"lora/{name}": weight for name, weight in weights.items()}
+        with trainer.adapter(self.backbone.unet, settings.weights_rank) as weights:
             trainer.train(
                 "weights",
                 [Group(weights, settings.weights_learning_rate, "weights_learning_rate")],
@@ -117,7 +83,6 @@ class DreamBoothLearner:
                 losses,
             )
             return lesson.learned(
-                attributes,
                 [lesson.rows[names["instance"]] for names in tokens],
                 [lesson.rows[names["category"]] for names in tokens],
                 lora=weights,

@@ -7,50 +7,21 @@ nothing intrinsic was learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import latent_mask
-from icekit.builtin.prior import prior_latents, prior_loss
-from icekit.builtin.templates import PHOTO_TEMPLATES
-from icekit.builtin.training import Losses, Trainer, step_generator
-from icekit.protocols import (
-    Attribute,
-    Backbone,
-    Checkpoint,
-    ComponentSettings,
-    InputError,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
+from icekit.builtin.denoising import coverage, latent_mask
+from icekit.builtin.ice import nearest_resolution
+from icekit.builtin.prior import kept_prior, prior_loss
+from icekit.builtin.training import Losses, Task, Trainer, TrainingSettings, step_generator
+from icekit.protocols import Backbone, Learned, Region, token_names
 
 
-class LearnerSettings(ComponentSettings):
-    """Settings that all of them have."""
-
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of what is trained together")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
-    templates: tuple[str, ...] = Field(PHOTO_TEMPLATES, min_length=1, description="prompts, {} where the token goes")
-    max_batch: int = Field(4, ge=1, description="images denoised at once; more are taken in turns, with equal result")
-    checkpoint_every: int = Field(50, ge=1, description="steps between two saves of the learning state")
-
-    @field_validator("templates")
-    @classmethod
-    def _one_place_for_tokens(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        for template in templates:
-            if template.count("{}") != 1:
-                raise ValueError(f"template {template!r}: must have {{}} exactly once, where the token goes")
-        return templates
-
-
-class WeightsSettings(LearnerSettings):
+class WeightsSettings(TrainingSettings):
     """Settings of those that train the noise predictor's weights too, as a LoRA adapter."""
 
     weights_rank: int = Field(4, ge=1, description="rank of the LoRA adapter, which stands for the weights themselves")
@@ -72,6 +43,11 @@ class Draw:
     templates: list[int]
 
 
+def word_rows(regions: Sequence[Region], backbone: Backbone) -> dict[str, Tensor]:
+    """The category tokens' names, in the regions' order, and where they start: their words' rows."""
+    return {token_names(region, ())["category"]: backbone.word_embedding(region.word) for region in regions}
+
+
 class Lesson:
     """One call of a learner: C regions, their tokens' rows, latents and masks, and the draws of each step.
 
@@ -79,26 +55,11 @@ class Lesson:
     latent_masks: ``[2, C, h, w]``, 0 or 1.
     """
 
-    def __init__(
-        self,
-        settings: LearnerSettings,
-        backbone: Backbone,
-        image: Tensor,
-        regions: Sequence[Region],
-        rows: Mapping[str, Tensor],
-        seed: int,
-    ) -> None:
-        """Look at everything once.
-
-        Raises:
-            InputError: an empty mask.
-        """
-        self.settings, self.backbone, self.regions, self.seed = settings, backbone, regions, seed
-        for region in regions:
-            if not region.mask.any():
-                raise InputError(
-                    f"the mask of {region.word!r} (concept {region.index}) is empty: nothing can be learned"
-                )
+    def __init__(self, settings: TrainingSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]) -> None:
+        """Look at everything once."""
+        self.settings, self.backbone, self.task = settings, backbone, task
+        image, regions = task.image, task.regions
+        self.regions, self.seed = regions, task.seed
         masks = torch.stack([region.mask for region in regions]).to(backbone.device)
         self.masks = torch.stack([masks, masks.flip(-1)])
         self.latent_masks = torch.stack([latent_mask(side, backbone.latent_shape[1:]) for side in self.masks])
@@ -111,21 +72,16 @@ class Lesson:
         backbone.set_tokens(self.rows)
         self._positions: dict[tuple[str, str], list[int]] = {}
 
-    def trainer(self, total: int, checkpoint: Checkpoint, on_step: Callable[[Step], None]) -> Trainer:
-        """The training loop, standing where ``checkpoint`` stands; the rows are restored from it."""
-        settings = self.settings
-        trainer = Trainer(
-            self.rows,
-            {"seed": self.seed, "settings": settings.model_dump(mode="json", exclude={"checkpoint_every"})},
-            total,
-            checkpoint,
-            on_step,
-            weight_decay=settings.weight_decay,
-            gradient_clip=settings.gradient_clip,
-            checkpoint_every=settings.checkpoint_every,
-        )
-        trainer.restore(self.rows, "row")
-        return trainer
+    def trainer(self, total: int) -> Trainer:
+        """The training loop, standing where the checkpoint stands; the rows are restored from it."""
+        return Trainer(self.rows, self.settings, self.task, total)
+
+    def attention_grid(self, side: int | None) -> tuple[int, Tensor]:
+        """The grid of an attention loss, ``side`` or the model's nearest to 16, and how much of its cells the masks
+        cover: ``[2, C, r, r]``.
+        """
+        side = side or nearest_resolution(self.backbone.attention_resolutions)
+        return side, torch.stack([coverage(masks, side) for masks in self.masks])
 
     def draw(self, step: int, count: int) -> Draw:
         """One step's random choices for ``count`` images."""
@@ -163,7 +119,6 @@ class Lesson:
 
     def learned(
         self,
-        attributes: Sequence[Attribute],
         rows: Sequence[Tensor],
         categories: Sequence[Tensor] | None = None,
         lora: Mapping[str, Tensor] | None = None,
@@ -176,7 +131,7 @@ class Lesson:
         """
         tokens: dict[str, Tensor] = {}
         for place, region in enumerate(self.regions):
-            for kind, name in token_names(region, attributes).items():
+            for kind, name in token_names(region, self.task.attributes).items():
                 row = categories[place] if categories is not None and kind == "category" else rows[place]
                 tokens[name] = row.detach().float().cpu().clone()
         return Learned(tokens, {key: weight.detach().float().cpu().clone() for key, weight in (lora or {}).items()})
@@ -187,16 +142,9 @@ class Prior:
 
     def __init__(self, lesson: Lesson, settings: WeightsSettings, trainer: Trainer) -> None:
         self._backbone, self._seed, self._weight = lesson.backbone, lesson.seed, settings.prior_weight
-        generator, count = step_generator(lesson.seed, "prior"), settings.prior_images
-        templates = torch.randint(len(settings.templates), (count,), generator=generator).tolist()
-        seeds = torch.randint(2**31, (count,), generator=generator).tolist()
-        words = [region.word for region in lesson.regions]
-        self.prompts = [lesson.prompt(template, words[n % len(words)]) for n, template in enumerate(templates)]
-        saved = trainer.saved.get("prior")
-        if saved is None:
-            saved = prior_latents(lesson.backbone, self.prompts, seeds, settings.max_batch)
-        trainer.kept["prior"] = saved
-        self.latents = saved.to(lesson.backbone.device)
+        self.latents, self.prompts = kept_prior(
+            lesson.backbone, lesson.regions, settings.templates, settings.prior_images, settings.max_batch, trainer
+        )
 
     def losses(self, step: int, places: Sequence[int], total: int) -> Losses:
         """The loss at some of a step's ``total`` places, their share of a mean. Empty without prior images."""

@@ -7,16 +7,16 @@ are background; what is left is clustered on.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from scipy import ndimage
 from torch import Tensor
 
-from icekit.builtin.attention_segmentor import one_or_more, upsample
+from icekit.builtin.attention_segmentor import Timesteps, upsample
 from icekit.builtin.mask_refinement import refine, without_islands
 from icekit.protocols import (
     Backbone,
@@ -46,8 +46,8 @@ class ConceptExpressSegmentor:
         salience: float = Field(
             1.0, gt=0, description="a cluster is background if its attention is below this many times the image's mean"
         )
-        timestep: Annotated[tuple[float, ...], BeforeValidator(one_or_more)] = Field(
-            (0.15,), min_length=1, description="how noisy, 0 to 1 of the noise schedule; several are averaged"
+        timestep: Timesteps = Field(
+            (0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged"
         )
         draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each timestep")
         noise_seed: int = Field(0, ge=0, description="seed of the noise")
@@ -67,13 +67,6 @@ class ConceptExpressSegmentor:
         )
         min_area: float = Field(0.01, ge=0, lt=1, description="regions below this share of the image go")
         refinement: bool = Field(False, description="let the masks' edges follow the image's (not published)")
-
-        @field_validator("timestep")
-        @classmethod
-        def _in_schedule(cls, timesteps: tuple[float, ...]) -> tuple[float, ...]:
-            if not all(0 <= timestep <= 1 for timestep in timesteps):
-                raise ValueError("0 to 1")
-            return timesteps
 
         @model_validator(mode="after")
         def _has_last_word(self) -> ConceptExpressSegmentor.Settings:

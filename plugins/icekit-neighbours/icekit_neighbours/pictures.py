@@ -7,19 +7,20 @@ That is done here too. With the whole image instead every concept's token would 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.training import step_generator
-from icekit_neighbours.lesson import LearnerSettings, Lesson
+from icekit.builtin.training import Losses, TrainingSettings, step_generator
+from icekit_neighbours.lesson import Lesson
 
 Shown = Literal["alone", "image"]
 
 
-class PictureSettings(LearnerSettings):
+class PictureSettings(TrainingSettings):
     """Settings of learners without masks of their own."""
 
     shown: Shown = Field(
@@ -44,7 +45,7 @@ def alone(image: Tensor, mask: Tensor, colours: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def picture_latents(lesson: Lesson, settings: PictureSettings, image: Tensor) -> Tensor:
+def picture_latents(lesson: Lesson, settings: PictureSettings) -> Tensor:
     """Each concept's pictures, plain and mirrored, as latents ``[C, 2, V, c, h, w]``: V backgrounds, or 1 image."""
     if settings.shown == "image":
         return lesson.latents[None, :, None].expand(len(lesson.regions), -1, 1, -1, -1, -1)
@@ -52,7 +53,7 @@ def picture_latents(lesson: Lesson, settings: PictureSettings, image: Tensor) ->
     for region in lesson.regions:
         generator = step_generator(lesson.seed, "backgrounds", region.index)
         colours = torch.rand(settings.backgrounds, 3, generator=generator)
-        pictures = alone(image, region.mask, colours)
+        pictures = alone(lesson.task.image, region.mask, colours)
         both = torch.cat([pictures, pictures.flip(-1)]).split(settings.max_batch)
         latents = [lesson.backbone.encode_images(part.to(lesson.backbone.device)).float() for part in both]
         encoded.append(torch.cat(latents).unflatten(0, (2, settings.backgrounds)))
@@ -62,9 +63,9 @@ def picture_latents(lesson: Lesson, settings: PictureSettings, image: Tensor) ->
 class PictureBook:
     """A concept's pictures, drawn step by step: ``batch_size`` of each concept, those of one concept side by side."""
 
-    def __init__(self, lesson: Lesson, settings: PictureSettings, image: Tensor) -> None:
-        self._seed = lesson.seed
-        self._latents = picture_latents(lesson, settings, image)
+    def __init__(self, lesson: Lesson, settings: PictureSettings) -> None:
+        self._lesson, self._seed = lesson, lesson.seed
+        self._latents = picture_latents(lesson, settings)
         self.concepts = [concept for concept in range(len(lesson.regions)) for _ in range(settings.batch_size)]
         """The concept at each place of a step."""
 
@@ -73,3 +74,17 @@ class PictureBook:
         generator = step_generator(self._seed, "pictures", step)
         shown = torch.randint(self._latents.shape[2], (len(self.concepts),), generator=generator)
         return self._latents[torch.tensor(self.concepts, device=flipped.device), flipped, shown.to(flipped.device)]
+
+    def losses(self, step: int, phrases: Sequence[str]) -> Iterator[tuple[list[int], Losses]]:
+        """The denoising loss of the whole pictures (Gal et al., eq. 2), chunk by chunk: the chunk's places, its share.
+
+        phrases: what stands for each concept in a prompt.
+        """
+        lesson, count = self._lesson, len(self.concepts)
+        draw = lesson.draw(step, count)
+        pictures = self.open(step, draw.flipped)
+        for places in lesson.chunks(count):
+            prompts = [lesson.prompt(draw.templates[place], phrases[self.concepts[place]]) for place in places]
+            prediction, target = lesson.denoise(pictures[places], draw, places, prompts)
+            loss = (prediction - target).square().mean() * (len(places) / count)
+            yield places, {"reconstruction": loss, "total": loss}

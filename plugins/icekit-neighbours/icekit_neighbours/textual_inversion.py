@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-
 from pydantic import Field
-from torch import Tensor
 
-from icekit.builtin.training import Group, Losses
-from icekit.protocols import (
-    Attribute,
-    Backbone,
-    Checkpoint,
-    Learned,
-    Region,
-    Step,
-    token_names,
-)
-from icekit_neighbours.lesson import Lesson
+from icekit.builtin.training import Group, Task, TrainedLearner
+from icekit.protocols import Learned
+from icekit_neighbours.lesson import Lesson, word_rows
 from icekit_neighbours.pictures import PictureBook, PictureSettings
 
 
@@ -30,7 +19,7 @@ class TextualInversionSettings(PictureSettings):
     )
 
 
-class TextualInversionLearner:
+class TextualInversionLearner(TrainedLearner[TextualInversionSettings]):
     """One token a concept, learned by the denoising loss of the whole picture (Gal et al., eq. 2):
 
         v* = argmin_v E || eps - eps_theta(z_t, t, c(v)) ||^2
@@ -41,49 +30,18 @@ class TextualInversionLearner:
 
     Settings = TextualInversionSettings
 
-    def __init__(self, settings: TextualInversionSettings, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Learn the tokens of all regions: image ``[3, H, W]`` in [0, 1], see ``protocols.Learner``.
-
-        Raises:
-            InputError: an empty mask, or a saved state of another run.
-            RunError: the loss became NaN or infinite.
-        """
-        if not regions:
-            return Learned({})
+    def teach(self, task: Task) -> Learned:
+        """See ``TrainedLearner``."""
         settings = self.settings
-        names = [token_names(region, ())["category"] for region in regions]
-        rows = {name: self.backbone.word_embedding(region.word) for name, region in zip(names, regions, strict=True)}
-        lesson = Lesson(settings, self.backbone, image, regions, rows, seed)
-        book = PictureBook(lesson, settings, image)
+        rows = word_rows(task.regions, self.backbone)
+        lesson = Lesson(settings, self.backbone, task, rows)
+        book = PictureBook(lesson, settings)
 
-        def losses(step: int) -> Iterator[Losses]:
-            count = len(book.concepts)
-            draw = lesson.draw(step, count)
-            pictures = book.open(step, draw.flipped)
-            for places in lesson.chunks(count):
-                prompts = [lesson.prompt(draw.templates[place], names[book.concepts[place]]) for place in places]
-                prediction, target = lesson.denoise(pictures[places], draw, places, prompts)
-                loss = (prediction - target).square().mean() * (len(places) / count)
-                yield {"reconstruction": loss, "total": loss}
-
-        lesson.trainer(settings.steps, checkpoint, on_step).train(
+        lesson.trainer(settings.steps).train(
             "embeddings",
-            [Group({name: lesson.rows[name]}, settings.learning_rate * settings.batch_size) for name in names],
+            [Group({name: lesson.rows[name]}, settings.learning_rate * settings.batch_size) for name in rows],
             range(1, settings.steps + 1),
-            losses,
-            loss_scale=len(regions),
+            lambda step: (losses for _, losses in book.losses(step, list(rows))),
+            loss_scale=len(task.regions),
         )
-        return lesson.learned(attributes, [lesson.rows[name] for name in names])
+        return lesson.learned([lesson.rows[name] for name in rows])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from icekit_neighbours import break_a_scene, conceptexpress, dreambooth, pictures, textual_inversion
-from torch import Tensor
+from learning import Killed, Memory, assert_same, two_regions
 
 from icekit.builtin.stable_diffusion import StableDiffusion
 from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
@@ -97,23 +97,6 @@ def test_an_object_alone_is_before_plain_colours() -> None:
 # --- On a tiny model -------------------------------------------------------------------------------------------------
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nobody catches it."""
-
-
-class Memory:
-    """A checkpoint in memory."""
-
-    def __init__(self) -> None:
-        self.held: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        return self.held
-
-    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        self.held = ({name: tensor.clone() for name, tensor in tensors.items()}, dict(state))
-
-
 @pytest.fixture(scope="module")
 def backbone(sd_folder: Path) -> StableDiffusion:
     return StableDiffusion(StableDiffusion.Settings(model=str(sd_folder)), "cpu")
@@ -121,10 +104,7 @@ def backbone(sd_folder: Path) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def regions() -> list[Region]:
-    left, right = torch.zeros(2, 128, 128, dtype=torch.bool)
-    left[20:100, 10:60] = True
-    right[60:120, 70:120] = True
-    return [Region(0, "cup", 0.3, left), Region(1, "metal ball", 0.2, right)]
+    return two_regions()
 
 
 Learn = Callable[..., tuple[Learned, list[Step]]]
@@ -156,12 +136,6 @@ def learn(backbone: StableDiffusion, regions: list[Region], monkeypatch: pytest.
         return learner.learn(image, given, (COLOUR,), seed=0, checkpoint=checkpoint or Memory(), on_step=on_step), steps
 
     return run
-
-
-def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
-    assert list(first) == list(second)
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
 
 
 @pytest.mark.parametrize("name", LEARNERS)

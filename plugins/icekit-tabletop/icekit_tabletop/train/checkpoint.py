@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -144,6 +145,11 @@ class Run:
         """Sets the learning rate of every parameter group, times the group's own "scale" where it has one."""
         for group in self.optimiser.param_groups:
             group["lr"] = rate * group.get("scale", 1.0)
+
+    def set_cosine_rate(self, peak: float, warmup: int) -> None:
+        """As `set_rate`: a rise over `warmup` steps to `peak`, then half a cosine down to a fiftieth of it."""
+        cosine = 0.5 * (1 + math.cos(math.pi * self.fraction))
+        self.set_rate(peak * min(1.0, (self.step + 1) / warmup) * (0.02 + 0.98 * cosine))
 
     def advance(self, images: int, losses: Mapping[str, float]) -> None:
         """Counts a step over `images` samples; writes a checkpoint and a log line when one is due."""

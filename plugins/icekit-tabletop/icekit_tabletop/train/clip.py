@@ -149,8 +149,7 @@ def train_clip(settings: Settings) -> None:
         model.train()
         while not run.finished:
             fraction = run.fraction
-            cosine = 0.5 * (1 + math.cos(math.pi * fraction))
-            run.set_rate(PEAK_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
+            run.set_cosine_rate(PEAK_RATE, WARMUP_STEPS)
             shares = (0.02, 0.9, 0.08, 0.0, 0.0) if fraction < 0.3 else COUNT_SHARES
             rows = scenes.sample_indices(rng, BATCH, shares)
             captions = _captions(scenes, rows, words, fraction)

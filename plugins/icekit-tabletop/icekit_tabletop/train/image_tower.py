@@ -162,8 +162,7 @@ def train_image_tower(settings: Settings) -> None:
         rng = np.random.default_rng([settings.seed, run.step, 4])
         tower.train()
         while not run.finished:
-            cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
-            run.set_rate(PEAK_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
+            run.set_cosine_rate(PEAK_RATE, WARMUP_STEPS)
             rows = scenes.sample_indices(rng, BATCH, COUNT_SHARES)
             pixels = enlarge(torch.from_numpy(augment(scenes.images[rows], rng)).to(device).float().div_(127.5).sub_(1))
             with autocast(device):

@@ -84,8 +84,7 @@ def train_decoder(settings: Settings) -> None:
         rng = np.random.default_rng([settings.seed, run.step, 5])
         decoder.train()
         while not run.finished:
-            cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
-            run.set_rate(DECODER_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
+            run.set_cosine_rate(DECODER_RATE, WARMUP_STEPS)
             rows = np.sort(rng.integers(len(scenes.images), size=BATCH))
             flips = rng.random(BATCH) < 0.5
             pixels = torch.from_numpy(_mirrored(scenes.images[rows], flips)).to(device).float().div_(127.5).sub_(1)
@@ -112,8 +111,7 @@ def train_vae(settings: Settings) -> None:
         vae.train()
         first = run.step
         while not run.finished:
-            cosine = 0.5 * (1 + math.cos(math.pi * run.fraction))
-            run.set_rate(PEAK_RATE * min(1.0, (run.step + 1) / WARMUP_STEPS) * (0.02 + 0.98 * cosine))
+            run.set_cosine_rate(PEAK_RATE, WARMUP_STEPS)
             rows = rng.integers(len(scenes.images), size=BATCH)
             batch = _mirrored(scenes.images[rows], rng.random(BATCH) < 0.5)
             pixels = torch.from_numpy(batch).to(device).float().div_(127.5).sub_(1)
