@@ -28,6 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from icekit import Extraction, RunError, Settings, extract
+from icekit.bench.bootstrap import bootstrap
 from icekit.matching import match_masks
 
 FIRST_SEED = 2_000_000_000
@@ -84,10 +85,9 @@ def judge(scene: Scene, found: Extraction | None) -> list[dict[str, Any]]:
 
 def share(rows: list[dict[str, Any]], key: str) -> str:
     """Mean of a column and its 95 % bootstrap interval, in percent."""
-    values = np.array([float(row[key]) for row in rows])
-    draws = np.random.default_rng(0).choice(values, size=(2000, len(values))).mean(axis=1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return f"{100 * values.mean():5.1f} %  [{100 * low:.1f}, {100 * high:.1f}]"
+    found = bootstrap([float(row[key]) for row in rows])
+    assert found is not None, "there is a scene, and an object in it"
+    return f"{100 * found.mean:5.1f} %  [{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
 @click.command()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from icekit.builtin.pixels import to_tensor
 from icekit.builtin.training import Trainer, step_generator
 from icekit.protocols import Backbone, Region
 
@@ -19,9 +19,8 @@ def prior_latents(backbone: Backbone, prompts: Sequence[str], seeds: Sequence[in
     for start in range(0, len(prompts), at_once):
         part = slice(start, start + at_once)
         images = backbone.generate(prompts[part], seeds=seeds[part])
-        pixels = torch.stack([torch.from_numpy(np.array(image.convert("RGB"))) for image in images])
-        scaled = (pixels.permute(0, 3, 1, 2).float() / 255).to(backbone.device)
-        latents.append(backbone.encode_images(scaled).float())
+        pixels = torch.stack([to_tensor(image) for image in images]).to(backbone.device)
+        latents.append(backbone.encode_images(pixels).float())
     return torch.cat(latents)
 
 

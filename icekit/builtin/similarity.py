@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
 from icekit.builtin.image_encoders import ImageEncoder, clip_encoder, dino_encoder
+from icekit.builtin.pixels import to_tensor
 from icekit.erase import isolate
 from icekit.protocols import Backbone, BenchImage, Column, ComponentSettings, FoundConcept, InputError, Outcome, Score
 
@@ -90,7 +90,7 @@ class _Similarity:
 
     def embed_generated(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Generated pictures -> ``[N, D]``."""
-        return self.encoder.embed([_to_tensor(picture) for picture in pictures])
+        return self.encoder.embed([to_tensor(picture) for picture in pictures])
 
     def embed_concept(self, image: BenchImage, mask: Tensor) -> Tensor:
         """The source image masked to a concept -> ``[D]``."""
@@ -199,10 +199,6 @@ class DinoAccuracy3(Accuracy3):
 
     Settings = DinoSettings
     columns: Mapping[str, Column] = {"acc3_dino": Column("images with their own concept among the nearest three, DINO")}
-
-
-def _to_tensor(picture: Image.Image) -> Tensor:
-    return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +22,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from icekit.builtin.clip import ClipModel, ClipRetriever, check_templates, one_or_more
+from icekit.builtin.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
 
 SAMPLE_PHOTOGRAPHS = (
@@ -193,5 +193,4 @@ def _read(file: Path) -> Tensor:
 def _square(image: Image.Image) -> Tensor:
     """The centre square, ``[3, S, S]`` in [0, 1]."""
     side = min(image.size)
-    pixels = np.array(ImageOps.fit(image.convert("RGB"), (side, side)))
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+    return to_tensor(ImageOps.fit(image.convert("RGB"), (side, side)))
