@@ -156,10 +156,11 @@ def test_what_is_wrong_is_named() -> None:
             build(**wrong)
 
 
-def test_heaviest_part_leaves_the_other_parts_out() -> None:
-    soft = torch.tensor([[0.9, 0.0, 0.6, 0.6], [0.0, 0.1, 0.6, 0.0], [0.5, 0.5, 0.0, 0.0]])
-    kept = heaviest_part(soft, 0.5)  # sums 0.9, 1.8 and 1.0
-    assert (soft * kept).tolist() == torch.tensor(
-        [[0.0, 0.0, 0.6, 0.6], [0.0, 0.1, 0.6, 0.0], [0.0, 0.0, 0.0, 0.0]]
-    ).tolist()
-    assert heaviest_part(torch.zeros(3, 4), 0.5).all()
+def test_heaviest_part_leaves_the_other_peaks_out() -> None:
+    left, dip, right = [0.9, 0.9], 0.6, [0.8, 0.8, 0.8]  # sums 1.8 and 2.4: the lower peak is the heavier one
+    soft = torch.tensor([[0.1, *left, dip, *right, 0.1]] * 3)
+    kept = heaviest_part(soft, 0.5, dip=0.1)
+    assert kept[:, 4:7].all() and not kept[:, 1:3].any()
+    assert heaviest_part(soft, 0.5, dip=0.3)[:, 1:7].all()  # the way between them goes down by 0.2 only: one peak
+    assert heaviest_part(torch.zeros(3, 4), 0.5, dip=0.1).all()
+

@@ -66,7 +66,10 @@ class AttentionSegmentor:
         )
         one_piece: bool = Field(
             False,
-            description="keep one connected part, that with the most attention: for scenes of separate things",
+            description="keep one peak of the attention, the heaviest: for scenes of separate things",
+        )
+        dip: float = Field(
+            0.1, gt=0, lt=1, description="two maxima are two peaks when attention between them is lower by this share"
         )
         refinement: bool = Field(True, description="let the mask's edges follow the image's")
         foreground: float = Field(0.7, ge=0, le=1, description="refinement learns the object's colours above this")
@@ -146,7 +149,7 @@ class AttentionSegmentor:
         """From a soft map ``[H, W]`` in [0, 1] and the value that is as likely the word's as not, to the mask."""
         settings = self._shared
         if settings.one_piece:
-            soft = soft * heaviest_part(soft, level)
+            soft = soft * heaviest_part(soft, level, settings.dip)
         if settings.refinement:
             mask = refine(
                 soft,

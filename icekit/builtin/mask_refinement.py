@@ -18,6 +18,8 @@ from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import cg
 from scipy.special import expit, logsumexp
 from skimage.color import rgb2lab
+from skimage.morphology import h_maxima
+from skimage.segmentation import watershed
 from torch import Tensor
 
 Array = NDArray[np.float64]
@@ -146,21 +148,27 @@ def without_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     return ~_without_small_parts(~kept, least)
 
 
-def heaviest_part(soft: Tensor, level: float) -> Tensor:
-    """The connected part of ``soft >= level`` with the largest sum; neighbours are left, right, above and below.
+def heaviest_part(soft: Tensor, level: float, dip: float) -> Tensor:
+    """The basin of the soft map's heaviest peak, by the watershed of its peaks (Vincent and Soille, 1991).
+
+    Peaks are the parts around maxima that reach ``level``; two maxima are two peaks when every way between them goes
+    down by ``dip`` at least from the lower one. Things that touch in the image are told apart so.
 
     Args:
         soft: float ``[H, W]`` in [0, 1].
-        level: a share of its maximum.
+        level: a value of it. A peak weighs the sum of its basin's values from here on.
+        dip: a difference of values.
 
     Returns:
-        bool ``[H, W]``: that part and all that is below ``level``, so that only the other parts are left out.
+        bool ``[H, W]``: what belongs to that peak, or is not nearer to another; all True without a peak.
     """
-    labels, count = ndimage.label((soft >= level).numpy())
+    heights = soft.numpy().astype(np.float64)
+    peaks, count = ndimage.label(h_maxima(heights, dip).astype(bool) & (heights >= level), np.ones((3, 3)))
     if count == 0:
         return torch.ones_like(soft, dtype=torch.bool)
-    sums = ndimage.sum_labels(soft.numpy(), labels, index=range(1, count + 1))
-    return torch.from_numpy((labels == 0) | (labels == 1 + int(sums.argmax())))
+    basins = watershed(-heights, peaks)
+    weights = ndimage.sum_labels(heights * (heights >= level), basins, index=range(1, count + 1))
+    return torch.from_numpy(basins == 1 + int(weights.argmax()))
 
 
 def _without_small_parts(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:

@@ -61,6 +61,7 @@ class Tabletop(StableDiffusion):
             "segmentor.xattn.threshold": 0.6,
             "segmentor.diffseg.timestep": [0.15],
             "segmentor.diffseg.kl_threshold": 0.05,
+            "segmentor.xattn.draws": 8,
             "segmentor.one_piece": True,
             "segmentor.conceptexpress.caption": "a photo of things on a table",
             "segmentor.conceptexpress.salient_by": "last_word",

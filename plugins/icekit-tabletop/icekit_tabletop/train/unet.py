@@ -15,6 +15,7 @@ from icekit_tabletop.captions import caption_scene
 from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
 from icekit_tabletop.train.checkpoint import Run, load_state
 from icekit_tabletop.train.data import SceneWords, load_scenes
+from icekit_tabletop.train.grounding import Queries, build_word_bank, grounding_loss
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
@@ -24,8 +25,8 @@ WARMUP_STEPS = 200
 DECAY_SHARE = 0.15
 """Share of the training, at its end, over which the learning rate falls to nearly zero."""
 
-CAPTION_DROPOUT = 0.1
-"""Share of samples trained with the empty prompt, for classifier-free guidance."""
+CAPTION_DROPOUT = 0.2
+"""Share of samples trained with the empty prompt, for classifier-free guidance; all words are judged by them."""
 
 WORDS_ONLY = 0.8
 """Share of samples whose end token and padding are hidden from the UNet; see `audible`."""
@@ -33,11 +34,20 @@ WORDS_ONLY = 0.8
 SINGLES_SHARE = 0.3
 """Share of the training, at its start, that sees hardly more than one object a picture."""
 
-GROUP_SHARES = (0.02, 0.33, 0.35, 0.2, 0.1)
+GROUP_SHARES = (0.04, 0.28, 0.34, 0.24, 0.1)
 """Shares of pictures with 0 to 4 objects from then on."""
 
 ONE_OF_MANY = 0.35
 """Share of the pictures with several objects whose caption names one of them alone: its words must find their own."""
+
+GROUNDING_WEIGHT = 0.05
+"""Weight of `grounding_loss` beside the denoising loss."""
+
+GROUNDED_BELOW = 500
+"""Timesteps at which a picture can be seen well enough for its words to be judged."""
+
+CLEAR_SHARE = 0.3
+"""Share of samples drawn uniformly from the timesteps below 450, for the sake of that loss."""
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -73,8 +83,10 @@ def learning_rate(fraction: float, step: int) -> float:
 
 
 def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
-    """int64 [size], 0 to 999, later (noisier) ones more often: that is where the words decide."""
-    return (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
+    """int64 [size], 0 to 999, later (noisier) ones more often: that is where the words decide. But see `CLEAR_SHARE`."""
+    noisy = (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
+    clear = (450 * torch.rand(size, generator=generator)).long()
+    return torch.where(torch.rand(size, generator=generator) < CLEAR_SHARE, clear, noisy)
 
 
 def draw_caption(scene: SceneWords, rng: random.Random, drop: float) -> str:
@@ -116,9 +128,10 @@ def train_unet(settings: Settings) -> None:
     clip_weights, _ = load_state(settings.work / "clip.safetensors", "average/")
     encoder = build_text_encoder(clip_weights, tokenizer).to(device).requires_grad_(False)
     scheduler = DDPMScheduler(**SCHEDULE)
+    bank = build_word_bank(encoder, tokenizer, random.Random(settings.seed))
     unet = build_unet().to(device).to(memory_format=torch.channels_last)
     optimiser = torch.optim.AdamW(unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    with Run(settings, "unet", unet, optimiser, settings.unet_images, 0.999) as run:
+    with Run(settings, "unet", unet, optimiser, settings.unet_images, 0.999) as run, Queries(unet) as queries:
         rng = np.random.default_rng([settings.seed, run.step, 3])
         words = random.Random(int(rng.integers(2**32)))
         generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
@@ -147,11 +160,23 @@ def train_unet(settings: Settings) -> None:
                 predicted = unet(
                     noisy, timesteps.to(device), encoder_hidden_states=text, encoder_attention_mask=mask
                 ).sample
-            loss = F.mse_loss(predicted.float(), target)
+                shares = queries.shares(bank.draw(generator), bank.families)
+            denoising = F.mse_loss(predicted.float(), target)
+            seen = timesteps < GROUNDED_BELOW
+            present, judged = (
+                which[seen].to(device) for which in (bank.present(scenes.codes[rows]), bank.unsaid(captions))
+            )
+            grounding = torch.stack(
+                [grounding_loss(grid[seen.to(device)], present, judged, bank.families) for grid in shares.values()]
+            ).sum()
+            loss = denoising + GROUNDING_WEIGHT * grounding
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
             optimiser.step()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the UNet's loss is {loss.item()} at step {run.step}")
-            run.advance(BATCH, {"loss": loss.item(), "gradient": norm.item()})
+            run.advance(
+                BATCH,
+                {"denoising": denoising.item(), "grounding": grounding.item(), "gradient": norm.item()},
+            )

@@ -1,0 +1,182 @@
+"""The grounding loss of the `unet` stage: cross-attention must tell, at places of the picture, which words are true of it.
+
+A denoiser of this size gets by without looking: where an object can be seen, its words say nothing new, and where
+noise hides it, nothing says which word is whose. Its attention then lies on all objects alike. What a caption's words
+cannot teach, knowing which words are *not* true can: this is multiple-instance learning (Dietterich et al. 1997) with
+the picture as the bag and its places as the instances, as weakly supervised segmentation does it (Pinheiro and
+Collobert 2015, "From image-level to pixel-level labeling"). It needs no masks, only what captions are made of.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from icekit_tabletop.tokenizer import MAX_LENGTH
+from icekit_tabletop.train.data import VALUES
+
+VARIANTS = 24
+"""Phrases from which every word's hidden state is taken, one of them a step."""
+
+TRUE_PLACES, FALSE_PLACES = 1 / 16, 1 / 64
+"""Share of the places that must hold a true word, about half a small object; and that a false word is judged by."""
+
+FALSE_WEIGHT = 3.0
+"""Weight of the false words' loss against the true words'."""
+
+FAMILY_WEIGHTS = (2.0, 1.0, 1.0, 1.0)
+"""Weight of the words of each attribute, shapes first: they are the hardest to see."""
+
+AREA_WEIGHT = 0.5
+"""Weight of the share of the picture that an attribute's words lie on: most of it is no object."""
+
+
+@dataclass(frozen=True)
+class WordBank:
+    """Hidden states of all attributes' values, W words, as the UNet is given them.
+
+    `words`: in the order of `VALUES`. `families`: the columns of each attribute. `start`: [1, D], the start token's
+    state, that attention can rest on. `states`: [W, V, D], each word's within V phrases.
+    """
+
+    words: tuple[str, ...]
+    families: tuple[slice, ...]
+    start: Tensor
+    states: Tensor
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """The start token's state and one of every word's: [1 + W, D]."""
+        chosen = torch.randint(self.states.shape[1], (len(self.words),), generator=generator)
+        return torch.cat([self.start, self.states[torch.arange(len(self.words)), chosen.to(self.states.device)]])
+
+    def present(self, codes: np.ndarray) -> Tensor:
+        """Which words are true of some object: bool [B, W], of scenes' codes [B, 4 objects, 4 attributes]."""
+        true = torch.zeros(len(codes), len(self.words), dtype=torch.bool)
+        for attribute, family in enumerate(self.families):
+            for row, place in itertools.product(range(codes.shape[0]), range(codes.shape[1])):
+                if codes[row, place, attribute] >= 0:
+                    true[row, family.start + int(codes[row, place, attribute])] = True
+        return true
+
+    def unsaid(self, captions: Sequence[str]) -> Tensor:
+        """Which words each caption does not say: bool [B, W]."""
+        said = [set(caption.replace(",", " ").split()) for caption in captions]
+        return torch.tensor([[word not in words for word in self.words] for words in said])
+
+
+def _phrase(attribute: str, word: str, rng: random.Random) -> str:
+    values = {name: rng.choice(known) for name, known in VALUES.items()} | {attribute: word}
+    colour, material, shape = values["colour"], values["material"], values["shape"]
+    forms = [f"a {word}", f"a photo of a {word}"]
+    if attribute == "shape":
+        forms += [f"a {colour} {shape}", f"a {material} {shape}", f"a {colour} {material} {shape}"]
+    else:
+        forms += [f"a {word} {shape}", f"a {word} thing"]
+    if attribute in ("material", "texture"):
+        forms.append(f"a {colour} {word} {shape}")
+    phrase = rng.choice(forms)
+    if rng.random() < 0.4:
+        other = " ".join(rng.choice(VALUES[name]) for name in ("colour", "material", "shape"))
+        if word not in other.split():
+            phrase = f"a {other} and {phrase}"
+    return phrase
+
+
+@torch.no_grad()
+def build_word_bank(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, rng: random.Random) -> WordBank:
+    """Encodes `VARIANTS` phrases around each word."""
+    device = next(encoder.parameters()).device
+    words, families, states = [], [], []
+    for attribute, values in VALUES.items():
+        families.append(slice(len(words), len(words) + len(values)))
+        for word in values:
+            phrases = [_phrase(attribute, word, rng) for _ in range(VARIANTS)]
+            ids = tokenizer(phrases, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
+            own = tokenizer(word)["input_ids"][1]
+            hidden = encoder(ids.to(device)).last_hidden_state
+            states.append(hidden[torch.arange(VARIANTS), (ids == own).int().argmax(1)])
+            words.append(word)
+    return WordBank(tuple(words), tuple(families), hidden[:1, 0], torch.stack(states))
+
+
+class Queries:
+    """The queries of all cross-attention layers of a UNet's last forward pass. Use as a context manager."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        self._layers = [layer for name, layer in unet.named_modules() if name.endswith("attn2")]
+        self._queries: dict[nn.Module, Tensor] = {}
+
+    def __enter__(self) -> Queries:
+        def keep(layer: nn.Module, _arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            self._queries[layer] = output
+
+        self._hooks = [layer.to_q.register_forward_hook(keep) for layer in self._layers]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._queries.clear()
+
+    def shares(self, states: Tensor, families: Sequence[slice]) -> dict[int, Tensor]:
+        """How each place's attention would fall on words that no caption said.
+
+        `states`: [1 + W, D], the start token's and the words'. `families`: columns of the words that compete with each
+        other and with the start token.
+
+        Returns the mean over heads and layers of each grid, places N -> float32 [B, N, W]; a place's shares of a
+        family sum to one less what rests on the start token.
+        """
+        grids: dict[int, list[Tensor]] = {}
+        for layer in self._layers:
+            query = self._queries[layer.to_q].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            key = layer.to_k(states).unflatten(-1, (layer.heads, -1)).transpose(0, 1)
+            scores = (query @ key.transpose(-1, -2)).float() * layer.scale  # [B, heads, N, 1 + W]
+            start, words = scores[..., :1], scores[..., 1:]
+            shares = [torch.cat([start, words[..., family]], -1).softmax(-1)[..., 1:] for family in families]
+            grids.setdefault(query.shape[2], []).append(torch.cat(shares, -1).mean(1))
+        return {places: torch.stack(layers).mean(0) for places, layers in grids.items()}
+
+
+def grounding_loss(shares: Tensor, present: Tensor, judged: Tensor, families: Sequence[slice]) -> Tensor:
+    """Whether the words that are true of a picture, and they alone, find places in it.
+
+    With s a word's mean share at the `TRUE_PLACES` (for a word that is not true, `FALSE_PLACES`) where it is largest,
+    for every family: mean of -log(s) over the true words + `FALSE_WEIGHT` * mean of -log(1 - s) over the others
+    + `AREA_WEIGHT` * the mean over places of what the family's words hold together.
+
+    Args:
+        shares: float32 [B, N, W], 0 to 1.
+        present: bool [B, W], words that are true of the picture.
+        judged: bool [B, W], words to look at. Those that the UNet was told are not among them: it need not look.
+        families: columns of the words that compete with each other, as many as `FAMILY_WEIGHTS`.
+
+    Returns:
+        The mean over the families by their weights; 0 without pictures.
+    """
+    loss = shares.new_zeros(())
+    if not len(shares):
+        return loss
+    places = shares.shape[1]
+    true = -shares.topk(max(1, round(places * TRUE_PLACES)), dim=1).values.mean(1).clamp_min(1e-4).log()
+    false = -(1 - shares.topk(max(1, round(places * FALSE_PLACES)), dim=1).values.mean(1)).clamp_min(1e-4).log()
+    for weight, family in zip(FAMILY_WEIGHTS, families, strict=True):
+        each = AREA_WEIGHT * shares[..., family].sum(-1).mean()
+        yes, no = (judged & present)[:, family], (judged & ~present)[:, family]
+        if yes.any():
+            each = each + true[:, family][yes].mean()
+        if no.any():
+            each = each + FALSE_WEIGHT * false[:, family][no].mean()
+        loss = loss + weight / sum(FAMILY_WEIGHTS) * each
+    return loss
