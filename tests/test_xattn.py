@@ -163,4 +163,3 @@ def test_heaviest_part_leaves_the_other_peaks_out() -> None:
     assert kept[:, 4:7].all() and not kept[:, 1:3].any()
     assert heaviest_part(soft, 0.5, dip=0.3)[:, 1:7].all()  # the way between them goes down by 0.2 only: one peak
     assert heaviest_part(torch.zeros(3, 4), 0.5, dip=0.1).all()
-
