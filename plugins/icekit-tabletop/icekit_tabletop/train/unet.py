@@ -83,7 +83,7 @@ def learning_rate(fraction: float, step: int) -> float:
 
 
 def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
-    """int64 [size], 0 to 999, later (noisier) ones more often: that is where the words decide. But see `CLEAR_SHARE`."""
+    """int64 [size], 0 to 999; later (noisier) ones more often, for there the words decide. But see `CLEAR_SHARE`."""
     noisy = (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
     clear = (450 * torch.rand(size, generator=generator)).long()
     return torch.where(torch.rand(size, generator=generator) < CLEAR_SHARE, clear, noisy)
