@@ -1,4 +1,4 @@
-"""The grounding loss of the `unet` stage: cross-attention must tell, at places of a picture, which words are true."""
+"""The grounding loss of the `unet` stage: cross-attention must tell, at places of a picture, which words are true.
 
 A denoiser of this size gets by without looking: where an object can be seen, its words say nothing new, and where
 noise hides it, nothing says which word is whose. Its attention then lies on all objects alike. What a caption's words
