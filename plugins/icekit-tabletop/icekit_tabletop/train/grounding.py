@@ -95,7 +95,9 @@ def _phrase(attribute: str, word: str, rng: random.Random) -> str:
 def build_word_bank(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, rng: random.Random) -> WordBank:
     """Encodes `VARIANTS` phrases around each word."""
     device = next(encoder.parameters()).device
-    words, families, states = [], [], []
+    words: list[str] = []
+    families: list[slice] = []
+    states: list[Tensor] = []
     for attribute, values in VALUES.items():
         families.append(slice(len(words), len(words) + len(values)))
         for word in values:
