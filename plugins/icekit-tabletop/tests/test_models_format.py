@@ -18,6 +18,7 @@ from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, sav
 from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions, enlarge
 from icekit_tabletop.train.data import SceneWords
 from icekit_tabletop.train.export import export_models, write_clip
+from icekit_tabletop.train.grounding import grounding_loss
 from icekit_tabletop.train.image_tower import NO_OBJECT, PhraseBank, bank_loss, build_bank
 from icekit_tabletop.train.settings import Settings
 from icekit_tabletop.train.shipped import continue_models
@@ -220,11 +221,23 @@ def test_accidentally_true_pairs_are_no_negatives() -> None:
     assert float(loss) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_timesteps_favour_noise_and_rates_rise_and_fall() -> None:
+def test_grounding_wants_places_for_true_words_and_none_for_others() -> None:
+    families = [slice(i, i + 1) for i in range(4)]  # one word each; the first weighs two of five
+    shares = torch.full((1, 16, 4), 0.5)  # 16 places: the largest one counts
+    true, asked = torch.tensor([[True, False, False, False]]), torch.tensor([[True, True, False, False]])
+    log2 = math.log(2)
+    expected = (2 * (0.5 * 0.5 + log2) + (0.5 * 0.5 + 3 * log2) + 2 * 0.5 * 0.5) / 5
+    assert float(grounding_loss(shares, true, asked, families)) == pytest.approx(expected, rel=1e-5)
+    assert float(grounding_loss(shares[:0], true[:0], asked[:0], families)) == 0
+
+
+def test_timesteps_mix_noisy_and_clear_and_rates_rise_and_fall() -> None:
     steps = draw_timesteps(4000, torch.Generator().manual_seed(0))
     assert int(steps.min()) >= 0
     assert int(steps.max()) <= 999
-    assert 550 < float(steps.float().mean()) < 625
+    # 0.7 of them 1000 u^0.7, mean 588; 0.3 uniform below 450, mean 225; together 479, and 0.52 of them below 450
+    assert float(steps.float().mean()) == pytest.approx(479, abs=15)
+    assert float((steps < 450).float().mean()) == pytest.approx(0.524, abs=0.03)
     assert learning_rate(0.0, 0) < learning_rate(0.5, 10_000) > learning_rate(0.99, 10_000) > 0
 
 
