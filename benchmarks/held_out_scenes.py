@@ -1,11 +1,11 @@
 """How well does `icekit run` see? Measured on rendered tabletop scenes whose objects no model was trained on.
 
-    python benchmarks/held_out_scenes.py --scenes 50                      # the whole pipeline
-    python benchmarks/held_out_scenes.py --scenes 50 --given words        # the true words in place of the retriever's
-    python benchmarks/held_out_scenes.py --scenes 50 --given masks        # the true masks in place of the segmentor's
-    python benchmarks/held_out_scenes.py --scenes 50 --given words masks  # what is left is stage two
+    python benchmarks/held_out_scenes.py --scenes 50                              # the whole pipeline
+    python benchmarks/held_out_scenes.py --scenes 50 --given words                # the true words in place of the retriever's
+    python benchmarks/held_out_scenes.py --scenes 50 --given masks                # the true masks in place of the segmentor's
+    python benchmarks/held_out_scenes.py --scenes 50 --given words --given masks  # what is left is stage two
     python benchmarks/held_out_scenes.py --retriever splice --segmentor diffseg
-    python benchmarks/held_out_scenes.py --split train --seed 1000        # scenes to choose settings on
+    python benchmarks/held_out_scenes.py --split train --seed 1000                # scenes to choose settings on
 
 What a stage loses is the difference between two of these. Every object of every scene counts: one that was not found
 has IoU 0 and is named wrong. The last line is what chance would reach.

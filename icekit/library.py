@@ -304,6 +304,10 @@ class RunDirectory:
             "checkpoint/regions.json",
             {"regions": regions, "refused": list(located.refused), "finished": located.finished},
         )
+        current = {region["mask"] for region in regions}
+        for path in (self.path / "masks").glob("*.png"):  # a region that was renamed left its mask's old name
+            if re.fullmatch(_OWN_PATTERNS["masks"], path.name) and f"masks/{path.name}" not in current:
+                path.unlink()
 
     def load_located(self) -> Located:
         """The regions found so far."""

@@ -130,6 +130,15 @@ def test_regions_come_back(tmp_path: Path) -> None:
     assert (tmp_path / "masks" / "0-wine-glass.png").is_file()
 
 
+def test_a_renamed_region_leaves_no_mask_behind(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    run.save_located(Located((Region(0, "cone", 0.25, mask),)))
+    (tmp_path / "masks" / "mine.png").touch()
+    run.save_located(Located((Region(0, "pyramid", 0.25, mask),), finished=True))
+    assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0-pyramid.png", "mine.png"]
+
+
 def test_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
     checkpoint = FileCheckpoint(tmp_path / "deep" / "state.safetensors")
     assert checkpoint.load() is None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from icekit.builtin.denoising import coverage, latent_mask, masked_denoising_loss, offset_noise, timestep_density
 from icekit.builtin.prior import kept_prior, prior_loss
-from icekit.builtin.training import Group, Losses, Task, TrainedLearner, Trainer, TrainingSettings, step_generator
+from icekit.builtin.training import Group, Losses, Task, TaskLearner, Trainer, TrainingSettings, step_generator
 from icekit.builtin.triplet import intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
 from icekit.protocols import AttentionMaps, Backbone, InputError, Learned, token_names
@@ -76,7 +76,7 @@ class IceSettings(TrainingSettings):
         return shares
 
 
-class IceLearner(TrainedLearner[IceSettings]):
+class IceLearner(TaskLearner[IceSettings]):
     """ICE's structured concept learning: a category, an instance and one token an attribute for every object.
 
     With no attributes all steps are phase one's. More attributes than fit into a prompt are refused.
@@ -85,7 +85,7 @@ class IceLearner(TrainedLearner[IceSettings]):
     Settings = IceSettings
 
     def teach(self, task: Task) -> Learned:
-        """See ``TrainedLearner``."""
+        """See ``TaskLearner``."""
         return Lesson(self.settings, self.backbone, task).run()
 
 

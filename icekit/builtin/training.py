@@ -55,7 +55,7 @@ class TrainingSettings(ComponentSettings):
     checkpoint_every: int = Field(50, ge=1, description="steps between two saves of the learning state")
 
 
-S = TypeVar("S", bound=TrainingSettings)
+S = TypeVar("S", bound=ComponentSettings)
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Task:
     on_step: Callable[[Step], None]
 
 
-class TrainedLearner(ABC, Generic[S]):
-    """A learner that trains: what ``protocols.Learner`` asks for, but for ``teach``."""
+class TaskLearner(ABC, Generic[S]):
+    """A learner that is handed all it is asked for as one ``Task``: a ``protocols.Learner``, but for ``teach``."""
 
     def __init__(self, settings: S, backbone: Backbone) -> None:
         self.settings = settings

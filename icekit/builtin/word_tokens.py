@@ -2,49 +2,47 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.training import step_generator
+from icekit.builtin.training import S, Task, TaskLearner, step_generator
 from icekit.protocols import (
     Attribute,
-    Backbone,
-    Checkpoint,
     ComponentSettings,
     InputError,
     Learned,
     Region,
-    Step,
     token_names,
 )
 
 
-class _Untaught(ABC):
+class WordTokenSettings(ComponentSettings):
+    """Settings of the ``words`` learner."""
+
+    words: tuple[dict[str, str], ...] = Field(
+        (),
+        description="for each concept in turn, the words of its tokens: "
+        '{category = "cup", instance = "red metal", colour = "red"}; the category and the instance that are not '
+        "given are the concept's own word, an attribute is its anchor",
+    )
+
+
+class RandomTokenSettings(ComponentSettings):
+    """Settings of the ``random`` learner: there are none."""
+
+
+class _Untaught(TaskLearner[S]):
     """A learner without a model to train: every concept's rows follow from its words."""
 
-    def __init__(self, settings: Any, backbone: Backbone) -> None:
-        self.settings = settings
-        self.backbone = backbone
-
-    def learn(
-        self,
-        image: Tensor,
-        regions: Sequence[Region],
-        attributes: Sequence[Attribute],
-        *,
-        seed: int,
-        checkpoint: Checkpoint,
-        on_step: Callable[[Step], None],
-    ) -> Learned:
-        """Look the rows up or draw them; see ``protocols.Learner``."""
+    def teach(self, task: Task) -> Learned:
+        """Look the rows up or draw them."""
         tokens: dict[str, Tensor] = {}
-        for region in regions:
-            tokens |= self.rows(region, token_names(region, attributes), attributes, seed)
+        for region in task.regions:
+            tokens |= self.rows(region, token_names(region, task.attributes), task.attributes, task.seed)
         return Learned(tokens)
 
     @abstractmethod
@@ -54,18 +52,10 @@ class _Untaught(ABC):
         """One concept's rows by token; names: its tokens."""
 
 
-class WordTokens(_Untaught):
+class WordTokens(_Untaught[WordTokenSettings]):
     """Plain words in place of learned tokens: what a run would be worth if learning found just these words."""
 
-    class Settings(ComponentSettings):
-        """Settings of the ``words`` learner."""
-
-        words: tuple[dict[str, str], ...] = Field(
-            (),
-            description="for each concept in turn, the words of its tokens: "
-            '{category = "cup", instance = "red metal", colour = "red"}; the category and the instance that are not '
-            "given are the concept's own word, an attribute is its anchor",
-        )
+    Settings = WordTokenSettings
 
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
@@ -84,11 +74,10 @@ class WordTokens(_Untaught):
         return {names[part]: self.backbone.word_embedding(words[part]).float().cpu() for part in names}
 
 
-class RandomTokens(_Untaught):
+class RandomTokens(_Untaught[RandomTokenSettings]):
     """Random rows in place of learned tokens, each as long as the row of the concept's word."""
 
-    class Settings(ComponentSettings):
-        """Settings of the ``random`` learner: there are none."""
+    Settings = RandomTokenSettings
 
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int

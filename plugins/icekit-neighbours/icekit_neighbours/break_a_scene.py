@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icekit.builtin.denoising import masked_denoising_loss
 from icekit.builtin.templates import Templates
-from icekit.builtin.training import Group, Losses, Task, TrainedLearner, step_generator
+from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
 from icekit.protocols import AttentionMaps, Backbone, Learned
 from icekit_neighbours.lesson import Draw, Lesson, Prior, WeightsSettings, word_rows
 
@@ -59,7 +59,7 @@ def attention_loss(attention: Tensor, masks: Tensor) -> Tensor:
     return (attention / highest - masks).square().mean()
 
 
-class BreakASceneLearner(TrainedLearner[BreakASceneSettings]):
+class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
     """One token a concept, learned from random subsets of the concepts ("union sampling"), then the weights as well.
 
         L = || M_s (eps - eps_theta(z_t, t, "a photo of v_i and v_j")) ||^2 + attention_weight * L_attention
@@ -73,7 +73,7 @@ class BreakASceneLearner(TrainedLearner[BreakASceneSettings]):
     Settings = BreakASceneSettings
 
     def teach(self, task: Task) -> Learned:
-        """See ``TrainedLearner``.
+        """See ``TaskLearner``.
 
         Raises:
             InputError: concepts that do not fit into one prompt.

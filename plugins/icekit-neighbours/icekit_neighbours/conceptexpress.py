@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from icekit.builtin.denoising import masked_denoising_loss
-from icekit.builtin.training import Group, Losses, Task, TrainedLearner, TrainingSettings, step_generator
+from icekit.builtin.training import Group, Losses, Task, TaskLearner, TrainingSettings, step_generator
 from icekit.builtin.wasserstein import wasserstein_distance
 from icekit.protocols import AttentionMaps, Backbone, Learned, token_names
 from icekit_neighbours.lesson import Lesson
@@ -59,7 +59,7 @@ def contrastive_loss(tokens: Tensor, temperature: float) -> Tensor:
     return (similarity.logsumexp(dim=1) - own).mean()
 
 
-class ConceptExpressLearner(TrainedLearner[ConceptExpressSettings]):
+class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
     """One token a concept. It starts as several, which are merged into their mean after ``split_share`` of the steps:
 
         L = L_recon + attention_weight * L_attention + contrastive_weight * L_contrastive (while split)
@@ -73,7 +73,7 @@ class ConceptExpressLearner(TrainedLearner[ConceptExpressSettings]):
     Settings = ConceptExpressSettings
 
     def teach(self, task: Task) -> Learned:
-        """See ``TrainedLearner``."""
+        """See ``TaskLearner``."""
         settings, regions = self.settings, task.regions
         merged = [token_names(region, ())["category"] for region in regions]
         split = [[f"{name[:-1]}-split-{k}>" for k in range(settings.split_tokens)] for name in merged]

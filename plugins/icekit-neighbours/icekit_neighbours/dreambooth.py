@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.builtin.training import Group, Losses, Task, TrainedLearner
+from icekit.builtin.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import InputError, Learned, token_names
 from icekit_neighbours.lesson import Lesson, Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings
@@ -34,7 +34,7 @@ class DreamBoothSettings(PictureSettings, WeightsSettings):
         return identifiers
 
 
-class DreamBoothLearner(TrainedLearner[DreamBoothSettings]):
+class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
     """The noise predictor learns to draw the object at "a photo of a [V] class", [V] a rare word of its own (eq. 2):
 
         L = || target - model(z_t, "[V] class") ||^2 + prior_weight * || target - model(z_pr, "class") ||^2
@@ -47,7 +47,7 @@ class DreamBoothLearner(TrainedLearner[DreamBoothSettings]):
     Settings = DreamBoothSettings
 
     def teach(self, task: Task) -> Learned:
-        """See ``TrainedLearner``.
+        """See ``TaskLearner``.
 
         Raises:
             InputError: more concepts than rare words.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from icekit.builtin.training import Group, Task, TrainedLearner
+from icekit.builtin.training import Group, Task, TaskLearner
 from icekit.protocols import Learned
 from icekit_neighbours.lesson import Lesson, word_rows
 from icekit_neighbours.pictures import PictureBook, PictureSettings
@@ -19,7 +19,7 @@ class TextualInversionSettings(PictureSettings):
     )
 
 
-class TextualInversionLearner(TrainedLearner[TextualInversionSettings]):
+class TextualInversionLearner(TaskLearner[TextualInversionSettings]):
     """One token a concept, learned by the denoising loss of the whole picture (Gal et al., eq. 2):
 
         v* = argmin_v E || eps - eps_theta(z_t, t, c(v)) ||^2
@@ -31,7 +31,7 @@ class TextualInversionLearner(TrainedLearner[TextualInversionSettings]):
     Settings = TextualInversionSettings
 
     def teach(self, task: Task) -> Learned:
-        """See ``TrainedLearner``."""
+        """See ``TaskLearner``."""
         settings = self.settings
         rows = word_rows(task.regions, self.backbone)
         lesson = Lesson(settings, self.backbone, task, rows)
