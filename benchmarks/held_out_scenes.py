@@ -1,8 +1,8 @@
 """How well does `icekit run` see? Measured on rendered tabletop scenes whose objects no model was trained on.
 
     python benchmarks/held_out_scenes.py --scenes 50                              # the whole pipeline
-    python benchmarks/held_out_scenes.py --scenes 50 --given words                # the true words in place of the retriever's
-    python benchmarks/held_out_scenes.py --scenes 50 --given masks                # the true masks in place of the segmentor's
+    python benchmarks/held_out_scenes.py --scenes 50 --given words                # the true words, no retriever
+    python benchmarks/held_out_scenes.py --scenes 50 --given masks                # the true masks, no segmentor
     python benchmarks/held_out_scenes.py --scenes 50 --given words --given masks  # what is left is stage two
     python benchmarks/held_out_scenes.py --retriever splice --segmentor diffseg
     python benchmarks/held_out_scenes.py --split train --seed 1000                # scenes to choose settings on
