@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -196,6 +197,13 @@ def _several(role: str, what: str) -> Callable[[Any], Any]:
     return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what)
 
 
+def _parse_part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise click.BadParameter(f"{value!r} is no part: it is K/N with K from 1 to N, as in 1/2")
+    return int(found[1]), int(found[2])
+
+
 @cli.command("bench")
 @click.argument("dataset", metavar="DATASET")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bench directory")
@@ -216,6 +224,8 @@ def _several(role: str, what: str) -> Callable[[Any], Any]:
               "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the bench in DIR, with the same settings.")
 @click.option("--overwrite", is_flag=True, help="Replace the bench in DIR.")
+@click.option("--part", metavar="K/N", callback=_parse_part, default="1/1", help="Measure every N-th image alone, from "
+              "the K-th on; the table is for a last call without this.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def run_bench(
@@ -235,6 +245,7 @@ def run_bench(
     assignments: Sequence[str],
     resume: bool,
     overwrite: bool,
+    part: tuple[int, int],
     as_json: bool,
 ) -> None:
     """Measure every combination of the components given on DATASET, a floor and a ceiling.
@@ -275,6 +286,7 @@ def run_bench(
             settings=settings,
             resume=resume,
             overwrite=overwrite,
+            part=part,
             command=typed,
             on_progress=progress.show,
             installed=found,
@@ -282,13 +294,16 @@ def run_bench(
     if as_json:
         click.echo(json.dumps(made, indent=1, ensure_ascii=False))
         return
+    if part[1] > 1:
+        click.echo(f"{out}: part {part[0]} of {part[1]} is measured ({made['n']} images)")
+        return
     columns = list(made["columns"])
     at_once = max(1, (shutil.get_terminal_size().columns - 20) // 21) if sys.stdout.isatty() else len(columns)
     for start in range(0, len(columns), at_once):
-        part = columns[start : start + at_once]
-        table = _table("", *(heading(column, made["columns"][column]) for column in part))
+        shown = columns[start : start + at_once]
+        table = _table("", *(heading(column, made["columns"][column]) for column in shown))
         for row in made["rows"]:
-            table.add_row(row["name"], *(cell(row["values"].get(column)) for column in part))
+            table.add_row(row["name"], *(cell(row["values"].get(column)) for column in shown))
         _print(table)
     for note in notes(made):
         click.echo(note)

@@ -127,6 +127,7 @@ def test_table_files_and_page(place: Path, run: Run, clip_folder: Path) -> None:
         (["folder", "--path", "plugin"], "no picture in plugin"),
         (["folder", "--path", "data", "--out", "plugin"], "no bench of icekit's"),
         (["folder", "--path", "data", "--resume", "--overwrite"], "give one of them"),
+        (["folder", "--path", "data", "--part", "3/2"], "'3/2' is no part: it is K/N with K from 1 to N, as in 1/2"),
     ],
 )
 def test_wrong_input(run: Run, arguments: list[str], hint: str) -> None:
@@ -165,6 +166,23 @@ def test_killed_and_resumed(place: Path, run: Run) -> None:
     for name in ("one", "two"):
         tokens = [place / out / "runs" / "plain-plain" / name / "embeddings.safetensors" for out in ("whole", "cut")]
         assert tokens[0].read_bytes() == tokens[1].read_bytes()
+
+
+def test_parts_make_the_whole(place: Path, run: Run) -> None:
+    """Each measures its own images, and nobody measures them again."""
+    arguments = ["bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "miou", *QUICK]
+    for part, image in (("2/2", "two"), ("1/2", "one")):
+        status, printed, err = run(*arguments, "--resume", "--part", part, "--out", "shared")
+        assert status == 0, err
+        assert f"part {part[0]} of 2 is measured (1 images)" in printed
+        assert (place / "shared" / "values" / "plain-plain" / f"{image}.json").is_file()
+        assert len(list((place / "shared" / "values" / "plain-plain").iterdir())) == (1 if part == "2/2" else 2)
+        assert not (place / "shared" / "results.json").exists()
+    runs = {path: path.stat().st_mtime_ns for path in (place / "shared" / "runs").rglob("manifest.json")}
+    status, shared, err = run(*arguments, "--resume", "--out", "shared")
+    assert status == 0, err
+    assert {path: path.stat().st_mtime_ns for path in (place / "shared" / "runs").rglob("manifest.json")} == runs
+    assert run(*arguments, "--out", "alone")[1].splitlines()[:-1] == shared.splitlines()[:-1]
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:

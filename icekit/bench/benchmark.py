@@ -85,6 +85,7 @@ def bench(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    part: tuple[int, int] = (1, 1),
     command: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     installed: Plugins | None = None,
@@ -103,12 +104,14 @@ def bench(
             one of them.
         resume: go on with the bench in ``out``, if there is one.
         overwrite: replace the bench in ``out``.
+        part: (k, n), measure every n-th image alone, from the k-th on: n processes share the work, each with
+            ``resume``. Only the whole, (1, 1), writes results.
         command: what was typed, for the record.
         on_progress: called after every image of every combination.
         installed: the plugins to use; those of this Python environment if None.
 
     Returns:
-        What is in ``results.json``: see ``results.summarise``.
+        What is in ``results.json``, over the images of this part: see ``results.summarise``.
 
     Raises:
         InputError: a name, a setting or ``out`` is wrong.
@@ -119,7 +122,7 @@ def bench(
     work = _Bench(found, dataset, Path(out), count, seed, components or {}, metrics, settings or {})
     with reproducible():
         work.begin(resume=resume)
-        return work.to_the_end(command, on_progress)
+        return work.to_the_end(command, on_progress, part)
 
 
 class _Bench:
@@ -289,39 +292,43 @@ class _Bench:
         for metric in self.metrics.values():
             metric.prepare(self.images)
 
-    def to_the_end(self, command: str, on_progress: Callable[[Progress], None]) -> dict[str, Any]:
-        """Run and measure everything that is missing, and write the results."""
+    def to_the_end(
+        self, command: str, on_progress: Callable[[Progress], None], part: tuple[int, int]
+    ) -> dict[str, Any]:
+        """Run and measure everything that is missing in this part; write the results if it is the whole."""
+        images = self.images[part[0] - 1 :: part[1]]
         begun = time.monotonic()
         rows = [one.name for one in self.combinations] + [FLOOR] + ([CEILING] if "words" in self.known else [])
         values: dict[str, dict[str, Any]] = {row: {} for row in rows}
         done = 0
-        for image in self.images:
+        for image in images:
             everyone = [*self.combinations, self._floor(image)]
             everyone += [self._ceiling(image)] if CEILING in rows else []
             for combination in everyone:
                 measured = self._measure(combination, image)
                 values[combination.name][image.name] = measured
                 done += 1
-                total = len(rows) * len(self.images)
+                total = len(rows) * len(images)
                 on_progress(Progress(done, total, image.name, combination.name, measured.get("error")))
         made = results.summarise(
             values=values,
             columns={name: dict(metric.columns) for name, metric in self.metrics.items()},
-            images=[image.name for image in self.images],
+            images=[image.name for image in images],
             components={one.name: one.settings.components.model_dump() for one in self.combinations},
             seed=self.seed,
             record=self._record()
             | {
                 "command": command,
                 "dataset": self.dataset_name,
-                "n": len(self.images),
+                "n": len(images),
                 "seed": self.seed,
                 "versions": self._versions(),
                 "device": str(self.backbone.device),
                 "seconds": round(time.monotonic() - begun, 1),
             },
         )
-        self.directory.save_results(made, results.to_csv(made), page.render_page(self.directory, made))
+        if part[1] == 1:
+            self.directory.save_results(made, results.to_csv(made), page.render_page(self.directory, made))
         return made
 
     def _versions(self) -> dict[str, str]:
@@ -392,7 +399,8 @@ class _Bench:
             build_component(self.plugins, combination.settings, role, self.backbone)
             for role in ("retriever", "segmentor")
         )
-        for step in localise(image.pixels, retriever, segmentor, combination.settings, located):
+        attributes = [self.plugins.attribute(name) for name in self._attributes()]
+        for step in localise(image.pixels, retriever, segmentor, combination.settings, located, attributes):
             located = step
             place.save_located(located)
         place.save_timings({"localise_s": round(time.monotonic() - begun, 3)})
