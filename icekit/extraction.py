@@ -30,6 +30,7 @@ from icekit.protocols import (
     Attribute,
     Backbone,
     Candidate,
+    Describer,
     InputError,
     Learned,
     Proposal,
@@ -219,7 +220,7 @@ class _Run:
             self.observers.tell("region_found", region=region)
         if not located.finished:
             retriever, segmentor = self._build("retriever"), self._build("segmentor")
-            for step in localise(self.image, retriever, segmentor, self.settings, located):
+            for step in localise(self.image, retriever, segmentor, self.settings, located, self.attributes):
                 before = {region.index: region.word for region in located.regions}
                 located = step
                 for region in located.regions:
@@ -349,7 +350,12 @@ def build_component(found: Plugins, settings: Settings, role: Role, backbone: Ba
 
 
 def localise(
-    image: Tensor, retriever: Retriever, segmentor: Segmentor | Proposer, settings: Settings, located: Located
+    image: Tensor,
+    retriever: Retriever,
+    segmentor: Segmentor | Proposer,
+    settings: Settings,
+    located: Located,
+    attributes: Sequence[Attribute] = (),
 ) -> Iterator[Located]:
     """Stage one, from where it stands: yields after every region found, and once more when finished.
 
@@ -368,6 +374,7 @@ def localise(
         segmentor: S, or a ``Proposer``.
         settings: the stop rules, the filling of erased parts and the seed.
         located: the regions found so far.
+        attributes: those that a ``Describer`` is asked about, at the end, with ``settings.describe``.
     """
     regions, refused = list(located.regions), list(located.refused)
     if isinstance(segmentor, Proposer):
@@ -376,7 +383,7 @@ def localise(
             best = _word_of(proposal, image, retriever)
             regions.append(Region(len(regions), best.word, best.score, proposal.mask))
             yield Located(tuple(regions), tuple(refused))
-        yield Located(tuple(regions), tuple(refused), finished=True)
+        yield Located(_described(regions, image, retriever, settings, attributes), tuple(refused), finished=True)
         return
 
     visible = torch.ones(image.shape[1:], dtype=torch.bool)
@@ -404,7 +411,7 @@ def localise(
         yield Located(tuple(regions), tuple(refused))
     if settings.rename and regions:
         regions = _named_together(regions, image, retriever)
-    yield Located(tuple(regions), tuple(refused), finished=True)
+    yield Located(_described(regions, image, retriever, settings, attributes), tuple(refused), finished=True)
 
 
 def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriever) -> list[Region]:
@@ -427,6 +434,24 @@ def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriev
         if word in found[row]:
             named[row] = dataclasses.replace(regions[row], word=word, score=found[row][word])
     return named
+
+
+def _described(
+    regions: Sequence[Region],
+    image: Tensor,
+    retriever: Retriever,
+    settings: Settings,
+    attributes: Sequence[Attribute],
+) -> tuple[Region, ...]:
+    """The regions with hints, if the retriever can give some and is to: it looks at each alone."""
+    if not settings.describe or not isinstance(retriever, Describer):
+        return tuple(regions)
+    described = []
+    for region in regions:
+        view = View(image, isolate(image, region.mask), region.mask)
+        hints = {one.name: retriever.describe(view, region.word, one.vocabulary) for one in attributes}
+        described.append(dataclasses.replace(region, hints=hints))
+    return tuple(described)
 
 
 def _seen_alone(mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str] = ()) -> list[Candidate]:

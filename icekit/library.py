@@ -297,7 +297,13 @@ class RunDirectory:
         for region in located.regions:
             self._write_image(mask_name(region), Image.fromarray(region.mask.numpy().astype(np.uint8) * 255))
         regions = [
-            {"index": region.index, "word": region.word, "score": region.score, "mask": mask_name(region)}
+            {
+                "index": region.index,
+                "word": region.word,
+                "score": region.score,
+                "mask": mask_name(region),
+                "hints": {attribute: dict(words) for attribute, words in region.hints.items()},
+            }
             for region in located.regions
         ]
         self._write_json(
@@ -320,7 +326,7 @@ class RunDirectory:
         for entry in record["regions"]:
             with Image.open(self.path / entry["mask"]) as image:
                 mask = torch.from_numpy(np.asarray(image.convert("L")) > 127)
-            regions.append(Region(entry["index"], entry["word"], entry["score"], mask))
+            regions.append(Region(entry["index"], entry["word"], entry["score"], mask, entry.get("hints", {})))
         return Located(tuple(regions), tuple(record["refused"]), record["finished"])
 
     # --- Stage two ---------------------------------------------------------------------------------------------------

@@ -71,12 +71,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Region:
-    """One concept's place in the image: its running number, its word, the retriever's score, its mask ``[H, W]``."""
+    """One concept's place in the image: its running number, its word, the retriever's score, its mask ``[H, W]``.
+
+    hints: what a ``Describer`` saw in it: attribute -> word -> how likely it is. Empty where none was asked.
+    """
 
     index: int
     word: str
     score: float
     mask: Tensor
+    hints: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -91,6 +95,18 @@ class Retriever(Protocol):
         """Words for what is still visible, best first, none of them equal or too similar to a word in ``used``.
 
         An empty list says that nothing nameable is left: the erase loop stops.
+        """
+        ...
+
+
+@runtime_checkable
+class Describer(Protocol):
+    """A retriever that can also say which words of an attribute fit: learners may start from them."""
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> Mapping[str, float]:
+        """How likely each word is to be true of what is visible, a ``noun``. They sum to one.
+
+        Words that the backbone does not know are left out; empty when it knows none.
         """
         ...
 

@@ -55,6 +55,11 @@ class Settings(BaseModel):
     max_concepts: int = Field(10, ge=1, description="stop looking after this many concepts")
     min_visible: float = Field(0.10, ge=0, lt=1, description="stop when no more than this share of the image is left")
     min_area: float = Field(0.01, ge=0, lt=1, description="a region below this share of the image is not taken")
+    describe: bool = Field(
+        False,
+        description="let the retriever look at each region alone for the attributes' words, if it can; learners may "
+        "start from them (paper: no)",
+    )
     rename: bool = Field(
         False, description="ask the retriever again for each region's word, looking at the region alone"
     )

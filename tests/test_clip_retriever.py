@@ -37,6 +37,7 @@ def retriever(folder: Path | str, **settings: Any) -> ClipRetriever:
 class PlantedClip:
     """A CLIP whose image embedding is the image's mean colour, and whose texts embed as planted."""
 
+    logit_scale = torch.tensor(2.0).log()
     TEXTS: ClassVar = {"red": (1.0, 0, 0), "crimson": (0.95, 0.05, 0), "green": (0, 1.0, 0), "wall": (0.6, 0.6, 0.6)}
 
     def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -109,6 +110,17 @@ def test_words_too_similar_to_an_earlier_one_are_dropped() -> None:
     red = everything(torch.tensor([1.0, 0.1, 0]).view(3, 1, 1).expand(3, 8, 8))
     assert [candidate.word for candidate in found.retrieve(red, [])] == ["crimson", "red", "green"]
     assert [candidate.word for candidate in found.retrieve(red, ["red"])] == ["green"]
+
+
+@pytest.mark.usefixtures("planted")
+def test_what_is_seen_is_described_at_the_models_own_temperature() -> None:
+    """Softmax of 2 x cosine: "red" 1, "green" 0, "wall" 1 / sqrt(3)."""
+    seen = retriever("", vocabulary=("red", "green")).describe(
+        everything(torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 8, 8)), "cup", ["red", "green", "wall"]
+    )
+    weights = torch.tensor([2.0, 0.0, 2 / 3**0.5]).exp()
+    assert list(seen) == ["red", "green", "wall"]
+    assert list(seen.values()) == pytest.approx((weights / weights.sum()).tolist(), rel=1e-4)
 
 
 @pytest.mark.usefixtures("planted")

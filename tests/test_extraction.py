@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import icekit as icekit_api
 from icekit import Candidate, InputError, RunError, View, extract, hookimpl
+from icekit.builtin.attributes import COLOUR, MATERIAL
 from icekit.extraction import derived_seed, localise, resolve_device
 from icekit.library import Located
 from icekit.plugins import Origin, Plugins
@@ -189,6 +190,28 @@ def test_regions_are_named_together() -> None:
     [_, second, last] = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
     assert [region.word for region in second.regions] == ["mug", "pot"]
     assert [(region.word, region.score) for region in last.regions] == [("pot", 0.5), ("mug", 0.9)]
+
+
+@pytest.mark.parametrize("segmentor", [plain.PlainSegmentor, plain.ProposingSegmentor])
+def test_regions_are_described_alone_if_the_retriever_can(segmentor: type) -> None:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    image = torch.rand(3, 32, 32)
+
+    class Describes(plain.PlainRetriever):
+        def describe(self, view: View, noun: str, words: Sequence[str]) -> dict[str, float]:
+            assert torch.equal(view.pixels[:, view.visible], image[:, view.visible])
+            assert (view.pixels[:, ~view.visible].std(dim=1) < 1e-5).all()
+            return {words[0]: 1.0}
+
+    def hints(retriever: type[plain.PlainRetriever], describe: bool) -> list[Mapping[str, Mapping[str, float]]]:
+        parts = (retriever(plain.PlainRetriever.Settings(), backbone), segmentor(segmentor.Settings(), backbone))
+        settings = Settings(max_concepts=2, describe=describe)
+        [*before, last] = localise(image, *parts, settings, Located(), [COLOUR, MATERIAL])
+        assert not any(region.hints for located in before for region in located.regions)
+        return [region.hints for region in last.regions]
+
+    assert hints(Describes, True) == [{"colour": {"red": 1.0}, "material": {"metal": 1.0}}] * 2
+    assert hints(Describes, False) == hints(plain.PlainRetriever, True) == [{}, {}]
 
 
 @pytest.mark.parametrize("known", [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,20 @@ def test_a_token_of_words_is_a_weighted_mean_of_their_rows(learn: Learn, backbon
         torch.testing.assert_close(weights @ words, tokens[name])
         assert weights.min() > 0 and weights.sum().item() == pytest.approx(1, abs=1e-4)
         assert (weights - 0.5).abs().max() > 0.01
+
+
+def test_tokens_start_from_what_the_retriever_saw(
+    learn: Learn, backbone: StableDiffusion, regions: list[Region]
+) -> None:
+    """Attributes as the mean of the words' rows, each as much as it is likely; the instance as the mean of these."""
+    red, green, metal = (backbone.word_embedding(word) for word in ("red", "green", "metal"))
+    hinted = [replace(regions[0], hints={"colour": {"red": 0.75, "green": 0.25}, "material": {"metal": 1.0}})]
+    still = {"only": [*hinted, regions[1]], "learning_rate": 1e-12, "word_learning_rate": 1e-12, "weight_decay": 0}
+    for rows in ("free", "words"):
+        tokens = learn(attribute_rows=rows, **still)[0].tokens
+        torch.testing.assert_close(tokens["<cup-0-colour>"], 0.75 * red + 0.25 * green)
+        torch.testing.assert_close(tokens["<cup-0-instance>"], (0.75 * red + 0.25 * green + metal) / 2)
+        torch.testing.assert_close(tokens["<metal-ball-1-instance>"], backbone.word_embedding("metal ball"))
 
 
 def test_a_vocabulary_of_one_word_leaves_the_token_free(learn: Learn) -> None:

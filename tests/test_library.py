@@ -120,13 +120,15 @@ def test_regions_come_back(tmp_path: Path) -> None:
     assert run.load_located() == Located()
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[2:4, 1:7] = True
-    run.save_located(Located((Region(0, "Wine Glass", 0.25, mask),), ("ghost",), finished=True))
+    hints = {"colour": {"red": 0.75, "blue": 0.25}}
+    run.save_located(Located((Region(0, "Wine Glass", 0.25, mask, hints),), ("ghost",), finished=True))
     located = run.load_located()
     [region] = located.regions
     assert (region.index, region.word, region.score, located.refused, located.finished) == (
         *(0, "Wine Glass", 0.25, ("ghost",), True),
     )
     assert torch.equal(region.mask, mask)
+    assert region.hints == hints
     assert (tmp_path / "masks" / "0-wine-glass.png").is_file()
 
 

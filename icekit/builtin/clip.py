@@ -87,6 +87,7 @@ class ClipRetriever:
             )
         self._clip = ClipModel(settings.model, settings.pretrained, backbone.device)
         self._words, self._background = known, background
+        self._knows = backbone.knows
         self._plain: dict[str, Tensor] = {}
         self._prompted = self._clip.embed_words(known + background, settings.templates)
 
@@ -97,6 +98,15 @@ class ClipRetriever:
         similarities of image and prompt, in [-1, 1].
         """
         return self._unused(self._ranked(view), used, self.settings.top)
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> dict[str, float]:
+        """Softmax over the prompts of "<word> <noun>", at CLIP's own temperature; see ``protocols.Describer``."""
+        known = [word for word in words if self._knows(word)]
+        if not known:
+            return {}
+        texts = self._clip.embed_words([f"{word} {noun}" for word in known], self.settings.templates)
+        likely = (self._clip.sharpness * (texts @ self._embed_view(view, self._clip))).softmax(dim=0)
+        return dict(zip(known, likely.tolist(), strict=True))
 
     def _ranked(self, view: View) -> list[Candidate]:
         """The words that outdo the background, best first."""
@@ -153,6 +163,11 @@ class ClipModel:
     def __init__(self, model: str, pretrained: str, device: torch.device, prefix: str = "") -> None:
         self._model, self._tokenizer = load_clip(model, pretrained, device, prefix)
         self._device = device
+
+    @property
+    def sharpness(self) -> float:
+        """What cosines are multiplied by before the softmax: the inverse of the learned temperature."""
+        return float(self._model.logit_scale.exp())
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:

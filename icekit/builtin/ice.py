@@ -6,10 +6,11 @@ Per concept a category token, an instance token and one token per attribute are 
 
 Phase "object", prompts of "<instance> <category>": category and instance are learned with the object triplet. Phase
 "attributes", prompts of "<category> <attribute 1> <attribute 2> ...": attribute tokens start from the learned instance
-token and are learned with the intrinsic triplet, the category frozen. Phase "refine", if asked for: a LoRA adapter on
-the noise predictor, tokens frozen, with prior preservation. All concepts are learned together, one element of the batch
-each, and as if each were alone: losses are summed and gradients clipped by concept. Only refinement needs prior images:
-they contain no new token, so that while embeddings alone are trained their gradient is zero.
+token (or from the region's hints, as the instance does then) and are learned with the intrinsic triplet, the category
+frozen. Phase "refine", if asked for: a LoRA adapter on the noise predictor, tokens frozen, with prior preservation. All
+concepts are learned together, one element of the batch each, and as if each were alone: losses are summed and gradients
+clipped by concept. Only refinement needs prior images: they contain no new token, so that while embeddings alone are
+trained their gradient is zero.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from icekit.builtin.prior import kept_prior, prior_loss
 from icekit.builtin.training import Group, Losses, Task, TaskLearner, Trainer, TrainingSettings, step_generator
 from icekit.builtin.triplet import intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
-from icekit.protocols import AttentionMaps, Backbone, InputError, Learned, token_names
+from icekit.protocols import AttentionMaps, Attribute, Backbone, InputError, Learned, Region, token_names
 
 
 class IceSettings(TrainingSettings):
@@ -89,6 +90,10 @@ class IceLearner(TaskLearner[IceSettings]):
         return Lesson(self.settings, self.backbone, task).run()
 
 
+LEAST_HINT = 1e-3
+"""A word that the retriever thinks less likely than this is still tried."""
+
+
 def nearest_resolution(resolutions: Sequence[int], wanted: int = 16) -> int:
     """The side of the attention grid nearest to ``wanted`` by ratio; of two as near, the larger."""
     return min(resolutions, key=lambda side: (abs(math.log(side / wanted)), -side))
@@ -110,16 +115,16 @@ class Draw:
 
 
 class Mixture:
-    """A row that is a weighted mean of words' rows: softmax(logits) @ rows, at first the plain mean.
+    """A row that is a weighted mean of words' rows: softmax(logits) @ rows.
 
     Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
 
-    rows: float32 ``[W, D]``. logits: a parameter ``[W]``.
+    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``.
     """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, weights: Tensor) -> None:
         self.rows = rows
-        self.logits = nn.Parameter(torch.zeros(len(rows), device=rows.device), requires_grad=False)
+        self.logits = nn.Parameter(weights.to(rows.device).log(), requires_grad=False)
 
     def row(self) -> Tensor:
         """``[D]``; gradients flow to the logits."""
@@ -160,6 +165,7 @@ class Lesson:
             self.rows |= {name: nn.Parameter(row.clone(), requires_grad=False) for name in names.values()}
         backbone.set_tokens(self.rows)
         self.mixtures = self._build_mixtures() if settings.attribute_rows == "words" else {}
+        self._start_instances_from_hints()
         self._check_prompts_fit()
 
     def run(self) -> Learned:
@@ -177,7 +183,7 @@ class Lesson:
             )
             if self.attributes:
                 if trainer.done == self.object_steps:
-                    self._start_attributes_from_instances()
+                    self._start_attributes()
                 trainer.train(
                     "attributes",
                     [group for names in self.names for group in self._attribute_groups(names)],
@@ -211,8 +217,28 @@ class Lesson:
             words = [word for word in attribute.vocabulary if self.backbone.knows(word)]
             if len(words) > 1:
                 rows = torch.stack([self.backbone.word_embedding(word).float() for word in words])
-                mixtures |= {names[attribute.name]: Mixture(rows.to(self.backbone.device)) for names in self.names}
+                for region, names in zip(self.regions, self.names, strict=True):
+                    hints = region.hints.get(attribute.name, {})
+                    weights = torch.tensor([max(hints.get(word, 0.0), LEAST_HINT) if hints else 1.0 for word in words])
+                    mixtures[names[attribute.name]] = Mixture(rows.to(self.backbone.device), weights / weights.sum())
         return mixtures
+
+    # --- Starting from what the retriever saw ------------------------------------------------------------------------
+
+    def _hinted_row(self, region: Region, attribute: Attribute) -> Tensor | None:
+        """The mean of the words' rows, each as much as it is likely; None without hints."""
+        hints = region.hints.get(attribute.name, {})
+        if not hints:
+            return None
+        rows = torch.stack([self.backbone.word_embedding(word).float() for word in hints])
+        return torch.tensor(list(hints.values()), device=rows.device) @ rows / sum(hints.values())
+
+    def _start_instances_from_hints(self) -> None:
+        """An instance with hints starts as the mean of its attributes' words."""
+        for region, names in zip(self.regions, self.names, strict=True):
+            hinted = [row for one in self.attributes if (row := self._hinted_row(region, one)) is not None]
+            if hinted:
+                self.rows[names["instance"]].data.copy_(torch.stack(hinted).mean(dim=0))
 
     def _mix(self) -> None:
         """Hand the backbone the mixtures' rows of now, with their gradients."""
@@ -348,10 +374,13 @@ class Lesson:
         with torch.no_grad():
             return self.backbone.embed_texts([names["category"] for names in self.names]).float()
 
-    def _start_attributes_from_instances(self) -> None:
-        for names in self.names:
+    def _start_attributes(self) -> None:
+        """From what the retriever saw, or else from the learned instance (paper)."""
+        for region, names in zip(self.regions, self.names, strict=True):
             for attribute in self.attributes:
-                self.rows[names[attribute.name]].data.copy_(self.rows[names["instance"]].data)
+                hinted = self._hinted_row(region, attribute)
+                start = self.rows[names["instance"]] if hinted is None else hinted
+                self.rows[names[attribute.name]].data.copy_(start.data)
 
     def _check_prompts_fit(self) -> None:
         def fit(count: int) -> bool:

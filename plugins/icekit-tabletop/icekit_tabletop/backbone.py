@@ -72,7 +72,9 @@ class Tabletop(StableDiffusion):
             "learner.timestep_range": [0.35, 0.85],
             "learner.by_area": True,
             "learner.attribute_rows": "words",
+            "retriever.crop": False,
             "rename": True,
+            "describe": True,
         }
 
     def knows(self, word: str) -> bool:
