@@ -14,14 +14,15 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from icekit_tabletop.captions import WORDS
-from icekit_tabletop.tokenizer import save_tokenizer
+from icekit_tabletop.tokenizer import build_tokenizer, save_tokenizer
 from icekit_tabletop.train.checkpoint import append_log, load_info, load_state
 from icekit_tabletop.train.clip import clip_config
 from icekit_tabletop.train.settings import Settings
 from icekit_tabletop.train.text_tower import build_text_encoder
-from icekit_tabletop.train.unet import SCHEDULE, build_unet
+from icekit_tabletop.train.unet import SCHEDULE, build_painter
 from icekit_tabletop.train.vae import load_vae
 
 MAX_BYTES = 40_000_000
@@ -53,15 +54,13 @@ def write_clip(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str,
     save_tokenizer(folder, WORDS)
 
 
-def write_diffusion(
-    folder: Path, clip_weights: Mapping[str, Tensor], vae: AutoencoderKL, unet: UNet2DConditionModel
-) -> None:
+def write_diffusion(folder: Path, text_encoder: CLIPTextModel, vae: AutoencoderKL, unet: UNet2DConditionModel) -> None:
     """A Stable Diffusion folder, for `StableDiffusionPipeline.from_pretrained(<folder>)`, in float16."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = save_tokenizer(folder / "tokenizer", WORDS)
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
-        text_encoder=build_text_encoder(clip_weights, tokenizer).half(),
+        text_encoder=text_encoder.half(),
         tokenizer=tokenizer,
         unet=unet.half(),
         scheduler=build_scheduler(),
@@ -110,11 +109,10 @@ def export_models(settings: Settings) -> None:
         _swap(fresh, settings.models / "open-clip")
         unet_path = settings.work / "unet.safetensors"
         if unet_path.exists():
-            unet_weights, _ = load_state(unet_path, "average/")
-            unet = build_unet()
-            unet.load_state_dict(unet_weights)
+            painter = build_painter(build_text_encoder(clip_weights, build_tokenizer())).eval()
+            painter.load_state_dict(load_state(unet_path, "average/")[0])
             with torch.no_grad():
-                write_diffusion(fresh, clip_weights, load_vae(settings), unet.eval())
+                write_diffusion(fresh, painter["text"], load_vae(settings), painter["unet"])
             _swap(fresh, settings.models / "stable-diffusion")
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from icekit_tabletop.tokenizer import MAX_LENGTH
 from icekit_tabletop.train.data import VALUES
 
 VARIANTS = 24
-"""Phrases from which every word's hidden state is taken, one of them a step."""
+"""Phrases around every word, in one of which its hidden state is taken at each step."""
 
 TRUE_PLACES, FALSE_PLACES = 1 / 16, 1 / 64
 """Share of the places that must hold a true word, about half a small object; and that a false word is judged by."""
@@ -41,22 +41,35 @@ AREA_WEIGHT = 0.5
 
 
 @dataclass(frozen=True)
-class WordBank:
-    """Hidden states of all attributes' values, W words, as the UNet is given them.
+class Phrases:
+    """One phrase around each of W words. `ids`: int64 [W, L]. `places`: int64 [W], where the word is in it."""
 
-    `words`: in the order of `VALUES`. `families`: the columns of each attribute. `start`: [1, D], the start token's
-    state, that attention can rest on. `states`: [W, V, D], each word's within V phrases.
+    ids: Tensor
+    places: Tensor
+
+    def states(self, hidden: Tensor) -> Tensor:
+        """The start token's state and every word's, [1 + W, D], of the phrases' hidden states [W, L, D]."""
+        return torch.cat([hidden[:1, 0], hidden[torch.arange(len(hidden)), self.places]])
+
+
+@dataclass(frozen=True)
+class WordBank:
+    """Phrases around all attributes' values, W words.
+
+    `words`: in the order of `VALUES`. `families`: the columns of each attribute. `ids`: int64 [W, V, L], V phrases
+    around each word. `places`: int64 [W, V], where the word is in them.
     """
 
     words: tuple[str, ...]
     families: tuple[slice, ...]
-    start: Tensor
-    states: Tensor
+    ids: Tensor
+    places: Tensor
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """The start token's state and one of every word's: [1 + W, D]."""
-        chosen = torch.randint(self.states.shape[1], (len(self.words),), generator=generator)
-        return torch.cat([self.start, self.states[torch.arange(len(self.words)), chosen.to(self.states.device)]])
+    def draw(self, generator: torch.Generator) -> Phrases:
+        """One phrase for every word."""
+        chosen = torch.randint(self.places.shape[1], (len(self.words),), generator=generator).to(self.ids.device)
+        rows = torch.arange(len(self.words), device=self.ids.device)
+        return Phrases(self.ids[rows, chosen], self.places[rows, chosen])
 
     def present(self, codes: np.ndarray) -> Tensor:
         """Which words are true of some object: bool [B, W], of scenes' codes [B, 4 objects, 4 attributes]."""
@@ -91,23 +104,23 @@ def _phrase(attribute: str, word: str, rng: random.Random) -> str:
     return phrase
 
 
-@torch.no_grad()
-def build_word_bank(encoder: CLIPTextModel, tokenizer: CLIPTokenizer, rng: random.Random) -> WordBank:
-    """Encodes `VARIANTS` phrases around each word."""
-    device = next(encoder.parameters()).device
+def build_word_bank(tokenizer: CLIPTokenizer, rng: random.Random, device: torch.device) -> WordBank:
+    """Draws `VARIANTS` phrases around each word."""
     words: list[str] = []
     families: list[slice] = []
-    states: list[Tensor] = []
+    ids: list[Tensor] = []
     for attribute, values in VALUES.items():
         families.append(slice(len(words), len(words) + len(values)))
         for word in values:
             phrases = [_phrase(attribute, word, rng) for _ in range(VARIANTS)]
-            ids = tokenizer(phrases, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
-            own = tokenizer(word)["input_ids"][1]
-            hidden = encoder(ids.to(device)).last_hidden_state
-            states.append(hidden[torch.arange(VARIANTS), (ids == own).int().argmax(1)])
+            ids.append(
+                tokenizer(phrases, padding="max_length", max_length=MAX_LENGTH, return_tensors="pt")["input_ids"]
+            )
             words.append(word)
-    return WordBank(tuple(words), tuple(families), hidden[:1, 0], torch.stack(states))
+    tokens = torch.stack(ids)
+    own = torch.tensor([tokenizer(word)["input_ids"][1] for word in words])
+    places = (tokens == own[:, None, None]).int().argmax(dim=2)
+    return WordBank(tuple(words), tuple(families), tokens.to(device), places.to(device))
 
 
 class Queries:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPTextModel
 
 from icekit_tabletop.train.checkpoint import append_log, save_state
 from icekit_tabletop.train.export import HISTORY
@@ -30,11 +31,15 @@ def continue_models(settings: Settings) -> None:
     seen = json.loads((settings.models / HISTORY).read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
     clip = load_file(str(settings.models / "open-clip" / "open_clip_model.safetensors"))
+    painter = {
+        "unet": load_file(str(folder / "unet" / "diffusion_pytorch_model.safetensors")),
+        "text": CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict(),
+    }
     weights = {
         "clip": clip,
         "clip-image": {n.removeprefix("visual."): t for n, t in clip.items() if n.startswith("visual.")},
         "vae": load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors")),
-        "unet": load_file(str(folder / "unet" / "diffusion_pytorch_model.safetensors")),
+        "unet": {f"{part}.{n}": t for part, tensors in painter.items() for n, t in tensors.items()},
     }
     for stage, tensors in weights.items():
         target = settings.work / f"{stage}.safetensors"

@@ -1,15 +1,22 @@
-"""The `unet` stage: a small Stable Diffusion UNet that denoises latents under the words of a caption."""
+"""The `unet` stage: a small Stable Diffusion UNet that denoises latents under the words of a caption.
+
+CLIP's text tower learns along. Contrastive training reads a caption at its end token alone, so the states of the words
+themselves, which the UNet reads, were never asked to say whose colour a colour is; the end token's state, which icekit
+compares phrases by, is held where CLIP put it.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import CLIPTextModel
 
 from icekit_tabletop.captions import caption_scene
 from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
@@ -25,7 +32,13 @@ WARMUP_STEPS = 200
 DECAY_SHARE = 0.15
 """Share of the training, at its end, over which the learning rate falls to nearly zero."""
 
-CAPTION_DROPOUT = 0.2
+TEXT_RATE = 0.3
+"""The text tower's learning rate, as a share of the UNet's."""
+
+HELD_WEIGHT = 1.0
+"""Weight of the distance that the end token's states moved from CLIP's."""
+
+CAPTION_DROPOUT = 0.15
 """Share of samples trained with the empty prompt, for classifier-free guidance; all words are judged by them."""
 
 WORDS_ONLY = 0.8
@@ -34,19 +47,20 @@ WORDS_ONLY = 0.8
 SINGLES_SHARE = 0.3
 """Share of the training, at its start, that sees hardly more than one object a picture."""
 
-GROUP_SHARES = (0.04, 0.28, 0.34, 0.24, 0.1)
+GROUP_SHARES = (0.02, 0.38, 0.36, 0.2, 0.04)
 """Shares of pictures with 0 to 4 objects from then on."""
 
-ONE_OF_MANY = 0.35
-"""Share of the pictures with several objects whose caption names one of them alone: its words must find their own."""
+ONE_OF_MANY = 0.1
+"""Share of the pictures with several objects whose caption names one of them alone: its words must find their own. When
+it is larger, pictures painted of one object's name hold several."""
 
-GROUNDING_WEIGHT = 0.05
+GROUNDING_WEIGHT = 0.02
 """Weight of `grounding_loss` beside the denoising loss."""
 
 GROUNDED_BELOW = 500
 """Timesteps at which a picture can be seen well enough for its words to be judged."""
 
-CLEAR_SHARE = 0.3
+CLEAR_SHARE = 0.15
 """Share of samples drawn uniformly from the timesteps below 450, for the sake of that loss."""
 
 SCHEDULE = {
@@ -118,6 +132,20 @@ def audible(ids: Tensor, words_only: Tensor) -> Tensor:
     return (torch.arange(ids.shape[1], device=ids.device) < end) | ~words_only[:, None]
 
 
+def end_states(states: Tensor, ids: Tensor) -> Tensor:
+    """The end token's states [B, D], of all positions' [B, L, D] and the tokens int64 [B, L]; it has the highest id."""
+    return states[torch.arange(len(ids), device=ids.device), ids.argmax(dim=1)]
+
+
+def build_painter(encoder: CLIPTextModel) -> nn.ModuleDict:
+    """What the stage trains: `unet`, and `text`, the encoder; its embeddings stay, for prompts are made of them."""
+    encoder.requires_grad_(True).get_input_embeddings().requires_grad_(False)
+    for name, parameter in encoder.named_parameters():
+        if "position_embedding" in name:
+            parameter.requires_grad_(False)
+    return nn.ModuleDict({"unet": build_unet(), "text": encoder})
+
+
 def train_unet(settings: Settings) -> None:
     """Trains the UNet on `settings.unet_images` samples; weights go to `<work>/unet.safetensors`."""
     device = settings.torch_device
@@ -126,16 +154,19 @@ def train_unet(settings: Settings) -> None:
     latents = np.load(settings.work / "latents.npy", allow_pickle=False)
     tokenizer = build_tokenizer()
     clip_weights, _ = load_state(settings.work / "clip.safetensors", "average/")
-    encoder = build_text_encoder(clip_weights, tokenizer).to(device).requires_grad_(False)
+    clip_text = build_text_encoder(clip_weights, tokenizer).to(device).requires_grad_(False)
     scheduler = DDPMScheduler(**SCHEDULE)
-    bank = build_word_bank(encoder, tokenizer, random.Random(settings.seed))
-    unet = build_unet().to(device).to(memory_format=torch.channels_last)
-    optimiser = torch.optim.AdamW(unet.parameters(), lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
-    with Run(settings, "unet", unet, optimiser, settings.unet_images, 0.999) as run, Queries(unet) as queries:
+    bank = build_word_bank(tokenizer, random.Random(settings.seed), device)
+    painter = build_painter(build_text_encoder(clip_weights, tokenizer)).to(device)
+    unet, encoder = painter["unet"].to(memory_format=torch.channels_last), painter["text"]
+    learning = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": list(unet.parameters())}, {"params": learning, "scale": TEXT_RATE}]
+    optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    with Run(settings, "unet", painter, optimiser, settings.unet_images, 0.999) as run, Queries(unet) as queries:
         rng = np.random.default_rng([settings.seed, run.step, 3])
         words = random.Random(int(rng.integers(2**32)))
         generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
-        unet.train()
+        painter.train()
         while not run.finished:
             fraction = run.fraction
             run.set_rate(learning_rate(fraction, run.step))
@@ -151,17 +182,21 @@ def train_unet(settings: Settings) -> None:
             timesteps = draw_timesteps(BATCH, generator)
             noisy = scheduler.add_noise(clean, noise, timesteps).to(device, memory_format=torch.channels_last)
             target = scheduler.get_velocity(clean, noise, timesteps).to(device)
+            ids = encoded["input_ids"].to(device)
+            phrases = bank.draw(generator)
             with autocast(device):
+                text = encoder(ids).last_hidden_state
+                short = encoder(phrases.ids).last_hidden_state
                 with torch.no_grad():
-                    ids = encoded["input_ids"].to(device)
-                    text = encoder(ids).last_hidden_state
+                    ends = [end_states(clip_text(each).last_hidden_state, each) for each in (ids, phrases.ids)]
                 words_only = torch.rand(BATCH, generator=generator) < WORDS_ONLY
                 mask = audible(ids, words_only.to(device))
                 predicted = unet(
                     noisy, timesteps.to(device), encoder_hidden_states=text, encoder_attention_mask=mask
                 ).sample
-                shares = queries.shares(bank.draw(generator), bank.families)
+                shares = queries.shares(phrases.states(short.detach()), bank.families)
             denoising = F.mse_loss(predicted.float(), target)
+            moved = F.mse_loss(torch.cat([end_states(text, ids), end_states(short, phrases.ids)]), torch.cat(ends))
             seen = timesteps < GROUNDED_BELOW
             present, judged = (
                 which[seen].to(device) for which in (bank.present(scenes.codes[rows]), bank.unsaid(captions))
@@ -169,14 +204,19 @@ def train_unet(settings: Settings) -> None:
             grounding = torch.stack(
                 [grounding_loss(grid[seen.to(device)], present, judged, bank.families) for grid in shares.values()]
             ).sum()
-            loss = denoising + GROUNDING_WEIGHT * grounding
+            loss = denoising + GROUNDING_WEIGHT * grounding + HELD_WEIGHT * moved
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
             optimiser.step()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the UNet's loss is {loss.item()} at step {run.step}")
             run.advance(
                 BATCH,
-                {"denoising": denoising.item(), "grounding": grounding.item(), "gradient": norm.item()},
+                {
+                    "denoising": denoising.item(),
+                    "grounding": grounding.item(),
+                    "moved": moved.item(),
+                    "gradient": norm.item(),
+                },
             )
