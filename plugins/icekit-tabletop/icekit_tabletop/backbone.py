@@ -55,7 +55,7 @@ class Tabletop(StableDiffusion):
             "retriever.splice.l1_penalty": 0.1,
             "retriever.splice.image_mean": "none",
             "segmentor.prompt": "a {word}",
-            "segmentor.timestep": [0.2],
+            "segmentor.timestep": [0.3],
             "segmentor.xattn.competition": "none",
             "segmentor.xattn.propagation": 1,
             "segmentor.xattn.threshold": 0.6,
