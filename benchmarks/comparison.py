@@ -10,21 +10,23 @@ from typing import Any
 
 import click
 
+from icekit.bench.results import CEILING, FLOOR
+
 
 def markdown(made: Mapping[str, Any]) -> str:
     """The table of a ``results.json``: a combination a column, the floor first and the ceiling last; "±" is half of the
-    95 % interval. The best combination of a line is bold, where less is better ("↓") the smallest.
+    95 % interval. Where combinations differ the best is bold, where less is better ("↓") the smallest.
     """
-    ends = {"floor": -1, "ceiling": 1}
+    ends = {FLOOR: -1, CEILING: 1}
     rows = sorted(made["rows"], key=lambda row: ends.get(row["name"], 0))
     lines = [
-        "| | " + " | ".join(row["name"].removeprefix("xattn-") for row in rows) + " |",
+        "| | " + " | ".join(row["name"] for row in rows) + " |",
         "| --- " * (len(rows) + 1) + "|",
     ]
     for column, what in made["columns"].items():
         numbers = {row["name"]: row["values"].get(column) for row in rows}
-        inner = [value["mean"] for name, value in numbers.items() if value and name not in ends]
-        best = (max if what["higher_is_better"] else min)(inner, default=None)
+        inner = {value["mean"] for name, value in numbers.items() if value and name not in ends}
+        best = (max if what["higher_is_better"] else min)(inner) if len(inner) > 1 else None
         cells = []
         for name, value in numbers.items():
             if value is None:

@@ -1,13 +1,27 @@
 """Means and their intervals, and what is said of a column whose ends do not differ."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy import stats
 
+import icekit
 from icekit.bench.bootstrap import bootstrap
 from icekit.bench.page import choose
-from icekit.bench.results import cell, notes, says_nothing, summarise, to_csv
+from icekit.bench.results import cell, notes, portable, says_nothing, summarise, to_csv
 from icekit.protocols import Column
+
+
+def test_folders_of_packages_are_named_from_the_package_on() -> None:
+    inside = Path(icekit.__file__).parent / "builtin" / "vocabulary"
+    elsewhere = Path(inside.anchor, "models", "mine")
+    settings = {"clip": {"model": f"local-dir:{inside}", "files": (str(elsewhere), 3)}, "steps": 4, "word": "and/or"}
+    assert portable(settings) == {
+        "clip": {"model": "local-dir:icekit/builtin/vocabulary", "files": [str(elsewhere), 3]},
+        "steps": 4,
+        "word": "and/or",
+    }
 
 
 def test_bootstrap_by_hand() -> None:

@@ -273,7 +273,7 @@ class _Bench:
         }
         for role in ("retriever", "segmentor", "learner"):
             settings[role] = {one.settings.name_of(role): one.settings.values_of(role) for one in self.combinations}
-        return {"icekit_version": plugins.own_version(), "settings": settings}
+        return {"icekit_version": plugins.own_version(), "settings": results.portable(settings)}
 
     # --- On its way --------------------------------------------------------------------------------------------------
 

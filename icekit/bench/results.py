@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +15,23 @@ from icekit.protocols import Column
 FLOOR, CEILING = "floor", "ceiling"
 """The rows that are no combination of components."""
 SCHEMA_VERSION = 1
+
+
+def portable(settings: Any) -> Any:
+    """Nested settings in which a folder of an imported package is named from the package on.
+
+    ``local-dir:/home/me/icekit_tabletop/models`` -> ``local-dir:icekit_tabletop/models``: results are for others to
+    read, and a bench may go on where the package lies elsewhere.
+    """
+    if isinstance(settings, Mapping):
+        return {key: portable(value) for key, value in settings.items()}
+    if isinstance(settings, (list, tuple)):
+        return [portable(value) for value in settings]
+    if isinstance(settings, str) and os.sep in settings:
+        for name, module in list(sys.modules.items()):
+            for folder in [] if "." in name else getattr(module, "__path__", []):
+                settings = settings.replace(f"{folder}{os.sep}", f"{name}{os.sep}")
+    return settings
 
 
 def summarise(

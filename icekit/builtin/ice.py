@@ -32,6 +32,9 @@ from icekit.builtin.triplet import intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
 from icekit.protocols import AttentionMaps, Attribute, Backbone, InputError, Learned, Region, token_names
 
+LEAST_HINT = 1e-3
+"""A word that the retriever thinks less likely than this is still tried."""
+
 
 class IceSettings(TrainingSettings):
     """Settings of ``IceLearner``; the defaults are the paper's."""
@@ -90,10 +93,6 @@ class IceLearner(TaskLearner[IceSettings]):
         return Lesson(self.settings, self.backbone, task).run()
 
 
-LEAST_HINT = 1e-3
-"""A word that the retriever thinks less likely than this is still tried."""
-
-
 def nearest_resolution(resolutions: Sequence[int], wanted: int = 16) -> int:
     """The side of the attention grid nearest to ``wanted`` by ratio; of two as near, the larger."""
     return min(resolutions, key=lambda side: (abs(math.log(side / wanted)), -side))
@@ -119,7 +118,8 @@ class Mixture:
 
     Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
 
-    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``.
+    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``,
+    above zero.
     """
 
     def __init__(self, rows: Tensor, weights: Tensor) -> None:
@@ -218,10 +218,21 @@ class Lesson:
             if len(words) > 1:
                 rows = torch.stack([self.backbone.word_embedding(word).float() for word in words])
                 for region, names in zip(self.regions, self.names, strict=True):
-                    hints = region.hints.get(attribute.name, {})
-                    weights = torch.tensor([max(hints.get(word, 0.0), LEAST_HINT) if hints else 1.0 for word in words])
-                    mixtures[names[attribute.name]] = Mixture(rows.to(self.backbone.device), weights / weights.sum())
+                    likely = region.hints.get(attribute.name) or dict.fromkeys(words, 1.0)
+                    weights = torch.tensor([max(likely.get(word, 0.0), LEAST_HINT) for word in words])
+                    mixtures[names[attribute.name]] = Mixture(rows.to(self.backbone.device), weights)
         return mixtures
+
+    def _mix(self) -> None:
+        """Hand the backbone the mixtures' rows of now, with their gradients."""
+        if self.mixtures:
+            self.backbone.set_tokens(self.rows | {name: mixture.row() for name, mixture in self.mixtures.items()})
+
+    def _settle_mixtures(self) -> None:
+        """The mixtures' rows become the tokens' own."""
+        for name, mixture in self.mixtures.items():
+            self.rows[name].data.copy_(mixture.row().detach())
+        self.backbone.set_tokens(self.rows)
 
     # --- Starting from what the retriever saw ------------------------------------------------------------------------
 
@@ -239,17 +250,6 @@ class Lesson:
             hinted = [row for one in self.attributes if (row := self._hinted_row(region, one)) is not None]
             if hinted:
                 self.rows[names["instance"]].data.copy_(torch.stack(hinted).mean(dim=0))
-
-    def _mix(self) -> None:
-        """Hand the backbone the mixtures' rows of now, with their gradients."""
-        if self.mixtures:
-            self.backbone.set_tokens(self.rows | {name: mixture.row() for name, mixture in self.mixtures.items()})
-
-    def _settle_mixtures(self) -> None:
-        """The mixtures' rows become the tokens' own."""
-        for name, mixture in self.mixtures.items():
-            self.rows[name].data.copy_(mixture.row().detach())
-        self.backbone.set_tokens(self.rows)
 
     # --- The phases' losses, one chunk of concepts after the other -------------------------------------------------
 

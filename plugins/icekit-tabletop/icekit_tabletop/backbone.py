@@ -66,7 +66,7 @@ class Tabletop(StableDiffusion):
             "segmentor.conceptexpress.caption": "a photo of things on a table",
             "segmentor.conceptexpress.salient_by": "last_word",
             "segmentor.conceptexpress.apart": True,
-            "learner.steps": 80,
+            "learner.steps": 40,
             "learner.learning_rate": 5e-3,
             "learner.ice.learning_rate": 1e-3,
             "learner.word_learning_rate": 0.02,
