@@ -157,6 +157,13 @@ def load_scenes(work: Path) -> TrainingScenes:
     return TrainingScenes.from_words(np.concatenate(images), words)
 
 
+def mirror(images: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Copies of images [B, 3, H, W], those of `flips` (bool [B]) left to right."""
+    images = images.copy()
+    images[flips] = images[flips, :, :, ::-1]
+    return images
+
+
 def _code(values: tuple[str | None, ...]) -> list[int]:
     return [-1 if value is None else names.index(value) for value, names in zip(values, VALUES.values(), strict=True)]
 

@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from icekit_tabletop.train.checkpoint import Run, load_state
-from icekit_tabletop.train.data import load_scenes
+from icekit_tabletop.train.data import load_scenes, mirror
+from icekit_tabletop.train.perceptual import ImageFeatures, perceptual_distance
 from icekit_tabletop.train.settings import IMAGE_SIZE, Settings, autocast
 
 BATCH = 16
@@ -21,6 +22,11 @@ PEAK_RATE = 2e-3
 DECODER_RATE = 1e-3
 WARMUP_STEPS = 100
 KL_WEIGHT = 1e-5
+
+PERCEPTUAL_WEIGHT = 0.5
+"""Weight of `perceptual_distance` in the decoder's loss: gloss, grain and speckle, which tell materials apart, are
+small in the error of pixels.
+"""
 
 
 def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
@@ -54,13 +60,6 @@ def _edges(images: Tensor) -> tuple[Tensor, Tensor]:
     return images[..., 1:, :] - images[..., :-1, :], images[..., 1:] - images[..., :-1]
 
 
-def _mirrored(images: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Copies of images [B, 3, H, W], those of `flips` (bool [B]) left to right."""
-    images = images.copy()
-    images[flips] = images[flips, :, :, ::-1]
-    return images
-
-
 def _picture_loss(decoded: Tensor, pixels: Tensor) -> tuple[Tensor, float]:
     """Absolute and squared error, and the error of the edges. Also returns the PSNR in dB; pixels in -1..1."""
     error = decoded.float() - pixels
@@ -79,6 +78,7 @@ def train_decoder(settings: Settings) -> None:
     vae = load_vae(settings).to(device).to(memory_format=torch.channels_last)
     scale = float(vae.config.scaling_factor)
     decoder = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+    features = ImageFeatures(settings).to(device)
     optimiser = torch.optim.AdamW(decoder.parameters(), lr=DECODER_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
     with Run(settings, "decoder", decoder, optimiser, settings.decoder_images, 0.998) as run:
         rng = np.random.default_rng([settings.seed, run.step, 5])
@@ -87,16 +87,20 @@ def train_decoder(settings: Settings) -> None:
             run.set_cosine_rate(DECODER_RATE, WARMUP_STEPS)
             rows = np.sort(rng.integers(len(scenes.images), size=BATCH))
             flips = rng.random(BATCH) < 0.5
-            pixels = torch.from_numpy(_mirrored(scenes.images[rows], flips)).to(device).float().div_(127.5).sub_(1)
+            pixels = torch.from_numpy(mirror(scenes.images[rows], flips)).to(device).float().div_(127.5).sub_(1)
             codes = torch.from_numpy(latents[flips.astype(int), rows].astype(np.float32)).to(device) / scale
             with autocast(device):
                 decoded = vae.decode(codes.contiguous(memory_format=torch.channels_last)).sample
-            loss, psnr = _picture_loss(decoded, pixels)
+                with torch.no_grad():
+                    true = features(pixels)
+                perceptual = perceptual_distance(features(decoded.float()), true)
+            picture, psnr = _picture_loss(decoded, pixels)
+            loss = picture + PERCEPTUAL_WEIGHT * perceptual
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
             optimiser.step()
-            run.advance(BATCH, {"loss": loss.item(), "psnr": psnr})
+            run.advance(BATCH, {"loss": loss.item(), "psnr": psnr, "perceptual": perceptual.item()})
 
 
 def train_vae(settings: Settings) -> None:
@@ -113,7 +117,7 @@ def train_vae(settings: Settings) -> None:
         while not run.finished:
             run.set_cosine_rate(PEAK_RATE, WARMUP_STEPS)
             rows = rng.integers(len(scenes.images), size=BATCH)
-            batch = _mirrored(scenes.images[rows], rng.random(BATCH) < 0.5)
+            batch = mirror(scenes.images[rows], rng.random(BATCH) < 0.5)
             pixels = torch.from_numpy(batch).to(device).float().div_(127.5).sub_(1)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
             with autocast(device):
