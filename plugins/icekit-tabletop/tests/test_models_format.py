@@ -139,6 +139,8 @@ def test_training_continues_from_the_shipped_weights(exported: Path, tmp_path: P
         assert info["seen"] == 1
         assert before.keys() == after.keys()
         for name, tensor in before.items():
+            if name.startswith("eyes."):
+                continue  # they are not exported
             torch.testing.assert_close(after[name], tensor.half().to(tensor.dtype), rtol=0, atol=0)
     tower, _ = load_state(tmp_path / "clip-image.safetensors", "weights/")
     assert build_clip().visual.load_state_dict(tower)
@@ -169,7 +171,7 @@ def test_some_captions_of_many_objects_name_one() -> None:
     items = (ObjectSpec("cup", "red", "metal", "plain"), ObjectSpec("ball", "blue", "wood", "plain"))
     scene = SceneWords(items, "oak", "white")
     rng = random.Random(0)
-    captions = [draw_caption(scene, rng, 0.0) for _ in range(2000)]
+    captions = [draw_caption(scene, rng, 0.0)[0].text for _ in range(2000)]
     both = sum("cup" in text and "ball" in text for text in captions)
     one = sum(("cup" in text) != ("ball" in text) for text in captions)
     # 0.15 say nothing; of the others 0.1 name one of two: 0.085 of all, and 0.765 both
@@ -230,11 +232,11 @@ def test_accidentally_true_pairs_are_no_negatives() -> None:
 def test_grounding_wants_places_for_true_words_and_none_for_others() -> None:
     families = [slice(i, i + 1) for i in range(4)]  # one word each; the first weighs two of five
     shares = torch.full((1, 16, 4), 0.5)  # 16 places: the largest one counts
-    true, asked = torch.tensor([[True, False, False, False]]), torch.tensor([[True, True, False, False]])
+    true = torch.tensor([[True, False, False, False]])
     log2 = math.log(2)
-    expected = (2 * (0.5 * 0.5 + log2) + (0.5 * 0.5 + 3 * log2) + 2 * 0.5 * 0.5) / 5
-    assert float(grounding_loss(shares, true, asked, families)) == pytest.approx(expected, rel=1e-5)
-    assert float(grounding_loss(shares[:0], true[:0], asked[:0], families)) == 0
+    expected = (2 * (0.5 * 0.5 + log2) + 3 * (0.5 * 0.5 + 3 * log2)) / 5
+    assert float(grounding_loss(shares, true, families)) == pytest.approx(expected, rel=1e-5)
+    assert float(grounding_loss(shares[:0], true[:0], families)) == 0
 
 
 def test_the_word_bank_knows_where_its_words_are() -> None:
@@ -252,8 +254,6 @@ def test_the_word_bank_knows_where_its_words_are() -> None:
     codes[0, 0] = [list(SHAPES).index("cup"), list(COLOURS).index("red"), list(MATERIALS).index("metal"), 0]
     true = [word for word, here in zip(bank.words, bank.present(codes)[0], strict=True) if here]
     assert true[:3] == ["cup", "red", "metal"] and len(true) == 4
-    unsaid = [word for word, here in zip(bank.words, bank.unsaid(["a red cup, striped"])[0], strict=True) if not here]
-    assert unsaid == ["cup", "red", "striped"]
 
 
 def test_the_text_tower_learns_along_but_for_its_embeddings() -> None:

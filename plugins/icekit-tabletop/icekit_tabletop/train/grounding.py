@@ -80,11 +80,6 @@ class WordBank:
                     true[row, family.start + int(codes[row, place, attribute])] = True
         return true
 
-    def unsaid(self, captions: Sequence[str]) -> Tensor:
-        """Which words each caption does not say: bool [B, W]."""
-        said = [set(caption.replace(",", " ").split()) for caption in captions]
-        return torch.tensor([[word not in words for word in self.words] for words in said])
-
 
 def _phrase(attribute: str, word: str, rng: random.Random) -> str:
     values = {name: rng.choice(known) for name, known in VALUES.items()} | {attribute: word}
@@ -144,18 +139,18 @@ class Queries:
             hook.remove()
         self._queries.clear()
 
-    def shares(self, states: Tensor, families: Sequence[slice]) -> dict[int, Tensor]:
-        """How each place's attention would fall on words that no caption said.
+    def shares(self, states: Tensor, families: Sequence[slice], rows: Tensor) -> dict[int, Tensor]:
+        """How each place's attention would fall on all words, whatever the caption said.
 
         `states`: [1 + W, D], the start token's and the words'. `families`: columns of the words that compete with each
-        other and with the start token.
+        other and with the start token. `rows`: int64 [B], the pictures of the batch to look at.
 
         Returns the mean over heads and layers of each grid, places N -> float32 [B, N, W]; a place's shares of a
         family sum to one less what rests on the start token.
         """
         grids: dict[int, list[Tensor]] = {}
         for layer in self._layers:
-            query = self._queries[layer.to_q].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            query = self._queries[layer.to_q][rows].unflatten(-1, (layer.heads, -1)).transpose(1, 2)
             key = layer.to_k(states).unflatten(-1, (layer.heads, -1)).transpose(0, 1)
             scores = (query @ key.transpose(-1, -2)).float() * layer.scale  # [B, heads, N, 1 + W]
             start, words = scores[..., :1], scores[..., 1:]
@@ -164,7 +159,7 @@ class Queries:
         return {places: torch.stack(layers).mean(0) for places, layers in grids.items()}
 
 
-def grounding_loss(shares: Tensor, present: Tensor, judged: Tensor, families: Sequence[slice]) -> Tensor:
+def grounding_loss(shares: Tensor, present: Tensor, families: Sequence[slice]) -> Tensor:
     """Whether the words that are true of a picture, and they alone, find places in it.
 
     With s a word's mean share at the `TRUE_PLACES` (for a word that is not true, `FALSE_PLACES`) where it is largest,
@@ -174,7 +169,6 @@ def grounding_loss(shares: Tensor, present: Tensor, judged: Tensor, families: Se
     Args:
         shares: float32 [B, N, W], 0 to 1.
         present: bool [B, W], words that are true of the picture.
-        judged: bool [B, W], words to look at. Those that the UNet was told are not among them: it need not look.
         families: columns of the words that compete with each other, as many as `FAMILY_WEIGHTS`.
 
     Returns:
@@ -188,7 +182,7 @@ def grounding_loss(shares: Tensor, present: Tensor, judged: Tensor, families: Se
     false = -(1 - shares.topk(max(1, round(places * FALSE_PLACES)), dim=1).values.mean(1)).clamp_min(1e-4).log()
     for weight, family in zip(FAMILY_WEIGHTS, families, strict=True):
         each = AREA_WEIGHT * shares[..., family].sum(-1).mean()
-        yes, no = (judged & present)[:, family], (judged & ~present)[:, family]
+        yes, no = present[:, family], ~present[:, family]
         if yes.any():
             each = each + true[:, family][yes].mean()
         if no.any():

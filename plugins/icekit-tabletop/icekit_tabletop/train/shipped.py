@@ -6,10 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from icekit_tabletop.train.alignment import build_eyes
 from icekit_tabletop.train.checkpoint import append_log, save_state
 from icekit_tabletop.train.export import HISTORY
 from icekit_tabletop.train.settings import Settings
@@ -27,6 +29,7 @@ def continue_models(settings: Settings) -> None:
 
     Raises ``FileNotFoundError`` when the models folder is not complete.
     """
+    torch.manual_seed(settings.seed)
     folder = settings.models / "stable-diffusion"
     seen = json.loads((settings.models / HISTORY).read_text())
     vae = json.loads((folder / "vae" / "config.json").read_text())
@@ -34,6 +37,7 @@ def continue_models(settings: Settings) -> None:
     painter = {
         "unet": load_file(str(folder / "unet" / "diffusion_pytorch_model.safetensors")),
         "text": CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict(),
+        "eyes": build_eyes().state_dict(),  # not shipped: they start afresh
     }
     weights = {
         "clip": clip,
