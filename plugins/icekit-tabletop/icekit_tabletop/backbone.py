@@ -37,6 +37,12 @@ class Tabletop(StableDiffusion):
             default=True,
             description="let the noise predictor attend to the start token and the words alone, as it was trained",
         )
+        images_at_once: int = Field(
+            default=8,
+            gt=0,
+            description="images generated as one batch; the last bits of an image depend on how many are generated "
+            "beside it",
+        )
 
     def __init__(self, settings: StableDiffusion.Settings, device: torch.device | str) -> None:
         if settings.model == OWN_MODEL:

@@ -33,8 +33,8 @@ from icekit_tabletop.train.perceptual import ImageFeatures
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
-BATCH = 32  # few samples are affordable on a processor: more, smaller steps learn more from them
-PEAK_RATE = 5e-4
+BATCH = 24  # few samples are affordable on a processor: more, smaller steps learn more from them
+PEAK_RATE = 3e-4
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.15
 """Share of the training, at its end, over which the learning rate falls to nearly zero."""
@@ -64,10 +64,10 @@ it is larger, pictures painted of one object's name hold several."""
 GROUNDING_WEIGHT = 0.02
 """Weight of `grounding_loss` beside the denoising loss."""
 
-CONTRAST_WEIGHT = 1e-3
+CONTRAST_WEIGHT = 2e-3
 """Weight of `contrast_loss`: the denoising loss is a mean over 1024 numbers, and that one is of a sum."""
 
-CONTRASTED = 8
+CONTRASTED = 12
 """How many pictures of a batch, at most, are denoised under a wrong caption, too."""
 
 CONTRASTED_FROM = 250
