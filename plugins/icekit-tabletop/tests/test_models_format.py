@@ -142,6 +142,8 @@ def test_training_continues_from_the_shipped_weights(exported: Path, tmp_path: P
             if name.startswith("eyes."):
                 continue  # they are not exported
             torch.testing.assert_close(after[name], tensor.half().to(tensor.dtype), rtol=0, atol=0)
+    decoder, _ = load_state(tmp_path / "decoder.safetensors", "weights/")
+    assert {name.split(".")[0] for name in decoder} == {"decoder", "post_quant_conv"}
     tower, _ = load_state(tmp_path / "clip-image.safetensors", "weights/")
     assert build_clip().visual.load_state_dict(tower)
     assert info["extra"] == {} and load_state(tmp_path / "vae.safetensors")[1]["extra"] == {"scaling_factor": 0.5}

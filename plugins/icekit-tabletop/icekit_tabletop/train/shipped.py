@@ -24,7 +24,7 @@ def _checkpoint(path: Path, weights: dict[str, Tensor], seen: int, **extra: floa
 
 
 def continue_models(settings: Settings) -> None:
-    """Writes `<work>/{clip,clip-image,vae,unet}.safetensors` from `<models>`, where they do not exist yet. The
+    """Writes `<work>/{clip,clip-image,vae,decoder,unet}.safetensors` from `<models>`, where they do not exist yet. The
     optimisers start afresh; the samples seen are carried on.
 
     Raises ``FileNotFoundError`` when the models folder is not complete.
@@ -39,10 +39,12 @@ def continue_models(settings: Settings) -> None:
         "text": CLIPTextModel.from_pretrained(folder / "text_encoder").state_dict(),
         "eyes": build_eyes().state_dict(),  # not shipped: they start afresh
     }
+    autoencoder = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
     weights = {
         "clip": clip,
         "clip-image": {n.removeprefix("visual."): t for n, t in clip.items() if n.startswith("visual.")},
-        "vae": load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors")),
+        "vae": autoencoder,
+        "decoder": {n: t for n, t in autoencoder.items() if n.startswith(("decoder.", "post_quant_conv."))},
         "unet": {f"{part}.{n}": t for part, tensors in painter.items() for n, t in tensors.items()},
     }
     for stage, tensors in weights.items():
