@@ -15,6 +15,7 @@ from diffusers import StableDiffusionPipeline
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.evaluate import intersection_over_union, word_attention
 from icekit_tabletop.tokenizer import build_tokenizer
+from icekit_tabletop.train.batches import draw_caption, draw_timesteps
 from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, save_state
 from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions, enlarge
 from icekit_tabletop.train.data import SceneWords
@@ -24,7 +25,7 @@ from icekit_tabletop.train.image_tower import NO_OBJECT, PhraseBank, bank_loss, 
 from icekit_tabletop.train.settings import Settings
 from icekit_tabletop.train.shipped import continue_models
 from icekit_tabletop.train.text_tower import build_text_encoder
-from icekit_tabletop.train.unet import build_painter, draw_caption, draw_timesteps, end_states, learning_rate
+from icekit_tabletop.train.unet import build_painter, end_states, learning_rate
 from icekit_tabletop.train.vae import build_vae
 from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, ObjectSpec, is_held_out
 

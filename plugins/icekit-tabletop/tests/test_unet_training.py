@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from icekit_tabletop.train.alignment import alignment_loss
+from icekit_tabletop.train.batches import CONTRASTED, choose_contrasts, draw_caption
 from icekit_tabletop.train.contrast import contrast_loss, mistake
 from icekit_tabletop.train.data import VALUES, SceneWords, TrainingScenes, caption_truth, training_scene
 from icekit_tabletop.train.perceptual import perceptual_distance
-from icekit_tabletop.train.unet import CONTRASTED, choose_contrasts, draw_caption, without_padding
+from icekit_tabletop.train.unet import without_padding
 from icekit_tabletop.world import ObjectSpec, is_held_out
 
 

@@ -1,4 +1,4 @@
-"""What the finished image tower of CLIP sees at each place of a picture, and how far apart two pictures are in its eyes."""
+"""What CLIP's finished image tower sees at each place of a picture, and how far apart two pictures are in its eyes."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,17 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from icekit_tabletop.captions import Caption, caption_scene
 from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
 from icekit_tabletop.train.alignment import Middle, alignment_loss, build_eyes
+from icekit_tabletop.train.batches import BATCH, Batch, Batches
 from icekit_tabletop.train.checkpoint import Run, load_state
-from icekit_tabletop.train.contrast import contrast_loss, mistake
-from icekit_tabletop.train.data import SceneWords, TrainingScenes, caption_truth, load_scenes, mirror
-from icekit_tabletop.train.grounding import Queries, build_word_bank, grounding_loss
+from icekit_tabletop.train.contrast import contrast_loss
+from icekit_tabletop.train.data import TrainingScenes, load_scenes, mirror
+from icekit_tabletop.train.grounding import Phrases, Queries, build_word_bank, grounding_loss
 from icekit_tabletop.train.perceptual import ImageFeatures
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
-BATCH = 24  # few samples are affordable on a processor: more, smaller steps learn more from them
 PEAK_RATE = 3e-4
 WARMUP_STEPS = 200
 DECAY_SHARE = 0.15
@@ -42,45 +41,16 @@ DECAY_SHARE = 0.15
 TEXT_RATE = 0.3
 """The text tower's learning rate, as a share of the UNet's."""
 
-HELD_WEIGHT = 1.0
-"""Weight of the distance that the end token's states moved from CLIP's."""
-
-CAPTION_DROPOUT = 0.15
-"""Share of samples trained with the empty prompt, for classifier-free guidance."""
+WEIGHTS = {"denoising": 1.0, "contrast": 2e-3, "grounding": 0.02, "alignment": 0.2, "moved": 1.0}
+"""Weight of each loss. The denoising loss is a mean over the 1024 numbers of a picture, the contrast's are sums;
+`moved` is the distance of the end token's states from CLIP's.
+"""
 
 WORDS_ONLY = 0.8
 """Share of batches whose end token and padding are hidden from the UNet; see `audible`."""
 
-SINGLES_SHARE = 0.3
-"""Share of the training, at its start, that sees hardly more than one object a picture."""
-
-GROUP_SHARES = (0.02, 0.38, 0.4, 0.17, 0.03)
-"""Shares of pictures with 0 to 4 objects from then on."""
-
-ONE_OF_MANY = 0.1
-"""Share of the pictures with several objects whose caption names one of them alone: its words must find their own. When
-it is larger, pictures painted of one object's name hold several."""
-
-GROUNDING_WEIGHT = 0.02
-"""Weight of `grounding_loss` beside the denoising loss."""
-
-CONTRAST_WEIGHT = 2e-3
-"""Weight of `contrast_loss`: the denoising loss is a mean over 1024 numbers, and that one is of a sum."""
-
-CONTRASTED = 12
-"""How many pictures of a batch, at most, are denoised under a wrong caption, too."""
-
-CONTRASTED_FROM = 250
-"""Timestep from which on. Where a picture can be seen, its words change nothing that a denoiser should do."""
-
-ALIGNMENT_WEIGHT = 0.2
-"""Weight of `alignment_loss`."""
-
 GROUNDED_BELOW = 500
 """Timesteps at which a picture can be seen well enough for its words to be judged."""
-
-CLEAR_SHARE = 0.15
-"""Share of samples drawn uniformly from the timesteps below 450, for the sake of that loss."""
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -113,46 +83,6 @@ def learning_rate(fraction: float, step: int) -> float:
     """Warm-up, then constant, then a linear fall at the end: thanks to the moving average it can stop anytime."""
     fall = min(1.0, (1.0 - fraction) / DECAY_SHARE)
     return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, fall)
-
-
-def draw_timesteps(size: int, generator: torch.Generator) -> Tensor:
-    """int64 [size], 0 to 999; later (noisier) ones more often, for there the words decide. But see `CLEAR_SHARE`."""
-    noisy = (1000 * torch.rand(size, generator=generator) ** 0.7).long().clamp_(max=999)
-    clear = (450 * torch.rand(size, generator=generator)).long()
-    return torch.where(torch.rand(size, generator=generator) < CLEAR_SHARE, clear, noisy)
-
-
-def draw_caption(scene: SceneWords, rng: random.Random, drop: float) -> tuple[Caption, Caption | None]:
-    """A caption to denoise a scene under: none, of all its objects, or of one of them; and one in the same wording in
-    which something is wrong, if it can be made. `drop`: as `caption_scene`'s.
-    """
-    if rng.random() < CAPTION_DROPOUT:
-        return Caption(""), None
-    objects = scene.objects
-    if len(objects) > 1 and rng.random() < ONE_OF_MANY:
-        objects = (rng.choice(objects),)
-    wrong = mistake(objects, rng)
-    twin = random.Random()
-    twin.setstate(rng.getstate())
-    caption = caption_scene(objects, rng, drop, table=scene.table, wall=scene.wall)
-    if wrong is None:
-        return caption, None
-    return caption, caption_scene(wrong, twin, drop, table=scene.table, wall=scene.wall)
-
-
-def choose_contrasts(
-    pairs: Sequence[tuple[Caption, Caption | None]], timesteps: Tensor, scenes: TrainingScenes, rows: np.ndarray
-) -> dict[int, str]:
-    """Places of the batch whose wrong caption says something that is not true of the scene, with that caption."""
-    chosen: dict[int, str] = {}
-    for place, (caption, wrong) in enumerate(pairs):
-        if len(chosen) == CONTRASTED:
-            break
-        if wrong is None or wrong.text == caption.text or timesteps[place] < CONTRASTED_FROM:
-            continue
-        if not caption_truth([wrong], scenes, rows[[place]])[0, 0]:
-            chosen[place] = wrong.text
-    return chosen
 
 
 def audible(ids: Tensor, words_only: bool) -> Tensor:
@@ -193,103 +123,112 @@ def build_painter(encoder: CLIPTextModel) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": build_unet(), "text": encoder, "eyes": build_eyes()})
 
 
+class Lesson:
+    """The losses of a batch, and the frozen things that they need. A context manager: it looks into the UNet."""
+
+    def __init__(self, painter: nn.ModuleDict, scenes: TrainingScenes, settings: Settings) -> None:
+        self.device, self.scenes = settings.torch_device, scenes
+        self.unet: UNet2DConditionModel = painter["unet"]
+        self.encoder: CLIPTextModel = painter["text"]
+        self.eyes = painter["eyes"]
+        self.tokenizer = build_tokenizer()
+        self.clip_text = clip_text_encoder(settings).to(self.device).requires_grad_(False)
+        self.features = ImageFeatures(settings).to(self.device)
+        self.scheduler = DDPMScheduler(**SCHEDULE)
+        self.bank = build_word_bank(self.tokenizer, random.Random(settings.seed), self.device)
+        self.queries, self.middle = Queries(self.unet), Middle(self.unet)
+
+    def __enter__(self) -> Lesson:
+        self.queries.__enter__()
+        self.middle.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.middle.__exit__(kind, error, trace)
+        self.queries.__exit__(kind, error, trace)
+
+    def losses(self, batch: Batch, words_only: bool, phrases: Phrases) -> dict[str, Tensor]:
+        """As in `WEIGHTS`. `words_only`: hide the prompts' end and padding, see `audible`. `phrases`: around all words
+        that attention is judged by.
+        """
+        device, size = self.device, len(batch.rows)
+        ids = self.tokenizer(
+            batch.captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+        )["input_ids"].to(device)
+        ids = without_padding(ids) if words_only else ids
+        every = [*range(size), *batch.doubled]
+        timesteps = batch.timesteps.to(device)
+        noisy = self.scheduler.add_noise(batch.clean, batch.noise, batch.timesteps)[every]
+        target = self.scheduler.get_velocity(batch.clean, batch.noise, batch.timesteps).to(device)
+        pixels = torch.from_numpy(mirror(self.scenes.images[batch.rows], batch.mirrored == 1)).to(device)
+        seen = (timesteps < GROUNDED_BELOW).nonzero()[:, 0]
+        with autocast(device):
+            text = self.encoder(ids).last_hidden_state
+            short = self.encoder(phrases.ids).last_hidden_state
+            with torch.no_grad():
+                ends = [end_states(self.clip_text(each).last_hidden_state, each) for each in (ids, phrases.ids)]
+                looks = self.features(pixels.float() / 127.5 - 1)[-1]
+            predicted = self.unet(
+                noisy.to(device, memory_format=torch.channels_last),
+                timesteps[every],
+                encoder_hidden_states=text,
+                encoder_attention_mask=audible(ids, words_only),
+            ).sample.float()
+            shares = self.queries.shares(phrases.states(short.detach()), self.bank.families, seen)
+            sights = self.eyes(self.middle.places[:size])
+        predicted, contradicted = predicted.split([size, len(batch.doubled)])
+        present = self.bank.present(self.scenes.codes[batch.rows]).to(device)[seen]
+        return {
+            "denoising": F.mse_loss(predicted, target),
+            "contrast": contrast_loss(predicted[batch.doubled], contradicted, target[batch.doubled]),
+            "grounding": torch.stack(
+                [grounding_loss(grid, present, self.bank.families) for grid in shares.values()]
+            ).sum(),
+            "alignment": alignment_loss(sights, looks),
+            "moved": F.mse_loss(torch.cat([end_states(text, ids), end_states(short, phrases.ids)]), torch.cat(ends)),
+        }
+
+
+def clip_text_encoder(settings: Settings) -> CLIPTextModel:
+    """CLIP's text tower as the `clip` stage left it."""
+    return build_text_encoder(load_state(settings.work / "clip.safetensors", "average/")[0], build_tokenizer())
+
+
 def train_unet(settings: Settings) -> None:
     """Trains the UNet on `settings.unet_images` samples; weights go to `<work>/unet.safetensors`."""
     device = settings.torch_device
     torch.manual_seed(settings.seed)
     scenes = load_scenes(settings.work)
     latents = np.load(settings.work / "latents.npy", allow_pickle=False)
-    tokenizer = build_tokenizer()
-    clip_weights, _ = load_state(settings.work / "clip.safetensors", "average/")
-    clip_text = build_text_encoder(clip_weights, tokenizer).to(device).requires_grad_(False)
-    features = ImageFeatures(settings).to(device)
-    scheduler = DDPMScheduler(**SCHEDULE)
-    bank = build_word_bank(tokenizer, random.Random(settings.seed), device)
-    painter = build_painter(build_text_encoder(clip_weights, tokenizer)).to(device)
+    painter = build_painter(clip_text_encoder(settings)).to(device)
     unet: UNet2DConditionModel = painter["unet"].to(memory_format=torch.channels_last)
     encoder: CLIPTextModel = painter["text"]
     if device.type == "cpu":  # there plain products of matrices are faster than the fused kernel
         unet.set_attn_processor(AttnProcessor())
         encoder.set_attn_implementation("eager")
-    learning = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [*unet.parameters(), *painter["eyes"].parameters()]},
-        {"params": learning, "scale": TEXT_RATE},
+        {"params": [each for each in encoder.parameters() if each.requires_grad], "scale": TEXT_RATE},
     ]
     optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     with (
         Run(settings, "unet", painter, optimiser, settings.unet_images, 0.999) as run,
-        Queries(unet) as queries,
-        Middle(unet) as middle,
+        Lesson(painter, scenes, settings) as lesson,
     ):
-        rng = np.random.default_rng([settings.seed, run.step, 3])
-        words = random.Random(int(rng.integers(2**32)))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
+        batches = Batches(scenes, latents, settings.seed, run.step)
         painter.train()
         while not run.finished:
-            fraction = run.fraction
-            run.set_rate(learning_rate(fraction, run.step))
-            early = fraction < SINGLES_SHARE
-            rows = scenes.sample_indices(rng, BATCH, (0.02, 0.85, 0.13, 0.0, 0.0) if early else GROUP_SHARES)
-            drop = 0.15 if fraction < 0.2 else 0.4
-            pairs = [draw_caption(scenes.words[row], words, drop) for row in rows]
-            timesteps = draw_timesteps(BATCH, generator)
-            contrasted = choose_contrasts(pairs, timesteps, scenes, rows)
-            captions = [*(caption.text for caption, _ in pairs), *contrasted.values()]
-            ids = tokenizer(
-                captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-            )["input_ids"].to(device)
-            words_only = words.random() < WORDS_ONLY
-            ids = without_padding(ids) if words_only else ids
-            mirrored = rng.integers(2, size=BATCH)
-            clean = torch.from_numpy(latents[mirrored, rows].astype(np.float32))
-            noise = torch.randn(clean.shape, generator=generator)
-            target = scheduler.get_velocity(clean, noise, timesteps).to(device)
-            every = [*range(BATCH), *contrasted]  # the rows of the batch, some twice
-            noisy = scheduler.add_noise(clean, noise, timesteps)[every].to(device, memory_format=torch.channels_last)
-            pixels = torch.from_numpy(mirror(scenes.images[rows], mirrored == 1)).to(device).float().div_(127.5).sub_(1)
-            phrases = bank.draw(generator)
-            seen = (timesteps < GROUNDED_BELOW).nonzero()[:, 0]
-            with autocast(device):
-                text = encoder(ids).last_hidden_state
-                short = encoder(phrases.ids).last_hidden_state
-                with torch.no_grad():
-                    ends = [end_states(clip_text(each).last_hidden_state, each) for each in (ids, phrases.ids)]
-                    looks = features(pixels)[-1]
-                predicted = unet(
-                    noisy,
-                    timesteps[every].to(device),
-                    encoder_hidden_states=text,
-                    encoder_attention_mask=audible(ids, words_only),
-                ).sample.float()
-                shares = queries.shares(phrases.states(short.detach()), bank.families, seen.to(device))
-                alignment = alignment_loss(painter["eyes"](middle.places[:BATCH]), looks)
-            predicted, contradicted = predicted.split([BATCH, len(contrasted)])
-            denoising = F.mse_loss(predicted, target)
-            doubled = list(contrasted)
-            contrast = contrast_loss(predicted[doubled], contradicted, target[doubled])
-            moved = F.mse_loss(torch.cat([end_states(text, ids), end_states(short, phrases.ids)]), torch.cat(ends))
-            present = bank.present(scenes.codes[rows])[seen].to(device)
-            grounding = torch.stack([grounding_loss(grid, present, bank.families) for grid in shares.values()]).sum()
-            loss = (
-                denoising
-                + CONTRAST_WEIGHT * contrast
-                + GROUNDING_WEIGHT * grounding
-                + ALIGNMENT_WEIGHT * alignment
-                + HELD_WEIGHT * moved
-            )
+            run.set_rate(learning_rate(run.fraction, run.step))
+            batch = batches.draw(run.fraction)
+            words_only = batches.words.random() < WORDS_ONLY
+            losses = lesson.losses(batch, words_only, lesson.bank.draw(batches.generator))
+            loss = torch.stack([WEIGHTS[name] * value for name, value in losses.items()]).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
+            losses["gradient"] = torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
             optimiser.step()
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(f"the UNet's loss is {loss.item()} at step {run.step}")
-            losses = {
-                "denoising": denoising,
-                "contrast": contrast,
-                "grounding": grounding,
-                "alignment": alignment,
-                "moved": moved,
-                "gradient": norm,
-            }
             run.advance(BATCH, {name: value.item() for name, value in losses.items()})
