@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from icekit_tabletop.train.alignment import alignment_loss
 from icekit_tabletop.train.batches import CONTRASTED, choose_contrasts, draw_caption
+from icekit_tabletop.train.checkpoint import load_state, save_state
+from icekit_tabletop.train.clip import build_clip
 from icekit_tabletop.train.contrast import contrast_loss, mistake
 from icekit_tabletop.train.data import VALUES, SceneWords, TrainingScenes, caption_truth, training_scene
 from icekit_tabletop.train.perceptual import perceptual_distance
-from icekit_tabletop.train.unet import without_padding
+from icekit_tabletop.train.settings import Settings
+from icekit_tabletop.train.unet import WEIGHTS, train_unet, without_padding
 from icekit_tabletop.world import ObjectSpec, is_held_out
 
 
@@ -83,3 +88,36 @@ def test_perceptual_distance_by_hand() -> None:
 def test_padding_is_left_out() -> None:
     ids = torch.tensor([[8, 1, 9, 9, 9], [8, 1, 2, 9, 9]])  # 9 ends and pads
     assert without_padding(ids).tolist() == [[8, 1, 9, 9], [8, 1, 2, 9]]
+
+
+def test_the_stage_trains_what_it_should_and_logs_every_loss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    clip = build_clip()
+    for stage, module in (("clip", clip), ("clip-image", clip.visual)):
+        save_state(tmp_path / f"{stage}.safetensors", {f"average/{k}": v for k, v in module.state_dict().items()}, {})
+    rng = np.random.default_rng(0)
+    scenes = [_words(seed) for seed in range(40)]
+    words = [
+        {
+            "objects": [[o.shape, o.colour, o.material, o.texture] for o in one.objects],
+            "table": one.table,
+            "wall": one.wall,
+        }
+        for one in scenes
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "words-00000.json").write_text(json.dumps(words))
+    np.save(tmp_path / "data" / "images-00000.npy", rng.integers(256, size=(40, 3, 64, 64), dtype=np.uint8))
+    np.save(tmp_path / "latents.npy", rng.normal(size=(2, 40, 4, 16, 16)).astype(np.float16))
+
+    train_unet(Settings(work=tmp_path, device="cpu", unet_images=1))
+    before, _ = load_state(tmp_path / "unet.safetensors", "weights/")
+    train_unet(Settings(work=tmp_path, device="cpu", unet_images=30))
+    after, info = load_state(tmp_path / "unet.safetensors", "weights/")
+
+    assert info["step"] == 2
+    still = {name for name, value in after.items() if torch.equal(value, before[name])}
+    assert still and all("embedding" in name for name in still)
+    assert {name.split(".")[0] for name in after} == {"unet", "text", "eyes"}
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert set(WEIGHTS) <= line.keys() and all(line[name] > 0 for name in WEIGHTS if name != "moved")
