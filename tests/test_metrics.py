@@ -1,5 +1,6 @@
 """The built-in metrics, against values worked out by hand."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,9 +73,14 @@ def test_accuracy_by_hand() -> None:
     generated = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
     # Similarities: (1, 0, .6), (.8, .6, .96), (0, 1, .8). The first prototype is nearest for the first image, second
     # nearest for the second, third nearest for the third.
-    assert similarity.share_within_nearest(generated, prototypes, own=0, k=1) == pytest.approx(1 / 3)
-    assert similarity.share_within_nearest(generated, prototypes, own=0, k=2) == pytest.approx(2 / 3)
-    assert similarity.share_within_nearest(generated, prototypes, own=0, k=3) == 1
+    apart = [0, 1, 2]
+    assert similarity.share_within_nearest(generated, prototypes, apart, own=0, k=1) == pytest.approx(1 / 3)
+    assert similarity.share_within_nearest(generated, prototypes, apart, own=0, k=2) == pytest.approx(2 / 3)
+    assert similarity.share_within_nearest(generated, prototypes, apart, own=0, k=3) == 1
+    # The first and the last show the same concept: then it is the nearest one for the second image, too.
+    twins = [0, 1, 0]
+    assert similarity.share_within_nearest(generated, prototypes, twins, own=0, k=1) == pytest.approx(2 / 3)
+    assert similarity.share_within_nearest(generated, prototypes, twins, own=0, k=2) == 1
     assert similarity.mean_cosine(generated, prototypes[0]) == pytest.approx((1 + 0.8 + 0) / 3)
 
 
@@ -124,6 +130,23 @@ def test_similarities(outcome: FakeOutcome) -> None:
     assert measure(similarity.Composition, outcome) == pytest.approx(1 / 2**0.5)  # red with half red, half green
     assert measure(similarity.Accuracy, outcome) == pytest.approx((0.5 + 1) / 2)
     assert measure(similarity.Accuracy3, outcome) == 1
+
+
+def test_objects_that_look_the_same_are_one_concept(outcome: FakeOutcome) -> None:
+    # A second image, green: its cup is nearer to green images than the first image's red one.
+    green = BenchImage("green", torch.zeros(3, 4, 4).index_fill(0, torch.tensor(1), 1), ())
+    built = similarity.Accuracy(similarity.Accuracy.Settings(), CPU)
+
+    def accuracy(attributes: dict[str, str], other: dict[str, str]) -> float | None:
+        cup, ball = outcome.image.concepts
+        first = dataclasses.replace(outcome.image, concepts=(dataclasses.replace(cup, attributes=attributes), ball))
+        second = dataclasses.replace(green, concepts=(TrueConcept(cup.mask, "cup", other),))
+        built.prepare([first, second])
+        return built.measure(outcome)["acc1"].value
+
+    assert accuracy({}, {}) == pytest.approx((0.5 + 1) / 2)  # nothing is known of how they look
+    assert accuracy({"colour": "red"}, {"colour": "green"}) == pytest.approx((0.5 + 1) / 2)
+    assert accuracy({"colour": "red"}, {"colour": "red"}) == 1  # a green image is as near to the cup as to the ball
 
 
 def test_what_was_not_found(outcome: FakeOutcome) -> None:

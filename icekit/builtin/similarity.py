@@ -6,7 +6,7 @@ source. A concept that was not found has no images: it counts as wrong in ACC^k 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -60,17 +60,22 @@ def mean_cosine(generated: Tensor, source: Tensor) -> float:
     return float((generated @ source).mean())
 
 
-def share_within_nearest(generated: Tensor, prototypes: Tensor, own: int, k: int) -> float:
-    """ACC^k: the share of images whose own concept is among the ``k`` prototypes nearest to them, by cosine.
+def share_within_nearest(generated: Tensor, prototypes: Tensor, concepts: Sequence[int], own: int, k: int) -> float:
+    """ACC^k: the share of images whose own concept is among the ``k`` nearest to them, by cosine.
+
+    A concept is as near as the nearest of its prototypes.
 
     Args:
         generated: the images' embeddings ``[N, D]``, of length one.
-        prototypes: the concepts' embeddings ``[P, D]``, of length one.
-        own: the row of the images' own concept.
-        k: how many may be nearer or as near; of equally near ones the own concept is the first.
+        prototypes: embeddings of the data set's concepts ``[P, D]``, of length one.
+        concepts: which concept each prototype shows, 0 to C - 1.
+        own: the images' own concept.
+        k: how many may be nearest; of equally near ones the own concept is the first.
     """
     similarity = generated @ prototypes.T
-    nearer = (similarity > similarity[:, own : own + 1]).sum(dim=1)
+    index = torch.tensor(concepts).expand_as(similarity)
+    nearness = torch.full((len(generated), max(concepts) + 1), -torch.inf).scatter_reduce(1, index, similarity, "amax")
+    nearer = (nearness > nearness[:, own : own + 1]).sum(dim=1)
     return float((nearer < k).float().mean())
 
 
@@ -136,7 +141,11 @@ class Composition(_Similarity):
 
 
 class Accuracy(_Similarity):
-    """ACC^1: share of a concept's images that are nearer to it than to any other concept of the data set (CLIP)."""
+    """ACC^1: share of a concept's images that are nearer to it than to any other concept of the data set (CLIP).
+
+    Where the data set says of two objects the same word and attributes, they are one concept shown twice: no image made
+    after the one could be told to be not the other.
+    """
 
     columns: Mapping[str, Column] = {"acc1": Column("images nearest to their own concept of the data set, CLIP")}
     needs: Collection[str] = ("masks",)
@@ -144,11 +153,16 @@ class Accuracy(_Similarity):
 
     def prepare(self, images: Sequence[BenchImage]) -> None:
         """Embed every true concept of the data set."""
-        keys = [(image.name, number) for image in images for number in range(len(image.concepts))]
-        self._rows = {key: row for row, key in enumerate(keys)}
-        self._prototypes = torch.stack(
-            [self.embed_concept(image, concept.mask) for image in images for concept in image.concepts]
-        )
+        prototypes = []
+        known: dict[Hashable, int] = {}
+        self._concepts: dict[tuple[str, int], int] = {}
+        for image in images:
+            for number, concept in enumerate(image.concepts):
+                place = (image.name, number)
+                look = (concept.word, frozenset(concept.attributes.items())) if concept.attributes else place
+                self._concepts[place] = known.setdefault(look, len(known))
+                prototypes.append(self.embed_concept(image, concept.mask))
+        self._prototypes = torch.stack(prototypes)
 
     def measure(self, outcome: Outcome) -> Mapping[str, Score]:
         """The mean over the true concepts; 0 for one that was not found."""
@@ -159,8 +173,8 @@ class Accuracy(_Similarity):
                 continue
             prompts.append(f"a photo of {object_phrase(match.found)}")
             generated = self.embed_generated(outcome.generate(prompts[-1]))
-            own = self._rows[outcome.image.name, number]
-            values.append(share_within_nearest(generated, self._prototypes, own, self.k))
+            own = self._concepts[outcome.image.name, number]
+            values.append(share_within_nearest(generated, self._prototypes, list(self._concepts.values()), own, self.k))
         return self.score(_mean(values), prompts)
 
 
