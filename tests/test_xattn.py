@@ -163,3 +163,21 @@ def test_heaviest_part_leaves_the_other_peaks_out() -> None:
     assert kept[:, 4:7].all() and not kept[:, 1:3].any()
     assert heaviest_part(soft, 0.5, dip=0.3)[:, 1:7].all()  # the way between them goes down by 0.2 only: one peak
     assert heaviest_part(torch.zeros(3, 4), 0.5, dip=0.1).all()
+
+
+def test_peaks_that_attend_to_one_another_are_one_thing() -> None:
+    """Three peaks in a row of 8 x 8 places; the outer two attend to each other nearly as to themselves."""
+    soft = torch.full((8, 8), 0.1)
+    left, middle, right = (soft.new_zeros(8, 8, dtype=torch.bool) for _ in range(3))
+    left[:, 0:2], middle[:, 3:5], right[:, 6:8] = True, True, True
+    for peak, height in ((left, 0.9), (middle, 0.8), (right, 0.85)):
+        soft[peak] = height
+    attention = torch.full((64, 64), 0.0)
+    for one, other, weight in ((left, left, 1.0), (right, right, 1.0), (middle, middle, 1.0), (left, right, 0.75)):
+        for query, key in ((one, other), (other, one)):
+            attention[query.flatten()[:, None] & key.flatten()[None]] = weight
+    kept = heaviest_part(soft, 0.5, 0.1, attention, join=0.7)
+    assert kept[left].all() and kept[right].all() and not kept[middle].any()
+    assert not heaviest_part(soft, 0.5, 0.1, attention, join=0.8)[right].any()
+    attention[left.flatten()[:, None] & right.flatten()[None]] = 0.1  # attention that is not returned joins nothing
+    assert not heaviest_part(soft, 0.5, 0.1, attention, join=0.7)[right].any()

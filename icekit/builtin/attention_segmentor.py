@@ -71,6 +71,12 @@ class AttentionSegmentor:
         dip: float = Field(
             0.1, gt=0, lt=1, description="two maxima are two peaks when attention between them is lower by this share"
         )
+        join: float = Field(
+            0.7,
+            gt=0,
+            le=1,
+            description="a peak that attends to the heaviest, and it to that, this much as to itself, is its own",
+        )
         refinement: bool = Field(True, description="let the mask's edges follow the image's")
         foreground: float = Field(0.7, ge=0, le=1, description="refinement learns the object's colours above this")
         background: float = Field(0.2, ge=0, le=1, description="refinement learns its surroundings' colours below this")
@@ -145,11 +151,11 @@ class AttentionSegmentor:
                         total += maps.self_(resolution)[0].float().cpu()
         return cross / passes, {resolution: total / passes for resolution, total in self_attention.items()}
 
-    def _mask(self, soft: Tensor, level: float, view: View) -> Tensor:
+    def _mask(self, soft: Tensor, level: float, view: View, self_attention: Tensor | None = None) -> Tensor:
         """From a soft map ``[H, W]`` in [0, 1] and the value that is as likely the word's as not, to the mask."""
         settings = self._shared
         if settings.one_piece:
-            soft = soft * heaviest_part(soft, level, settings.dip)
+            soft = soft * heaviest_part(soft, level, settings.dip, self_attention, settings.join)
         if settings.refinement:
             mask = refine(
                 soft,

@@ -12,6 +12,7 @@ import warnings
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from scipy import ndimage, sparse
 from scipy.cluster.vq import kmeans2
@@ -148,16 +149,23 @@ def without_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     return ~_without_small_parts(~kept, least)
 
 
-def heaviest_part(soft: Tensor, level: float, dip: float) -> Tensor:
+def heaviest_part(
+    soft: Tensor, level: float, dip: float, self_attention: Tensor | None = None, join: float = 1.0
+) -> Tensor:
     """The basin of the soft map's heaviest peak, by the watershed of its peaks (Vincent and Soille, 1991).
 
     Peaks are the parts around maxima that reach ``level``; two maxima are two peaks when every way between them goes
-    down by ``dip`` at least from the lower one. Things that touch in the image are told apart so.
+    down by ``dip`` at least from the lower one. Things that touch in the image are told apart so. One thing may have
+    two peaks, such as the halves of a ring: those that attend to the heaviest as to themselves, and it to them, are
+    its own.
 
     Args:
         soft: float ``[H, W]`` in [0, 1].
         level: a value of it. A peak weighs the sum of its basin's values from here on.
         dip: a difference of values.
+        self_attention: ``[n, n]`` over a square grid, row i are the weights of query i; None: no peaks are joined.
+        join: with a_ij the mean weight that peak i's places give to peak j's in sum, j belongs to i when both
+            a_ij / a_jj and a_ji / a_ii are this or more.
 
     Returns:
         bool ``[H, W]``: what belongs to that peak, or is not nearer to another; all True without a peak.
@@ -168,7 +176,22 @@ def heaviest_part(soft: Tensor, level: float, dip: float) -> Tensor:
         return torch.ones_like(soft, dtype=torch.bool)
     basins = watershed(-heights, peaks)
     weights = ndimage.sum_labels(heights * (heights >= level), basins, index=range(1, count + 1))
-    return torch.from_numpy(basins == 1 + int(weights.argmax()))
+    first = int(weights.argmax())
+    own = {first}
+    if self_attention is not None:
+        reaching = torch.from_numpy(np.stack([(basins == 1 + i) & (heights >= level) for i in range(count)]))
+        own |= _joined(first, reaching, self_attention, join)
+    return torch.from_numpy(np.isin(basins, [1 + i for i in own]))
+
+
+def _joined(first: int, peaks: Tensor, self_attention: Tensor, join: float) -> set[int]:
+    """The peaks, bool ``[P, H, W]``, that belong to the first; see ``heaviest_part``."""
+    side = round(self_attention.shape[0] ** 0.5)
+    places = F.adaptive_avg_pool2d(peaks.float().unsqueeze(0), side)[0].flatten(1)
+    given = (places @ self_attention @ places.T) / places.sum(dim=1, keepdim=True).clamp_min(1e-12)  # a_ij
+    share = given / given.diagonal().clamp_min(1e-12)
+    mutual = torch.minimum(share[first], share[:, first])
+    return set((mutual >= join).nonzero().flatten().tolist())
 
 
 def _without_small_parts(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:

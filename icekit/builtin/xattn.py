@@ -68,15 +68,20 @@ class CrossAttentionSegmentor(AttentionSegmentor):
     @torch.no_grad()
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
         """The word's mask, bool ``[H, W]`` on the CPU, within what is visible; all False when nothing is."""
-        soft = self.soft_map(view, word, generator)
+        soft, self_attention = self._read(view, word, generator)
         if not bool((soft > 0).any()):
             return torch.zeros_like(view.visible)
         threshold = self.settings.threshold
-        return self._mask(soft, otsu(soft, view.visible) if threshold == "otsu" else float(threshold), view)
+        level = otsu(soft, view.visible) if threshold == "otsu" else float(threshold)
+        return self._mask(soft, level, view, self_attention)
 
     @torch.no_grad()
     def soft_map(self, view: View, word: str, generator: torch.Generator) -> Tensor:
         """How much each pixel is the word's, before any threshold: float32 ``[H, W]`` in [0, 1], 0 where erased."""
+        return self._read(view, word, generator)[0]
+
+    def _read(self, view: View, word: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The soft map, and the self-attention ``[n, n]`` that it was propagated through."""
         settings, grid = self.settings, self._self
         cross, self_attention = self._attention(view, word, grid, (grid,), generator)
         maps = propagate(cross.flatten(1), self_attention[grid], settings.propagation)
@@ -85,7 +90,8 @@ class CrossAttentionSegmentor(AttentionSegmentor):
         size = (int(view.visible.shape[0]), int(view.visible.shape[1]))
         soft = upsample(soft.reshape(1, grid, grid), size)
         # The softmax over the prompt leaves every word some attention everywhere: the least of it means "not here".
-        return normalise_over_space(soft.flatten(1), "minmax", view.visible.flatten()).reshape(size)
+        soft = normalise_over_space(soft.flatten(1), "minmax", view.visible.flatten()).reshape(size)
+        return soft, self_attention[grid]
 
 
 def propagate(cross: Tensor, self_attention: Tensor, steps: int) -> Tensor:
