@@ -72,7 +72,7 @@ class AttentionSegmentor:
             0.1, gt=0, lt=1, description="two maxima are two peaks when attention between them is lower by this share"
         )
         join: float = Field(
-            0.7,
+            0.75,
             gt=0,
             le=1,
             description="a peak that attends to the heaviest, and it to that, this much as to itself, is its own",
