@@ -134,6 +134,15 @@ def test_tokens_start_from_what_the_retriever_saw(
         torch.testing.assert_close(tokens["<metal-ball-1-instance>"], backbone.word_embedding("metal ball"))
 
 
+def test_the_category_may_learn_at_its_own_rate(learn: Learn, backbone: StableDiffusion) -> None:
+    tokens = learn(category_learning_rate=1e-12, weight_decay=0)[0].tokens
+    for name, word in (("<cup-0>", "cup"), ("<metal-ball-1>", "metal ball")):
+        torch.testing.assert_close(tokens[name], backbone.word_embedding(word))
+        assert not torch.equal(tokens[name.replace(">", "-instance>")], backbone.word_embedding(word))
+    together = learn(category_learning_rate=5e-3, learning_rate=5e-3)[0].tokens
+    assert not torch.equal(together["<cup-0>"], backbone.word_embedding("cup"))
+
+
 def test_a_vocabulary_of_one_word_leaves_the_token_free(learn: Learn) -> None:
     lone = Attribute("shine", anchor="metal", vocabulary=("metal",))
     free = learn(attributes=(lone,))[0].tokens

@@ -41,6 +41,12 @@ class IceSettings(TrainingSettings):
 
     steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
     learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
+    category_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="the category tokens' own; small, and they stay near their words, so that what is particular is "
+        "left to the instance; none: as the others (paper)",
+    )
     attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
     object_triplet_weight: float = Field(1.0, ge=0, description="weight of the object triplet (phase one)")
     intrinsic_triplet_weight: float = Field(5e-2, ge=0, description="weight of the intrinsic triplet (phase two)")
@@ -176,7 +182,7 @@ class Lesson:
         with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
             trainer.train(
                 "object",
-                [self._group(names, ["category", "instance"]) for names in self.names],
+                [group for names in self.names for group in self._object_groups(names)],
                 range(1, self.object_steps + 1),
                 lambda step: self.object_losses(step, maps),
                 loss_scale=len(self.regions),
@@ -195,9 +201,13 @@ class Lesson:
         lora = self._refine(trainer) if self.settings.refine_steps else {}
         return Learned({name: row.detach().float().cpu().clone() for name, row in self.rows.items()}, lora)
 
-    def _group(self, names: Mapping[str, str], kinds: Sequence[str]) -> Group:
-        """One concept's tokens of these kinds: it learns as if it were alone."""
-        return Group({names[kind]: self.rows[names[kind]] for kind in kinds}, self.settings.learning_rate)
+    def _object_groups(self, names: Mapping[str, str]) -> list[Group]:
+        """One concept's category and instance: it learns as if it were alone."""
+        category, instance = ({names[kind]: self.rows[names[kind]]} for kind in ("category", "instance"))
+        rate, own_rate = self.settings.learning_rate, self.settings.category_learning_rate
+        if own_rate is None:
+            return [Group(category | instance, rate)]
+        return [Group(category, own_rate, "category_learning_rate"), Group(instance, rate)]
 
     def _attribute_groups(self, names: Mapping[str, str]) -> list[Group]:
         """One concept's attribute tokens: the free rows, and the weights of those that are mixtures of words."""

@@ -74,6 +74,7 @@ class Tabletop(StableDiffusion):
             "learner.steps": 40,
             "learner.learning_rate": 5e-3,
             "learner.ice.learning_rate": 1e-3,
+            "learner.ice.category_learning_rate": 2e-4,
             "learner.word_learning_rate": 0.02,
             "learner.prior_images": 8,
             "learner.timestep_range": [0.35, 0.85],
