@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 from datetime import UTC
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from icekit_tabletop.train.batches import draw_caption, draw_timesteps
 from icekit_tabletop.train.checkpoint import MovingAverage, Run, load_state, save_state
 from icekit_tabletop.train.clip import build_clip, clip_config, contrastive_loss, encode_captions, enlarge
 from icekit_tabletop.train.data import SceneWords
-from icekit_tabletop.train.export import export_models, write_clip
+from icekit_tabletop.train.export import REGION_SHARE, export_models, write_clip
 from icekit_tabletop.train.grounding import VARIANTS, build_word_bank, grounding_loss
 from icekit_tabletop.train.image_tower import NO_OBJECT, PhraseBank, bank_loss, build_bank
 from icekit_tabletop.train.settings import Settings
@@ -28,6 +29,7 @@ from icekit_tabletop.train.text_tower import build_text_encoder
 from icekit_tabletop.train.unet import build_painter, end_states, learning_rate
 from icekit_tabletop.train.vae import build_vae
 from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, ObjectSpec, is_held_out
+from safetensors.torch import load_file
 
 TEXTS = ["a red metal ball", "cup", "", "a blue striped wood cup and a white glass vase on a table"]
 
@@ -130,6 +132,25 @@ def test_export_again_replaces(exported: Path) -> None:
 def test_export_without_anything_says_so(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nothing to export"):
         export_models(Settings(work=tmp_path, models=tmp_path / "models"))
+
+
+def test_the_exported_image_tower_lies_between_its_two_stages(exported: Path, tmp_path: Path) -> None:
+    shutil.copy(exported / "clip.safetensors", tmp_path)
+    towers = []
+    for seed, stage in enumerate(("clip-image", "clip-regions")):
+        torch.manual_seed(seed)
+        towers.append(build_clip().visual.state_dict())
+        state = {f"average/{name}": tensor for name, tensor in towers[-1].items()}
+        save_state(tmp_path / f"{stage}.safetensors", state, {"seen": 1, "extra": {}})
+        export_models(Settings(work=tmp_path, models=tmp_path / stage))
+    before, between = (
+        load_file(tmp_path / stage / "open-clip" / "open_clip_model.safetensors")
+        for stage in ("clip-image", "clip-regions")
+    )
+    name = "attnpool.c_proj.weight"
+    torch.testing.assert_close(before[f"visual.{name}"], towers[0][name].half())
+    mixed = (1 - REGION_SHARE) * towers[0][name] + REGION_SHARE * towers[1][name]
+    torch.testing.assert_close(between[f"visual.{name}"].float(), mixed, rtol=2e-3, atol=1e-5)
 
 
 def test_training_continues_from_the_shipped_weights(exported: Path, tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ STAGES: dict[str, tuple[str, str]] = {
     "latents": ("latents", "encode_latents"),
     "decoder": ("vae", "train_decoder"),
     "unet": ("unet", "train_unet"),
+    "regions": ("regions", "find_regions"),
+    "clip-regions": ("image_tower", "train_on_regions"),
     "export": ("export", "export_models"),
 }
 """Each stage's module and function, in the order of a full training."""
@@ -53,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae-images", type=int, default=defaults.vae_images, help="samples vae sees")
     parser.add_argument("--decoder-images", type=int, default=defaults.decoder_images, help="samples decoder sees")
     parser.add_argument("--unet-images", type=int, default=defaults.unet_images, help="samples unet sees")
+    parser.add_argument(
+        "--region-scenes", type=int, default=defaults.region_scenes, help="scenes whose objects regions finds"
+    )
+    parser.add_argument(
+        "--clip-region-images", type=int, default=defaults.clip_region_images, help="samples clip-regions sees"
+    )
     parser.add_argument("--minutes", type=float, help="stop a stage after this much training, restarts included")
     parser.add_argument("--until", metavar="HH:MM", help="stop a stage at this time of day (UTC)")
     return parser

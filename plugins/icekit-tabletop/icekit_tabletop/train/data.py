@@ -31,6 +31,9 @@ COUNT_SHARES: tuple[float, ...] = (0.03, 0.45, 0.27, 0.17, 0.08)
 EVALUATION_SEED = 1_000_000_000
 """Seeds from here on belong to evaluation; training scenes stay below."""
 
+NO_OBJECT_CODE = -2
+"""In the codes of a scene, where there is no object."""
+
 VALUES: dict[str, tuple[str, ...]] = {
     "shape": tuple(world.SHAPES),
     "colour": tuple(world.COLOURS),
@@ -66,7 +69,7 @@ class SceneWords:
 @dataclass(frozen=True)
 class TrainingScenes:
     """`images`: uint8 [N, 3, 64, 64]. `words`: N entries. `codes`: int16 [N, 4, 4], objects by (shape, colour,
-    material, texture) as indices, -2 where there is no object. `counts`: int64 [N].
+    material, texture) as indices, `NO_OBJECT_CODE` where there is none. `counts`: int64 [N].
     """
 
     images: np.ndarray
@@ -77,7 +80,7 @@ class TrainingScenes:
     @classmethod
     def from_words(cls, images: np.ndarray, words: list[SceneWords]) -> TrainingScenes:
         """Works out codes and counts."""
-        codes = np.full((len(words), 4, 4), -2, dtype=np.int16)
+        codes = np.full((len(words), 4, 4), NO_OBJECT_CODE, dtype=np.int16)
         for row, entry in enumerate(words):
             for column, item in enumerate(entry.objects):
                 codes[row, column] = _code((item.shape, item.colour, item.material, item.texture))

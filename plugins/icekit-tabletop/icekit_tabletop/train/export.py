@@ -27,8 +27,13 @@ from icekit_tabletop.train.vae import load_vae
 
 MAX_BYTES = 40_000_000
 
-TRAINED = ("clip", "clip-image", "vae", "decoder", "unet")
+TRAINED = ("clip", "clip-image", "vae", "decoder", "unet", "clip-regions")
 """The stages that leave a checkpoint."""
+
+REGION_SHARE = 0.4
+"""How far the exported image tower goes from `clip-image` to `clip-regions`, in weights (Wortsman et al. 2022, "Robust
+fine-tuning of zero-shot models"): almost all that the second learned of regions, and little lost of whole scenes.
+"""
 
 HISTORY = "history.json"
 """File of the models folder: training samples seen by stage."""
@@ -89,6 +94,21 @@ def _swap(fresh: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _image_tower(work: Path) -> dict[str, Tensor]:
+    """The image tower's weights as the last of its stages left it; none when it had no stage of its own."""
+    before, after = work / "clip-image.safetensors", work / "clip-regions.safetensors"
+    if not before.exists():
+        return {}
+    tower, _ = load_state(before, "average/")
+    if not after.exists():
+        return tower
+    seen_regions, _ = load_state(after, "average/")
+    return {
+        name: tensor.lerp(seen_regions[name], REGION_SHARE) if tensor.is_floating_point() else seen_regions[name]
+        for name, tensor in tower.items()
+    }
+
+
 def export_models(settings: Settings) -> None:
     """Writes `<models>/open-clip`, and `<models>/stable-diffusion` once all its parts have a checkpoint.
 
@@ -98,10 +118,7 @@ def export_models(settings: Settings) -> None:
     if not clip_path.exists():
         raise FileNotFoundError(f"nothing to export: {clip_path} does not exist")
     clip_weights, _ = load_state(clip_path, "average/")
-    tower_path = settings.work / "clip-image.safetensors"
-    if tower_path.exists():
-        tower, _ = load_state(tower_path, "average/")
-        clip_weights |= {f"visual.{name}": tensor for name, tensor in tower.items()}
+    clip_weights |= {f"visual.{name}": tensor for name, tensor in _image_tower(settings.work).items()}
     settings.models.mkdir(parents=True, exist_ok=True)
     fresh = settings.models / f".fresh-{os.getpid()}"
     try:

@@ -10,12 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from icekit_tabletop.captions import PREFIXES
@@ -23,11 +26,17 @@ from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
 from icekit_tabletop.train.checkpoint import Run, load_state
 from icekit_tabletop.train.clip import augment, build_clip, encode_captions, enlarge
 from icekit_tabletop.train.data import VALUES, load_scenes
+from icekit_tabletop.train.region_views import RegionViews
+from icekit_tabletop.train.regions import load_regions
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.world import is_held_out
 
 BATCH = 64
 PEAK_RATE = 1e-3
+ALONE, ERASED = 16, 10
+"""Of a batch of `clip-regions`: regions seen alone, and scenes with something erased. The others are whole scenes."""
+REGION_RATE = 5e-4
+"""The peak rate of `clip-regions`, which goes on from trained weights."""
 WARMUP_STEPS = 100
 COUNT_SHARES = (0.08, 0.33, 0.31, 0.22, 0.06)
 """Shares of pictures with 0 to 4 objects."""
@@ -58,6 +67,9 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 
 WEIGHTS = (4.0, 1.0, 2.0, 1.5, 1.0, 1.0, 1.0, 1.0)
 """Weight of each family's loss: shapes and materials are the hardest to see."""
+
+Samples = tuple[NDArray[np.uint8], NDArray[np.int16]]
+"""Pictures [B, 3, H, W] and what is in them, codes [B, 4, 4] as in `TrainingScenes`."""
 
 _ATTRIBUTES = ("shape", "colour", "material", "texture")
 
@@ -140,13 +152,52 @@ def bank_loss(images: Tensor, bank: PhraseBank, variant: Tensor, scenes: Tensor,
 
 def train_image_tower(settings: Settings) -> None:
     """Trains the image tower on `settings.clip_tower_images` samples; weights go to `<work>/clip-image.safetensors`."""
+    scenes = load_scenes(settings.work)
+
+    def draw(rng: np.random.Generator) -> Samples:
+        rows = scenes.sample_indices(rng, BATCH, COUNT_SHARES)
+        return augment(scenes.images[rows], rng), scenes.codes[rows]
+
+    clip = _frozen(settings.work)
+    _train(settings, "clip-image", settings.clip_tower_images, PEAK_RATE, clip, draw)
+
+
+def train_on_regions(settings: Settings) -> None:
+    """Trains it on with what stage one looks at, on `settings.clip_region_images` samples more; weights go to
+    `<work>/clip-regions.safetensors`. The `regions` stage must have been there.
+    """
+    scenes = load_scenes(settings.work)
+    views = RegionViews(scenes, load_regions(settings.work, scenes))
+
+    def draw(rng: np.random.Generator) -> Samples:
+        rows = scenes.sample_indices(rng, BATCH - ALONE - ERASED, COUNT_SHARES)
+        parts = [(augment(scenes.images[rows], rng), scenes.codes[rows])]
+        parts += [views.alone(rng, ALONE), views.erased(rng, ERASED)]
+        return np.concatenate([images for images, _ in parts]), np.concatenate([codes for _, codes in parts])
+
+    clip = _frozen(settings.work)
+    clip.visual.load_state_dict(load_state(settings.work / "clip-image.safetensors", "average/")[0])
+    _train(settings, "clip-regions", settings.clip_region_images, REGION_RATE, clip, draw)
+
+
+def _frozen(work: Path) -> open_clip.CLIP:
+    """The model as the `clip` stage left it."""
+    clip = build_clip()
+    clip.load_state_dict(load_state(work / "clip.safetensors", "average/")[0])
+    return clip.eval().requires_grad_(False)
+
+
+def _train(
+    settings: Settings,
+    stage: str,
+    total: int,
+    peak_rate: float,
+    clip: open_clip.CLIP,
+    draw: Callable[[np.random.Generator], Samples],
+) -> None:
+    """Trains the model's image tower against its text tower, on `total` samples that `draw` makes."""
     device = settings.torch_device
     torch.manual_seed(settings.seed)
-    scenes = load_scenes(settings.work)
-    codes = torch.from_numpy(scenes.codes.astype(np.int64))
-    clip = build_clip()
-    clip.load_state_dict(load_state(settings.work / "clip.safetensors", "average/")[0])
-    clip.eval().requires_grad_(False)
     phrases = random.Random(settings.seed)
     banks = [build_bank(clip, family, phrases) for family in FAMILIES]
     banks = [PhraseBank(bank.embeddings.to(device), bank.codes.to(device)) for bank in banks]
@@ -155,30 +206,30 @@ def train_image_tower(settings: Settings) -> None:
     decayed = [parameter for parameter in tower.parameters() if parameter.ndim >= 2]
     optimiser = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
-        lr=PEAK_RATE,
+        lr=peak_rate,
         betas=(0.9, 0.98),
     )
-    with Run(settings, "clip-image", tower, optimiser, settings.clip_tower_images, 0.998) as run:
+    with Run(settings, stage, tower, optimiser, total, 0.998) as run:
         rng = np.random.default_rng([settings.seed, run.step, 4])
         tower.train()
         while not run.finished:
-            run.set_cosine_rate(PEAK_RATE, WARMUP_STEPS)
-            rows = scenes.sample_indices(rng, BATCH, COUNT_SHARES)
-            pixels = enlarge(torch.from_numpy(augment(scenes.images[rows], rng)).to(device).float().div_(127.5).sub_(1))
+            run.set_cosine_rate(peak_rate, WARMUP_STEPS)
+            pictures, codes = draw(rng)
+            pixels = enlarge(torch.from_numpy(pictures).to(device).float().div_(127.5).sub_(1))
             with autocast(device):
                 images = tower(pixels.contiguous(memory_format=torch.channels_last))
             images = F.normalize(images.float(), dim=-1)
-            seen = codes[rows].to(device)
+            seen = torch.from_numpy(codes.astype(np.int64)).to(device)
             losses = {}
-            total = images.new_zeros(())
+            total_loss = images.new_zeros(())
             for family, weight, bank in zip(FAMILIES, WEIGHTS, banks, strict=True):
                 variant = torch.from_numpy(rng.integers(VARIANTS, size=len(bank.codes))).to(device)
                 loss = bank_loss(images, bank, variant, seen)
                 losses["-".join(family)] = loss.item()
-                total = total + weight * loss
-            total = total / sum(WEIGHTS)
+                total_loss = total_loss + weight * loss
+            total_loss = total_loss / sum(WEIGHTS)
             optimiser.zero_grad(set_to_none=True)
-            total.backward()
+            total_loss.backward()
             torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
             optimiser.step()
-            run.advance(BATCH, {"loss": total.item(), **losses})
+            run.advance(len(pictures), {"loss": total_loss.item(), **losses})

@@ -34,6 +34,8 @@ class Settings:
     vae_images: int = 30_000
     decoder_images: int = 30_000
     unet_images: int = 300_000
+    region_scenes: int = 4_000
+    clip_region_images: int = 100_000
     minutes: float | None = None
     until: str | None = None
 

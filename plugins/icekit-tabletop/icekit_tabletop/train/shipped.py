@@ -24,8 +24,8 @@ def _checkpoint(path: Path, weights: dict[str, Tensor], seen: int, **extra: floa
 
 
 def continue_models(settings: Settings) -> None:
-    """Writes `<work>/{clip,clip-image,vae,decoder,unet}.safetensors` from `<models>`, where they do not exist yet. The
-    optimisers start afresh; the samples seen are carried on.
+    """Writes `<work>/<stage>.safetensors` of every stage from `<models>`, where they do not exist yet. The optimisers
+    start afresh; the samples seen are carried on.
 
     Raises ``FileNotFoundError`` when the models folder is not complete.
     """
@@ -40,9 +40,11 @@ def continue_models(settings: Settings) -> None:
         "eyes": build_eyes().state_dict(),  # not shipped: they start afresh
     }
     autoencoder = load_file(str(folder / "vae" / "diffusion_pytorch_model.safetensors"))
+    tower = {n.removeprefix("visual."): t for n, t in clip.items() if n.startswith("visual.")}
     weights = {
         "clip": clip,
-        "clip-image": {n.removeprefix("visual."): t for n, t in clip.items() if n.startswith("visual.")},
+        "clip-image": tower,
+        "clip-regions": tower,
         "vae": autoencoder,
         "decoder": {n: t for n, t in autoencoder.items() if n.startswith(("decoder.", "post_quant_conv."))},
         "unet": {f"{part}.{n}": t for part, tensors in painter.items() for n, t in tensors.items()},
