@@ -27,7 +27,7 @@ from icekit_tabletop.world import COLOURS, MATERIALS, Split
 from PIL import Image
 from tqdm import tqdm
 
-from icekit import Extraction, RunError, Settings, extract
+from icekit import Extraction, InputError, RunError, Settings, extract
 from icekit.bench.bootstrap import bootstrap
 from icekit.matching import match_masks
 
@@ -113,7 +113,10 @@ def main(
     from icekit.settings import load_settings
 
     components = {role: name for role, name in (("retriever", retriever), ("segmentor", segmentor)) if name}
-    chosen = load_settings(assignments=assignments, options={"components": components}).given()
+    try:
+        chosen = load_settings(assignments=assignments, options={"components": components}).given()
+    except InputError as error:
+        raise click.UsageError(str(error)) from error
     rows: list[dict[str, Any]] = []
     extra = 0
     seconds: list[float] = []
@@ -125,6 +128,8 @@ def main(
             try:
                 found = extract(scene.image, Path(folder) / "run", settings_for(scene, given, chosen, masks))
                 seconds.append(sum(found.manifest["timings"].values()))
+            except InputError as error:
+                raise click.UsageError(str(error)) from error
             except RunError as error:
                 tqdm.write(f"scene {number}: {error}")
                 found = None
