@@ -23,9 +23,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from tqdm import tqdm
 
+import icekit
+from icekit import plugins
 from icekit.builtin.clip import ClipModel
-from icekit.builtin.xattn import CrossAttentionSegmentor
 from icekit.erase import isolate
+from icekit.extraction import build_component
 from icekit.protocols import View
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
@@ -67,13 +69,10 @@ class Finder:
     def __init__(self, models: Path) -> None:
         device = torch.device("cpu")
         backbone = Tabletop(Tabletop.Settings(model=str(models / "stable-diffusion")), device)
-        values = {
-            key.split(".")[-1]: value
-            for key, value in backbone.suggestions.items()
-            if key.startswith(("segmentor.xattn.", "segmentor.")) and key.count(".") == 1 + (".xattn." in key)
-        }
-        self._segmentor = CrossAttentionSegmentor(
-            CrossAttentionSegmentor.Settings.model_validate(values | {"draws": DRAWS}), backbone
+        chosen = icekit.Settings.model_validate({"segmentor": {"draws": DRAWS}, "components": {"segmentor": "xattn"}})
+        installed = plugins.installed()
+        self._segmentor = build_component(
+            installed, installed.resolve(chosen, backbone.suggestions), "segmentor", backbone
         )
         self._clip = ClipModel(f"local-dir:{models / 'open-clip'}", "", device)
 
