@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
 from torch import Tensor
 
 from icekit.builtin.attention_segmentor import normalise_over_space, upsample
-from icekit.builtin.mask_refinement import heaviest_part
+from icekit.builtin.mask_refinement import Joining, colour_distance, heaviest_part
 from icekit.builtin.xattn import CrossAttentionSegmentor, compete, otsu, propagate
 from icekit.protocols import InputError, View
 
@@ -176,8 +178,23 @@ def test_peaks_that_attend_to_one_another_are_one_thing() -> None:
     for one, other, weight in ((left, left, 1.0), (right, right, 1.0), (middle, middle, 1.0), (left, right, 0.75)):
         for query, key in ((one, other), (other, one)):
             attention[query.flatten()[:, None] & key.flatten()[None]] = weight
-    kept = heaviest_part(soft, 0.5, 0.1, attention, join=0.7)
+    image = torch.zeros(3, 8, 8)
+    image[0, right] = 1  # red, and the left peak is black
+    joining = Joining(attention, image, join=0.7)
+    kept = heaviest_part(soft, 0.5, 0.1, joining)
     assert kept[left].all() and kept[right].all() and not kept[middle].any()
-    assert not heaviest_part(soft, 0.5, 0.1, attention, join=0.8)[right].any()
+    stricter = replace(joining, join=0.8, join_alike=0.7)
+    assert not heaviest_part(soft, 0.5, 0.1, stricter)[right].any()
+    # What looks the same needs less: black and black, but not for what attends to nothing else.
+    kept = heaviest_part(soft, 0.5, 0.1, replace(stricter, image=torch.zeros(3, 8, 8)))
+    assert kept[right].all() and not kept[middle].any()
     attention[left.flatten()[:, None] & right.flatten()[None]] = 0.1  # attention that is not returned joins nothing
-    assert not heaviest_part(soft, 0.5, 0.1, attention, join=0.7)[right].any()
+    assert not heaviest_part(soft, 0.5, 0.1, joining)[right].any()
+
+
+def test_colour_distance_by_hand() -> None:
+    one, other = np.array([[0.0, 0, 0], [10, 0, 0]]), np.array([[0.0, 3, 4]])
+    # There 5 and sqrt(125), in the mean 8.09; back 5.
+    assert colour_distance(one, other) == pytest.approx((5 + 125**0.5) / 2)
+    assert colour_distance(other, one) == colour_distance(one, other)
+    assert colour_distance(one, one[::-1].repeat(3, axis=0)) == 0

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator
 from torch import Tensor
 
-from icekit.builtin.mask_refinement import heaviest_part, refine, without_islands
+from icekit.builtin.mask_refinement import Joining, heaviest_part, refine, without_islands
 from icekit.protocols import Backbone, ComponentSettings, InputError, View
 
 Normalisation = Literal["minmax", "max", "l2"]
@@ -76,6 +76,10 @@ class AttentionSegmentor:
             gt=0,
             le=1,
             description="a peak that attends to the heaviest, and it to that, this much as to itself, is its own",
+        )
+        join_alike: float = Field(0.5, gt=0, le=1, description="the same, for a peak of the heaviest's colours")
+        alike: float = Field(
+            10.0, ge=0, description="colours are the same up to this mean distance to the nearest, in CIELAB's units"
         )
         refinement: bool = Field(True, description="let the mask's edges follow the image's")
         foreground: float = Field(0.7, ge=0, le=1, description="refinement learns the object's colours above this")
@@ -154,12 +158,16 @@ class AttentionSegmentor:
     def _mask(self, soft: Tensor, level: float, view: View, self_attention: Tensor | None = None) -> Tensor:
         """From a soft map ``[H, W]`` in [0, 1] and the value that is as likely the word's as not, to the mask."""
         settings = self._shared
+        image = self._looked_at(view)
         if settings.one_piece:
-            soft = soft * heaviest_part(soft, level, settings.dip, self_attention, settings.join)
+            joining = None
+            if self_attention is not None:
+                joining = Joining(self_attention, image, settings.join, settings.join_alike, settings.alike)
+            soft = soft * heaviest_part(soft, level, settings.dip, joining)
         if settings.refinement:
             mask = refine(
                 soft,
-                self._looked_at(view),
+                image,
                 level=level,
                 foreground=settings.foreground,
                 background=settings.background,

@@ -9,6 +9,7 @@ hard seeds; attention maps are too noisy for seeds that can never be wrong.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import ndimage, sparse
 from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import cg
+from scipy.spatial import KDTree
 from scipy.special import expit, logsumexp
 from skimage.color import rgb2lab
 from skimage.morphology import h_maxima
@@ -71,7 +73,7 @@ def refine(
         bool ``[H, W]``.
     """
     values = soft.detach().cpu().double().numpy()
-    lab = rgb2lab(image.detach().cpu().double().permute(1, 2, 0).numpy()) / 100
+    lab = _lab(image) / 100
     coarse = values >= level
     inside = values >= foreground
     distance = ndimage.distance_transform_edt(values <= background)
@@ -149,23 +151,39 @@ def without_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
     return ~_without_small_parts(~kept, least)
 
 
-def heaviest_part(
-    soft: Tensor, level: float, dip: float, self_attention: Tensor | None = None, join: float = 1.0
-) -> Tensor:
+@dataclass(frozen=True)
+class Joining:
+    """When two peaks of a soft map are one thing's; see ``heaviest_part``.
+
+    Attributes:
+        self_attention: a, ``[n, n]`` over a square grid, row i are the weights of query i.
+        image: float32 ``[3, H, W]`` in [0, 1].
+        join: peaks that attend to one another this much, as a share of how much they attend to themselves, are joined;
+        join_alike: this much is enough for peaks that look alike:
+        alike: whose ``colour_distance`` is this or less.
+    """
+
+    self_attention: Tensor
+    image: Tensor
+    join: float = 0.75
+    join_alike: float = 0.5
+    alike: float = 10.0
+
+
+def heaviest_part(soft: Tensor, level: float, dip: float, joining: Joining | None = None) -> Tensor:
     """The basin of the soft map's heaviest peak, by the watershed of its peaks (Vincent and Soille, 1991).
 
     Peaks are the parts around maxima that reach ``level``; two maxima are two peaks when every way between them goes
     down by ``dip`` at least from the lower one. Things that touch in the image are told apart so. One thing may have
     two peaks, such as the halves of a ring: those that attend to the heaviest as to themselves, and it to them, are
-    its own.
+    its own. With a_ij the mean weight that peak i's places give to peak j's in sum, how much they do so is the smaller
+    one of a_ij / a_jj and a_ji / a_ii.
 
     Args:
         soft: float ``[H, W]`` in [0, 1].
         level: a value of it. A peak weighs the sum of its basin's values from here on.
         dip: a difference of values.
-        self_attention: ``[n, n]`` over a square grid, row i are the weights of query i; None: no peaks are joined.
-        join: with a_ij the mean weight that peak i's places give to peak j's in sum, j belongs to i when both
-            a_ij / a_jj and a_ji / a_ii are this or more.
+        joining: which peaks are joined; None: none.
 
     Returns:
         bool ``[H, W]``: what belongs to that peak, or is not nearer to another; all True without a peak.
@@ -177,21 +195,53 @@ def heaviest_part(
     basins = watershed(-heights, peaks)
     weights = ndimage.sum_labels(heights * (heights >= level), basins, index=range(1, count + 1))
     first = int(weights.argmax())
-    own = {first}
-    if self_attention is not None:
-        reaching = torch.from_numpy(np.stack([(basins == 1 + i) & (heights >= level) for i in range(count)]))
-        own |= _joined(first, reaching, self_attention, join)
+    own = [first]
+    if joining is not None:
+        reaching = np.stack([(basins == 1 + i) & (heights >= level) for i in range(count)])
+        own = _joined(first, reaching, joining)
     return torch.from_numpy(np.isin(basins, [1 + i for i in own]))
 
 
-def _joined(first: int, peaks: Tensor, self_attention: Tensor, join: float) -> set[int]:
-    """The peaks, bool ``[P, H, W]``, that belong to the first; see ``heaviest_part``."""
-    side = round(self_attention.shape[0] ** 0.5)
-    places = F.adaptive_avg_pool2d(peaks.float().unsqueeze(0), side)[0].flatten(1)
-    given = (places @ self_attention @ places.T) / places.sum(dim=1, keepdim=True).clamp_min(1e-12)  # a_ij
+def _joined(first: int, peaks: NDArray[np.bool_], joining: Joining) -> list[int]:
+    """The peaks, ``[P, H, W]``, that belong to the first, itself among them; see ``heaviest_part``."""
+    attention = joining.self_attention
+    side = round(attention.shape[0] ** 0.5)
+    places = F.adaptive_avg_pool2d(torch.from_numpy(peaks).float().unsqueeze(0), side)[0].flatten(1)
+    given = (places @ attention @ places.T) / places.sum(dim=1, keepdim=True).clamp_min(1e-12)  # a_ij
     share = given / given.diagonal().clamp_min(1e-12)
     mutual = torch.minimum(share[first], share[:, first])
-    return set((mutual >= join).nonzero().flatten().tolist())
+    lab = _lab(joining.image)
+
+    def belongs(other: int) -> bool:
+        if mutual[other] >= joining.join or other == first:
+            return True
+        enough = bool(mutual[other] >= joining.join_alike)
+        return enough and colour_distance(lab[peaks[first]], lab[peaks[other]]) <= joining.alike
+
+    return [other for other in range(len(peaks)) if belongs(other)]
+
+
+def colour_distance(one: Array, other: Array) -> float:
+    """How far two sets of colours lie apart: 0 where each colour of either is in the other, too.
+
+    The mean distance from a colour to the other set's nearest, the larger one of both ways: a modified Hausdorff
+    distance (Dubuisson and Jain, 1994).
+
+    Args:
+        one: ``[N, 3]`` CIELAB, N > 0; at most ``COLOUR_SAMPLES`` of them are used.
+        other: ``[M, 3]``, likewise.
+
+    Returns:
+        0 or more, CIELAB's units (2 are hardly seen).
+    """
+    one, other = (colours[:: max(1, len(colours) // COLOUR_SAMPLES)] for colours in (one, other))
+    there, back = KDTree(other).query(one)[0], KDTree(one).query(other)[0]
+    return float(max(there.mean(), back.mean()))
+
+
+def _lab(image: Tensor) -> Array:
+    """An image ``[3, H, W]`` in [0, 1] in CIELAB, ``[H, W, 3]``."""
+    return np.asarray(rgb2lab(image.detach().cpu().double().permute(1, 2, 0).numpy()))
 
 
 def _without_small_parts(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
