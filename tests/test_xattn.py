@@ -164,7 +164,11 @@ def test_heaviest_part_leaves_the_other_peaks_out() -> None:
     kept = heaviest_part(soft, 0.5, dip=0.1)
     assert kept[:, 4:7].all() and not kept[:, 1:3].any()
     assert heaviest_part(soft, 0.5, dip=0.3)[:, 1:7].all()  # the way between them goes down by 0.2 only: one peak
+    faint = torch.tensor([[0.1, 0.9, 0.3, 0.4, 0.2, 0.1]] * 3)  # its second peak does not reach the level
+    assert heaviest_part(faint, 0.5, dip=0.05)[0].tolist() == [True, True, True, False, False, False]
+    assert heaviest_part(faint, 0.9, dip=0.05).all()  # nor half of it
     assert heaviest_part(torch.zeros(3, 4), 0.5, dip=0.1).all()
+    assert heaviest_part(torch.full((3, 4), 0.6), 0.5, dip=0.1).all()
 
 
 def test_peaks_that_attend_to_one_another_are_one_thing() -> None:

@@ -31,6 +31,8 @@ COLOUR_SAMPLES = 3000
 """A colour model is fitted to at most about this many pixels: more cost time and change nothing."""
 LOGIT_LIMIT = 3.0
 """Evidence of colour is cut off here, so that one odd pixel does not outweigh all its neighbours."""
+FAINT = 0.5
+"""Where a map has a maximum of this share of the level, there may be another thing."""
 SOFT_FLOOR = 0.05
 """Added to both sides of a soft map's odds: 0 and 1 in it mean "surely", not "certainly"."""
 
@@ -173,11 +175,14 @@ class Joining:
 def heaviest_part(soft: Tensor, level: float, dip: float, joining: Joining | None = None) -> Tensor:
     """The basin of the soft map's heaviest peak, by the watershed of its peaks (Vincent and Soille, 1991).
 
-    Peaks are the parts around maxima that reach ``level``; two maxima are two peaks when every way between them goes
-    down by ``dip`` at least from the lower one. Things that touch in the image are told apart so. One thing may have
-    two peaks, such as the halves of a ring: those that attend to the heaviest as to themselves, and it to them, are
-    its own. With a_ij the mean weight that peak i's places give to peak j's in sum, how much they do so is the smaller
-    one of a_ij / a_jj and a_ji / a_ii.
+    Two maxima are two peaks when every way between them goes down by ``dip`` at least from the lower one. Things that
+    touch in the image are told apart so. A peak below ``level`` cannot be the heaviest, but what is nearest to it
+    belongs to no other, if it is at least ``FAINT`` of the level.
+
+    One thing may have two peaks, such as the halves of a ring: those that attend to the heaviest as to themselves, and
+    it to them, are its own. A peak's places are those of its basin that reach ``level`` of its own height. With a_ij
+    the mean weight that peak i's places give to peak j's in sum, how much they attend to one another is the smaller one
+    of a_ij / a_jj and a_ji / a_ii.
 
     Args:
         soft: float ``[H, W]`` in [0, 1].
@@ -189,16 +194,18 @@ def heaviest_part(soft: Tensor, level: float, dip: float, joining: Joining | Non
         bool ``[H, W]``: what belongs to that peak, or is not nearer to another; all True without a peak.
     """
     heights = soft.numpy().astype(np.float64)
-    peaks, count = ndimage.label(h_maxima(heights, dip).astype(bool) & (heights >= level), np.ones((3, 3)))
-    if count == 0:
+    maxima = h_maxima(heights, dip).astype(bool) & (heights >= FAINT * level)
+    peaks, count = ndimage.label(maxima, np.ones((3, 3)))
+    if count == 0 or heights.max() < level:
         return torch.ones_like(soft, dtype=torch.bool)
     basins = watershed(-heights, peaks)
     weights = ndimage.sum_labels(heights * (heights >= level), basins, index=range(1, count + 1))
     first = int(weights.argmax())
     own = [first]
     if joining is not None:
-        reaching = np.stack([(basins == 1 + i) & (heights >= level) for i in range(count)])
-        own = _joined(first, reaching, joining)
+        tops = ndimage.maximum(heights, basins, index=range(1, count + 1))
+        places = np.stack([(basins == 1 + i) & (heights >= level * top) for i, top in enumerate(tops)])
+        own = _joined(first, places, joining)
     return torch.from_numpy(np.isin(basins, [1 + i for i in own]))
 
 

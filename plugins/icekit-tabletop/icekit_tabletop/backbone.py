@@ -67,7 +67,7 @@ class Tabletop(StableDiffusion):
             "segmentor.diffseg.kl_threshold": 0.05,
             "segmentor.xattn.draws": 8,
             "segmentor.one_piece": True,
-            "segmentor.dip": 0.03,
+            "segmentor.xattn.dip": 0.03,
             "segmentor.conceptexpress.caption": "a photo of things on a table",
             "segmentor.conceptexpress.salient_by": "last_word",
             "segmentor.conceptexpress.apart": True,
