@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from icekit.builtin.pixels import to_tensor
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.probe import shipped_probe
@@ -37,6 +38,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "material": ("a {} thing", "a photo of a {} object", "a thing made of {}"),
     "texture": ("a {} thing", "a photo of a {} object", "a {} texture"),
 }
+
+BATCH = 24
+"""Images generated at once."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ def _load_pipeline(options: Options) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(str(options.models / "stable-diffusion"))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(options.device)
+
+
+def _load_backbone(options: Options) -> Tabletop:
+    return Tabletop(
+        Tabletop.Settings(model=str(options.models / "stable-diffusion"), images_at_once=BATCH), options.device
+    )
 
 
 @torch.no_grad()
@@ -153,7 +163,7 @@ def evaluate_attention(options: Options) -> dict[str, float]:
     `full_*`: the word within the caption that names everything; `bare_*`: within "a photo of a <word>". `single`
     and `group` (two or three objects) tell scenes apart; objects whose word another object shares are passed over.
     """
-    backbone = Tabletop(Tabletop.Settings(model=str(options.models / "stable-diffusion")), options.device)
+    backbone = _load_backbone(options)
     generator = torch.Generator().manual_seed(0)
     scores: dict[str, list[float]] = {}
     scenes = scenes_of(options.n, (1, 2, 1, 3), options.split, offset=3_000_000)
@@ -181,20 +191,18 @@ def evaluate_attention(options: Options) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in sorted(scores.items())}
 
 
-def generate(pipeline: StableDiffusionPipeline, prompts: Sequence[str], options: Options) -> Tensor:
-    """Generated images in -1..1, [N, 3, 64, 64], the same for the same prompts."""
-    parts = []
-    generator = torch.Generator().manual_seed(0)
-    for start in tqdm(range(0, len(prompts), 25), desc="images", file=sys.stderr):
-        out = pipeline(
-            list(prompts[start : start + 25]),
-            num_inference_steps=options.steps,
+def generate(backbone: Tabletop, prompts: Sequence[str], options: Options) -> Tensor:
+    """Images generated as icekit does, in -1..1, [N, 3, 64, 64], the same for the same prompts."""
+    images: list[Image.Image] = []
+    for start in tqdm(range(0, len(prompts), BATCH), desc="images", file=sys.stderr):
+        part = prompts[start : start + BATCH]
+        images += backbone.generate(
+            part,
+            seeds=range(start, start + len(part)),
+            steps=options.steps,
             guidance_scale=options.guidance,
-            generator=generator,
-            output_type="pt",
         )
-        parts.append(out.images.float().cpu() * 2 - 1)
-    return torch.cat(parts)
+    return torch.stack([to_tensor(image) for image in images]) * 2 - 1
 
 
 def write_sheet(images: Tensor, path: Path, columns: int = 10) -> None:
@@ -217,7 +225,7 @@ def evaluate_images(options: Options) -> dict[str, float]:
     most that could be reached.
     """
     probe = shipped_probe()
-    pipeline = _load_pipeline(options)
+    backbone = _load_backbone(options)
     rng = random.Random(0)
     combinations = [
         (shape, colour, material)
@@ -229,8 +237,8 @@ def evaluate_images(options: Options) -> dict[str, float]:
     wanted = rng.sample(combinations, len(combinations))
     wanted = [wanted[i % len(wanted)] for i in range(options.n)]
     pairs = [(rng.sample(VALUES["shape"], 2), rng.sample(VALUES["colour"], 2)) for _ in range(options.n)]
-    singles = generate(pipeline, [f"a {colour} {material} {shape}" for shape, colour, material in wanted], options)
-    doubles = generate(pipeline, [f"a {c[0]} {s[0]} and a {c[1]} {s[1]}" for s, c in pairs], options)
+    singles = generate(backbone, [f"a {colour} {material} {shape}" for shape, colour, material in wanted], options)
+    doubles = generate(backbone, [f"a {c[0]} {s[0]} and a {c[1]} {s[1]}" for s, c in pairs], options)
     if options.sheet is not None:
         write_sheet(torch.cat([singles[:50], doubles[:50]]), options.sheet)
     result = {**_read_singles(probe, singles, wanted), **_read_pairs(probe, doubles, pairs)}
