@@ -184,7 +184,7 @@ def test_peaks_that_attend_to_one_another_are_one_thing() -> None:
             attention[query.flatten()[:, None] & key.flatten()[None]] = weight
     image = torch.zeros(3, 8, 8)
     image[0, right] = 1  # red, and the left peak is black
-    joining = Joining(attention, image, join=0.7)
+    joining = Joining(attention, image, join=0.7, join_alike=0.5, alike=10.0)
     kept = heaviest_part(soft, 0.5, 0.1, joining)
     assert kept[left].all() and kept[right].all() and not kept[middle].any()
     stricter = replace(joining, join=0.8, join_alike=0.7)

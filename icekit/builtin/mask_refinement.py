@@ -167,9 +167,9 @@ class Joining:
 
     self_attention: Tensor
     image: Tensor
-    join: float = 0.75
-    join_alike: float = 0.5
-    alike: float = 10.0
+    join: float
+    join_alike: float
+    alike: float
 
 
 def heaviest_part(soft: Tensor, level: float, dip: float, joining: Joining | None = None) -> Tensor:
