@@ -246,7 +246,7 @@ class RunDirectory:
             if not (resume or overwrite):
                 kind = "a complete run" if self.is_complete else "an interrupted run (--resume goes on with it)"
                 raise InputError(f"{self.path} already holds {kind}: --overwrite replaces it, or choose another --out")
-        elif any(path.is_file() for path in self.path.rglob("*") if path.name != _temporary(Path("run.json")).name):
+        elif any(path.is_file() for path in self.path.rglob("*") if _becomes(path) != "run.json"):
             raise InputError(f"{self.path} is not empty and no run of icekit's: choose another --out")
 
     def begin(self, settings: Settings, source: str, sha256: str, image: Image.Image) -> None:
@@ -275,7 +275,7 @@ class RunDirectory:
             if not folder.is_dir() or folder.is_symlink():
                 continue
             for path in folder.iterdir():
-                name = path.name.removeprefix(".").removesuffix(".part")
+                name = _becomes(path) or path.name
                 if (
                     name != keep
                     and path.is_file()
@@ -507,7 +507,14 @@ def write_json_atomically(path: Path, value: object, indent: int | None = 1) -> 
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+    """Where a file is written first: a name of this process's, for two may write the same file."""
+    return path.with_name(f".{path.name}.{os.getpid()}.part")
+
+
+def _becomes(path: Path) -> str | None:
+    """The name of the file that a temporary one was to become; None if it is none."""
+    match = re.fullmatch(r"\.(.+?)(\.\d+)?\.part", path.name)
+    return match[1] if match else None
 
 
 def _plain(tensor: Tensor, *, keep_type: bool = False) -> Tensor:

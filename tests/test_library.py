@@ -109,6 +109,8 @@ def test_killed_while_beginning_is_still_icekits(tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     (tmp_path / "checkpoint" / ".run.json.part").write_text("{")
     assert usable(tmp_path) == ""
+    (tmp_path / "checkpoint" / ".run.json.4711.part").write_text("{")  # as it is called in process 4711
+    assert usable(tmp_path) == ""
     (tmp_path / "checkpoint" / "run.json").write_text('{"ready": false}')
     (tmp_path / "image.png").touch()
     assert usable(tmp_path, resume=True) == ""
