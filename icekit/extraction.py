@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from icekit import images, library, naming, plugins, report
+from icekit.division import divisions
 from icekit.erase import erase, isolate
 from icekit.library import Extraction, Located, RunDirectory, Started
 from icekit.plugins import Observers, Plugins
@@ -398,6 +400,8 @@ def localise(
             mask = segmentor.segment(view, candidate.word, generator)
             _check_mask(mask, image, settings)
             mask = mask & visible
+            if settings.divide:
+                mask = _one_thing(mask, image, retriever, used + refused)
             if bool(mask.any()) and float(mask.float().mean()) >= settings.min_area:
                 fitting = _seen_alone(mask, image, retriever, used + refused) if settings.rename else []
                 named = fitting[0] if fitting else candidate
@@ -457,6 +461,25 @@ def _described(
 def _seen_alone(mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str] = ()) -> list[Candidate]:
     """Words not used yet for what a mask shows, all else hidden; best first."""
     return _unused(retriever.retrieve(View(image, isolate(image, mask), mask), used), used)
+
+
+def _one_thing(mask: Tensor, image: Tensor, retriever: Retriever, used: Sequence[str]) -> Tensor:
+    """The mask, or the part of it that a word fits best, if it is two things.
+
+    It is when it can be cut in two parts whose words are different and fit them better, in the mean, than any word fits
+    the whole. The other part is left to be found.
+    """
+
+    def best(part: Tensor) -> Candidate | None:
+        return next(iter(_seen_alone(part, image, retriever, used)), None)
+
+    whole = best(mask)
+    kept, most = mask, whole.score if whole else -math.inf
+    for parts in divisions(mask):
+        one, other = best(parts[0]), best(parts[1])
+        if one and other and one.word != other.word and (one.score + other.score) / 2 > most:
+            kept, most = parts[int(other.score > one.score)], (one.score + other.score) / 2
+    return kept
 
 
 def _word_of(proposal: Proposal, image: Tensor, retriever: Retriever) -> Candidate:

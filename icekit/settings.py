@@ -63,6 +63,11 @@ class Settings(BaseModel):
     rename: bool = Field(
         False, description="ask the retriever again for each region's word, looking at the region alone"
     )
+    divide: bool = Field(
+        False,
+        description="cut a region at a narrow place when the retriever has two words that fit its parts better than one "
+        "fits the whole",
+    )
     erase: Literal["inpaint", "black", "mean"] = Field(
         "inpaint", description="what retrievers and segmentors see where a concept was erased"
     )

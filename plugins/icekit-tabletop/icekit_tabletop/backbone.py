@@ -82,6 +82,7 @@ class Tabletop(StableDiffusion):
             "learner.attribute_rows": "words",
             "retriever.crop": False,
             "rename": True,
+            "divide": True,
             "describe": True,
         }
 
