@@ -22,7 +22,7 @@ CAPTION_DROPOUT = 0.15
 SINGLES_SHARE = 0.3
 """Share of the training, at its start, that sees hardly more than one object a picture."""
 
-GROUP_SHARES = (0.02, 0.32, 0.48, 0.15, 0.03)
+GROUP_SHARES = (0.02, 0.46, 0.36, 0.13, 0.03)
 """Shares of pictures with 0 to 4 objects from then on."""
 
 ONE_OF_MANY = 0.1
