@@ -65,8 +65,8 @@ class Settings(BaseModel):
     )
     divide: bool = Field(
         False,
-        description="cut a region at a narrow place when the retriever has two words that fit its parts better than one "
-        "fits the whole",
+        description="cut a region at a narrow place when the retriever has two words that fit its parts better than "
+        "one fits the whole",
     )
     erase: Literal["inpaint", "black", "mean"] = Field(
         "inpaint", description="what retrievers and segmentors see where a concept was erased"

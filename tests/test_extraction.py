@@ -192,6 +192,37 @@ def test_regions_are_named_together() -> None:
     assert [(region.word, region.score) for region in last.regions] == [("pot", 0.5), ("mug", 0.9)]
 
 
+@pytest.mark.parametrize(
+    ("divide", "whole", "words"),
+    [
+        (True, 0.5, ["mug", "pot"]),  # (0.9 + 0.4) / 2 fits better than 0.5, and the better part is kept first
+        (True, 0.7, ["jug"]),
+        (False, 0.5, ["jug"]),
+    ],
+)
+def test_a_region_is_cut_where_two_words_fit_better_than_one(divide: bool, whole: float, words: list[str]) -> None:
+    backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
+    left, right = torch.zeros(2, 32, 32, dtype=torch.bool)
+    left[8:18, 2:12] = right[8:18, 20:30] = True
+
+    class FindsBoth(plain.PlainSegmentor):
+        def segment(self, view: View, word: str, generator: torch.Generator) -> torch.Tensor:
+            return (left | right) & view.visible
+
+    class KnowsThem(plain.PlainRetriever):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            there = (bool((view.visible & left).any()), bool((view.visible & right).any()))
+            said = {(True, True): ("jug", whole), (True, False): ("mug", 0.9), (False, True): ("pot", 0.4)}
+            return [Candidate(*said[there])] if there in said and said[there][0] not in used else []
+
+    parts = KnowsThem(plain.PlainRetriever.Settings(), backbone), FindsBoth(plain.PlainSegmentor.Settings(), backbone)
+    settings = Settings(rename=True, divide=divide)
+    [*_, last] = localise(torch.rand(3, 32, 32), *parts, settings, Located())
+    assert [region.word for region in last.regions] == words
+    if len(words) == 2:
+        assert [torch.equal(last.regions[i].mask, mask) for i, mask in enumerate((left, right))] == [True, True]
+
+
 @pytest.mark.parametrize("segmentor", [plain.PlainSegmentor, plain.ProposingSegmentor])
 def test_regions_are_described_alone_if_the_retriever_can(segmentor: type) -> None:
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
