@@ -144,6 +144,7 @@ class _Run:
         if not goes_on:
             picture = self.source.resized(self.backbone.image_size)
             self.run.begin(self.settings, self.source.source, self.source.sha256, picture)
+        self.run.clear_leftovers()
         self.image = images.to_tensor(self.run.load_image())
         self.observers.tell("run_started", run_dir=self.run.path, settings=self.settings)
 

@@ -267,23 +267,29 @@ class RunDirectory:
         record |= {"ready": True, "source": source, "sha256": sha256, "settings": settings.model_dump(mode="json")}
         self._write_json("checkpoint/run.json", record)
 
-    def _delete_own(self, keep: str | None = None) -> None:
-        for name in _OWN_FILES:
-            (self.path / name).unlink(missing_ok=True)
-        for folder_name, pattern in _OWN_PATTERNS.items():
-            folder = self.path / folder_name
-            if not folder.is_dir() or folder.is_symlink():
-                continue
-            for path in folder.iterdir():
-                name = _becomes(path) or path.name
-                if (
-                    name != keep
-                    and path.is_file()
-                    and (re.fullmatch(pattern, name) or f"{folder_name}/{name}" in _OWN_FILES)
-                ):
-                    path.unlink()
-            if not any(folder.iterdir()):
-                folder.rmdir()
+    def clear_leftovers(self) -> None:
+        """Delete what a killed process had half-written."""
+        for path in self._own_files():
+            if _becomes(path):
+                path.unlink()
+
+    def _delete_own(self, keep: str) -> None:
+        for path in self._own_files():
+            if (_becomes(path) or path.name) != keep:
+                path.unlink()
+                if path.parent != self.path and not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+
+    def _own_files(self) -> list[Path]:
+        """The files that icekit wrote here, half-written ones among them."""
+        folders = [self.path / name for name in _OWN_PATTERNS if not (self.path / name).is_symlink()]
+        paths = [path for folder in [self.path, *folders] if folder.is_dir() for path in folder.iterdir()]
+        return [path for path in paths if path.is_file() and self._is_own(path)]
+
+    def _is_own(self, path: Path) -> bool:
+        name = str(path.with_name(_becomes(path) or path.name).relative_to(self.path))
+        folder, _, file = name.rpartition("/")
+        return name in _OWN_FILES or (folder in _OWN_PATTERNS and bool(re.fullmatch(_OWN_PATTERNS[folder], file)))
 
     # --- Stage one ---------------------------------------------------------------------------------------------------
 

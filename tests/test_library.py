@@ -143,6 +143,19 @@ def test_a_renamed_region_leaves_no_mask_behind(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "masks").iterdir()) == ["0-pyramid.png", "mine.png"]
 
 
+def test_what_a_killed_process_had_half_written_goes_and_nothing_else(tmp_path: Path) -> None:
+    run = begun(tmp_path)
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "masks").mkdir()
+    ours = [".manifest.json.17.part", "samples/.0-object-1.png.17.part", "checkpoint/.learner.safetensors.3.part"]
+    others = [".mine.json.17.part", "samples/.notes.png.17.part", "samples/0-object-0.png", "masks/half.part"]
+    for name in [*ours, *others]:
+        (tmp_path / name).touch()
+    run.clear_leftovers()
+    assert [name for name in ours if (tmp_path / name).exists()] == []
+    assert [name for name in others if not (tmp_path / name).exists()] == []
+
+
 def test_checkpoint_gives_back_what_was_saved(tmp_path: Path) -> None:
     checkpoint = FileCheckpoint(tmp_path / "deep" / "state.safetensors")
     assert checkpoint.load() is None
