@@ -287,7 +287,7 @@ class RunDirectory:
         return [path for path in paths if path.is_file() and self._is_own(path)]
 
     def _is_own(self, path: Path) -> bool:
-        name = str(path.with_name(_becomes(path) or path.name).relative_to(self.path))
+        name = path.with_name(_becomes(path) or path.name).relative_to(self.path).as_posix()
         folder, _, file = name.rpartition("/")
         return name in _OWN_FILES or (folder in _OWN_PATTERNS and bool(re.fullmatch(_OWN_PATTERNS[folder], file)))
 
