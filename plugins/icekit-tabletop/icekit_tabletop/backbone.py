@@ -83,6 +83,7 @@ class Tabletop(StableDiffusion):
             "learner.attribute_rows": "words",
             "retriever.crop": False,
             "rename": True,
+            "guidance_scale": 4.0,
             "divide": True,
             "describe": True,
         }
