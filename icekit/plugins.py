@@ -214,12 +214,14 @@ class Plugins:
 
         ``suggestions`` (key as in ``--set`` -> value) come below what was given. One for a setting that the chosen
         component does not have is passed over: it was made for another component. A key that names the component
-        (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role.
+        (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role; it may be
+        given, too.
 
         Raises:
-            InputError: a component, attribute, key or value is wrong.
+            InputError: a component, attribute, key or value is wrong, or a key names a component that is not chosen.
         """
         given = settings.given()
+        given |= {role: self._of_the_chosen(role, settings) for role in ROLES if role in given}
         lower: dict[str, Any] = {}
         for key, value in sorted((suggestions or {}).items(), key=lambda item: item[0].count(".")):
             role, *component, setting = key.split(".") if "." in key else ("", key)
@@ -236,6 +238,18 @@ class Plugins:
             for role in ROLES
         }
         return validate(Settings, full.model_dump() | {"attributes": attributes} | components)
+
+    def _of_the_chosen(self, role: Role, settings: Settings) -> dict[str, Any]:
+        """What was given for a role, with the table of the chosen component taken out and put over the rest."""
+        values, chosen, known = settings.values_of(role), settings.name_of(role), self._settings_model(role, settings)
+        own: Any = {}
+        for name in values.keys() & self.offered(role) - known.model_fields.keys():
+            if name != chosen:
+                raise InputError(f"setting '{role}.{name}' is for {role} {name!r}, and {chosen!r} is chosen")
+            own = values.pop(name)
+            if not isinstance(own, Mapping):
+                raise InputError(f"setting '{role}.{name}' cannot be {own!r}: it should be a table of settings")
+        return merge(values, own)
 
     def _settings_model(self, role: Role, settings: Settings) -> type[ComponentSettings]:
         return self.component(role, settings.name_of(role)).Settings  # type: ignore[attr-defined]

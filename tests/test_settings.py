@@ -24,11 +24,8 @@ def component(**methods: object) -> type:
     return Component
 
 
-class FakePlugin:
-    """Registers one component for every role, and two attributes."""
-
-
 def fake_plugins() -> Plugins:
+    """One component for every role, two learners, two attributes."""
     from icekit import hookimpl, protocols
 
     class Everything(component()):  # type: ignore[misc]
@@ -54,6 +51,7 @@ def fake_plugins() -> Plugins:
         @hookimpl
         def register_learners(self, register):
             register("ice", component())
+            register("other", component())
 
         @hookimpl
         def register_attributes(self, register):
@@ -90,6 +88,14 @@ def test_a_suggestion_for_one_component_is_for_that_one_alone() -> None:
     full = fake_plugins().resolve(load_settings(), suggestions)
     assert (full.learner["steps"], full.learner["rate"]) == (7, 0.2)
     assert fake_plugins().resolve(load_settings(None, ["learner.steps=20"]), suggestions).learner["steps"] == 20
+
+
+def test_a_given_setting_may_name_the_component() -> None:
+    """As a bench's settings and suggestions do."""
+    given = load_settings(None, ["learner.ice.steps=20", "learner.steps=10", "learner.rate=0.1"])
+    full = fake_plugins().resolve(given, {"learner.ice.steps": 1, "learner.ice.rate": 0.5})
+    assert full.learner == {"steps": 20, "rate": 0.1, "model": None}
+    assert full.segmentor == fake_plugins().resolve(load_settings()).segmentor
 
 
 def test_settings_file_runs_again(tmp_path: Path) -> None:
@@ -153,6 +159,9 @@ def test_wrong_setting_is_explained(assignment: str, hint: str) -> None:
         ("learner.steps=0", "setting 'learner.steps' cannot be 0"),
         ("components.retriever=clp", "did you mean 'clip'"),
         ('attributes=["colur"]', "did you mean 'colour'"),
+        ("learner.other.steps=4", "'learner.other' is for learner 'other', and 'ice' is chosen"),
+        ("learner.ice.step=4", "did you mean 'learner.steps'"),
+        ("learner.ice=4", "'learner.ice' cannot be 4: it should be a table"),
     ],
 )
 def test_wrong_component_setting_is_explained(assignment: str, hint: str) -> None:
