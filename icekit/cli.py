@@ -474,7 +474,3 @@ def _fail(error: BaseException, message: str, invocation: Invocation, status: in
         traceback.print_exception(error)
     click.echo(f"icekit: {' '.join(message.split())}", err=True)
     return status
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,7 @@ def environment(*folders: Path) -> dict[str, str]:
 def start(arguments: Sequence[str | Path], cwd: Path, *folders: Path) -> subprocess.Popen[str]:
     """Start ``icekit`` in ``cwd``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "icekit.cli", *map(str, arguments)],
+        [sys.executable, "-m", "icekit", *map(str, arguments)],
         cwd=cwd,
         env=environment(*folders),
         stdout=subprocess.PIPE,

@@ -146,7 +146,7 @@ def test_bench_on_two_scenes(tmp_path):
     arguments = ["bench", "tabletop", "--n", "2", "--seed", "7", "--learner", "words", "--out", str(tmp_path / "bench")]
     quick = ["--set", "bench.images=1", "--set", "sample_steps=2", "--device", "cpu", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "icekit.cli", *arguments, *quick], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "icekit", *arguments, *quick], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
