@@ -54,8 +54,9 @@ UNFIT, KEPT = -100.0, 1e-6
 that a region has already counts more than another of the same score."""
 UNNAMED = "object"
 """The word for a mask of the user's own that the retriever cannot name."""
-ATTENTION_TIMESTEPS = (0.2, 0.4, 0.6, 0.8)
-"""Where attention maps are looked at, as shares of the noise schedule."""
+ATTENTION_TIMESTEP, ATTENTION_DRAWS = 0.15, 4
+"""Where attention maps are looked at, as a share of the noise schedule, and the draws of the noise that are averaged.
+The share is the published segmentor's: with more noise a token looks at what is not there yet."""
 ATTENTION_GRID = 16
 """Side of the attention grid that is shown, or the model's nearest to it."""
 ATTENTION_SIDE = 128
@@ -530,7 +531,7 @@ def sample_prompts(
 def attention_maps(
     backbone: Backbone, image: Tensor, tokens: dict[str, str], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Where each of a concept's tokens looks: its cross-attention on the noised image, mean over timesteps.
+    """Where each of a concept's tokens looks: its cross-attention on the noised image, mean over draws of the noise.
 
     The grid is the one that ICE's attention loss uses, 16 x 16, or the model's nearest to it.
 
@@ -546,25 +547,22 @@ def attention_maps(
     resolution = min(backbone.attention_resolutions, key=lambda side: abs(side - ATTENTION_GRID))
     attributes = [part for part in tokens if part not in ("category", "instance")]
     prompts = {
-        concept_prompt(tokens): ["instance"],
-        " ".join(["a photo of a", tokens["category"], *(tokens[part] for part in attributes)]): [
-            "category",
-            *attributes,
-        ],
+        concept_prompt(tokens): ["category", "instance"],
+        " ".join(["a photo of a", tokens["category"], *(tokens[part] for part in attributes)]): attributes,
     }
     latents = backbone.encode_images(image[None].to(backbone.device))
-    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    timesteps = torch.tensor([int(ATTENTION_TIMESTEP * backbone.num_timesteps)], device=backbone.device)
+    noises = [torch.randn(latents.shape, generator=generator).to(latents) for _ in range(ATTENTION_DRAWS)]
     maps: dict[str, Tensor] = {part: torch.zeros(resolution, resolution) for part in tokens}
     for prompt, parts in prompts.items():
         conditioning = backbone.encode_prompts([prompt])
         positions = backbone.token_positions(prompt, [tokens[part] for part in parts])
-        for share in ATTENTION_TIMESTEPS:
-            timesteps = torch.tensor([int(share * backbone.num_timesteps)], device=backbone.device)
+        for noise in noises:
             with backbone.capture_attention(cross=[resolution]) as captured:
                 backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
                 cross = captured.cross(resolution)[0].float().cpu()
             for part, places in zip(parts, positions, strict=True):
-                maps[part] += cross[places].mean(dim=0) / len(ATTENTION_TIMESTEPS)
+                maps[part] += cross[places].mean(dim=0) / ATTENTION_DRAWS
     return maps
 
 

@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from icekit_tabletop import plugin, render_scene, weights
 from icekit_tabletop.backbone import OWN_MODEL, Tabletop
 from PIL import Image
+from torch import nn
 
+from icekit.extraction import attention_maps
 from icekit.protocols import InputError
 
 
@@ -95,3 +97,19 @@ class TestOwnModel:
         with backbone.capture_attention(cross=[16, 8], self_=[16]) as maps, torch.no_grad():
             backbone.predict(torch.zeros(1, 4, 16, 16), torch.tensor([150]), backbone.encode_prompts(["a cup"]))
         torch.testing.assert_close(maps.cross(8).sum(1), torch.ones(1, 8, 8))
+
+    def test_the_maps_of_a_run_lie_on_the_object(self, backbone):
+        shares = []
+        for seed in range(6):
+            scene = render_scene(4_000_000_000 + seed, n_objects=2, size=64, split="held-out")
+            spec, mask = scene.objects[0], torch.from_numpy(scene.masks[0]).float()
+            words = {"category": spec.shape, "instance": spec.colour, "material": spec.material}
+            tokens = {part: f"<{part}>" for part in words}
+            backbone.set_tokens({tokens[part]: backbone.word_embedding(word) for part, word in words.items()})
+            image = torch.from_numpy(np.array(scene.image)).permute(2, 0, 1) / 255
+            maps = attention_maps(backbone, image, tokens, torch.Generator().manual_seed(seed))
+            assert {part: tuple(weights.shape) for part, weights in maps.items()} == dict.fromkeys(words, (16, 16))
+            covered = nn.functional.adaptive_avg_pool2d(mask[None], 16)[0]
+            inside = [float((weights * covered).sum() / weights.sum()) for weights in maps.values()]
+            shares.append(np.mean(inside) / float(mask.mean()))
+        assert np.mean(shares) > 4  # times as much as if it were spread evenly
