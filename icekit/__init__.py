@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Proposal,
         Region,
         RunError,
+        Segmentation,
         Step,
         View,
     )
@@ -41,6 +42,7 @@ _HOMES = {
     "Proposal": "protocols",
     "Region": "protocols",
     "RunError": "protocols",
+    "Segmentation": "protocols",
     "Settings": "settings",
     "Step": "protocols",
     "View": "protocols",
@@ -61,6 +63,7 @@ __all__ = [
     "Proposal",
     "Region",
     "RunError",
+    "Segmentation",
     "Settings",
     "Step",
     "View",

@@ -24,7 +24,7 @@ import click
 
 from icekit import plugins
 from icekit.protocols import InputError, RunError
-from icekit.settings import load_settings, merge, nearest, parse_assignment
+from icekit.settings import Preset, load_settings, merge, nearest, parse_assignment, read_settings_file
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -84,11 +84,25 @@ def _component_option(role: str, what: str, default: str) -> Callable[[Any], Any
     return click.option(f"--{role}", metavar="NAME", help=f"{what} [default: {default}; `icekit plugins` lists them]")
 
 
+class PresetOption(click.Option):
+    """``--preset``, whose help names the presets that are installed."""
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        """The option and its help."""
+        names = ", ".join(plugins.installed().offered("preset"))
+        self.help = f"Named settings: {names} (`icekit plugins show NAME` prints them)"
+        return super().get_help_record(ctx)
+
+
+_preset_option = click.option("--preset", cls=PresetOption, metavar="NAME")
+
+
 @cli.command()
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory [default: runs/<image stem>]"
 )
+@_preset_option
 @_component_option("backbone", "Text-to-image model", "sd21")
 @_component_option("retriever", "What finds words for the image", "clip")
 @_component_option("segmentor", "What finds a word's place in the image", "xattn")
@@ -110,6 +124,7 @@ def run(
     context: click.Context,
     image: Path,
     out: Path | None,
+    preset: str | None,
     attributes: Sequence[str],
     max_concepts: int | None,
     seed: int | None,
@@ -123,11 +138,13 @@ def run(
 ) -> None:
     """Extract the concepts of IMAGE into a run directory.
 
-    Settings come in layers, later ones win: defaults, what the backbone suggests, --config, --set, the options above.
+    Settings come in layers, later ones win: defaults, what the backbone suggests, --preset, --config, --set, the
+    options above.
     An interrupted run keeps what it has done; --resume goes on with it.
     """
     chosen = {role: name for role, name in components.items() if name is not None}
-    options: dict[str, Any] = {"attributes": attributes, "max_concepts": max_concepts, "seed": seed, "device": device}
+    options: dict[str, Any] = {"preset": preset, "attributes": attributes, "max_concepts": max_concepts, "seed": seed}
+    options |= {"device": device}
     given = {key: value for key, value in (options | {"components": chosen}).items() if value not in (None, (), {})}
     settings = load_settings(config, assignments, given)
 
@@ -212,12 +229,15 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which "
               "images, where there is a choice, and every other random choice.")  # fmt: skip
+@_preset_option
 @_several("retriever", "Measure this retriever; give it once for each")
 @_several("segmentor", "Measure this segmentor; give it once for each")
 @_several("learner", "Measure this learner; give it once for each")
 @_several("attribute", "Learn this attribute; give it once for each")
 @_several("metric", "Measure this; give it once for each [default: all that suit the data set]")
 @click.option("--backbone", metavar="NAME", help="Text-to-image model [default: the data set's, or sd21]")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML); a table "
+              "[rows.NAME] in it is a row of its own, with settings over the others")  # fmt: skip
 @click.option("--path", type=click.Path(path_type=Path), metavar="FOLDER", help="The pictures, for the data set folder")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400 "
@@ -234,12 +254,14 @@ def run_bench(
     out: Path,
     count: int | None,
     seed: int,
+    preset: str | None,
     retrievers: Sequence[str],
     segmentors: Sequence[str],
     learners: Sequence[str],
     attributes: Sequence[str],
     metrics: Sequence[str],
     backbone: str | None,
+    config: Path | None,
     path: Path | None,
     device: str | None,
     assignments: Sequence[str],
@@ -256,10 +278,10 @@ def run_bench(
 
     icekit bench tabletop --n 8 --learner ice --learner textual-inversion --out runs/bench
     """
-    settings: dict[str, Any] = {}
+    settings = read_settings_file(config) if config is not None else {}
     for assignment in assignments:
         settings = merge(settings, parse_assignment(assignment))
-    options = {"attributes": list(attributes), "device": device}
+    options = {"preset": preset, "attributes": list(attributes), "device": device}
     settings = merge(settings, {key: value for key, value in options.items() if value})
     if path is not None:
         settings = merge(settings, {"dataset": {"path": str(path)}})
@@ -324,7 +346,7 @@ def write_report(run_dir: Path) -> None:
 @cli.group("plugins", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def plugins_group(context: click.Context) -> None:
-    """What is installed: components and attributes by name, and plugins that are broken."""
+    """What is installed: components, attributes and presets by name, and plugins that are broken."""
     if context.invoked_subcommand is None:
         context.invoke(list_plugins, as_json=False)
 
@@ -332,7 +354,7 @@ def plugins_group(context: click.Context) -> None:
 @plugins_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def list_plugins(as_json: bool) -> None:
-    """List components and attributes by name, and plugins that are broken."""
+    """List components, attributes and presets by name, and plugins that are broken."""
     found = plugins.installed()
     everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
     if as_json:
@@ -354,7 +376,7 @@ def list_plugins(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def show_plugin(name: str, as_json: bool) -> None:
-    """Show what NAME is, and its settings with defaults and meaning."""
+    """Show what NAME is, and its settings: a component's with defaults and meaning, a preset's as they are."""
     found = plugins.installed()
     everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
     matching = [one for one in everything if name in (one.name, *getattr(one.value, "aliases", ()))]
@@ -366,7 +388,9 @@ def show_plugin(name: str, as_json: bool) -> None:
         return
     for one in matching:
         click.echo(f"{one.role} {one.name}: {one.summary}\n{one.origin}")
-        if one.settings is None:
+        if isinstance(one.value, Preset):
+            click.echo(f"\n{one.value.text.rstrip()}")
+        elif one.settings is None:
             click.echo(f"vocabulary: {', '.join(one.value.vocabulary)}")
         else:
             for row in _describe(one)["settings"]:
@@ -376,6 +400,8 @@ def show_plugin(name: str, as_json: bool) -> None:
 
 def _describe(one: plugins.Registered) -> dict[str, Any]:
     description: dict[str, Any] = {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)}
+    if isinstance(one.value, Preset):
+        return description | {"settings": one.value.values}
     if one.settings is None:
         return description | {"anchor": one.value.anchor, "vocabulary": list(one.value.vocabulary)}
     properties = one.settings.model_json_schema()["properties"] if one.settings.model_fields else {}
@@ -401,10 +427,13 @@ def _print_concepts(extraction: Extraction) -> None:
     attributes = extraction.manifest["attributes"]
     table = _table("", "concept", "score", "area", *attributes, "tokens")
     for concept in extraction.concepts:
-        words = [", ".join(concept.words.get(attribute, [])) for attribute in attributes]
+        words = [", ".join(concept.words.get(attribute, [])) or "–" for attribute in attributes]
         tokens = " ".join(concept.tokens.values())
         table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
     _print(table)
+    preset, steps = extraction.manifest.get("preset"), extraction.manifest.get("learning_steps")
+    if steps is not None:
+        click.echo(f"{steps} learning steps, {f'preset {preset}' if preset else 'no preset'}")
     click.echo(f"{extraction.run_dir} (report: {extraction.run_dir / 'report.html'})")
 
 

@@ -49,6 +49,16 @@ def register_attributes(register: Callable[[Attribute], None]) -> None:
 
 
 @hookspec
+def register_presets(register: Callable[[str, Path], None]) -> None:
+    """Offer named sets of settings, TOML files: ``register("thorough", Path(__file__).parent / "thorough.toml")``.
+
+    As a settings file (``icekit.settings``), with the tables ``[metric]`` and ``[bench]`` for ``icekit bench`` if need
+    be. Its first line, a comment, is its summary. Settings in a table of their component's name (``[learner.ice]``)
+    are for that component alone.
+    """
+
+
+@hookspec
 def register_datasets(register: Callable[[str, type], None]) -> None:
     """Offer data sets for ``icekit bench``: ``register("folder", FolderDataset)``; see ``protocols.Dataset``."""
 

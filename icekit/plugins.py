@@ -12,16 +12,17 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, entry_points, version
+from pathlib import Path
 from typing import Any
 
 import pluggy
 
 from icekit import hookspecs, protocols
 from icekit.protocols import Attribute, ComponentSettings, InputError
-from icekit.settings import ROLES, Role, Settings, merge, nearest, validate
+from icekit.settings import BENCH_TABLES, ROLES, Preset, Role, Settings, merge, nearest, nest, validate
 
 GROUP = "icekit"
 BUILTIN = "icekit.builtin"
@@ -34,7 +35,7 @@ _PROTOCOLS: dict[str, type] = {
     "dataset": protocols.Dataset,
     "metric": protocols.Metric,
 }
-KINDS = (*ROLES, "attribute", "dataset", "metric")
+KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
 """All that plugins can register by name."""
 RESERVED_TOKENS = ("category", "instance")
 
@@ -66,7 +67,7 @@ class BrokenPlugin:
 
 @dataclass(frozen=True)
 class Registered:
-    """A component, or an attribute, and the plugin that brought it."""
+    """A component, an attribute or a preset, and the plugin that brought it."""
 
     role: str
     name: str
@@ -75,14 +76,16 @@ class Registered:
 
     @property
     def summary(self) -> str:
-        """First line of its docstring; an attribute's anchor."""
+        """First line of its docstring, or of a preset's file; an attribute's anchor."""
+        if isinstance(self.value, Preset):
+            return self.value.summary
         if isinstance(self.value, Attribute):
             return f"anchor {self.value.anchor!r}, {len(self.value.vocabulary)} words"
         return (inspect.getdoc(self.value) or "").partition("\n")[0]
 
     @property
     def settings(self) -> type[ComponentSettings] | None:
-        """The component's settings model; None for an attribute."""
+        """The component's settings model; None for an attribute or a preset."""
         return getattr(self.value, "Settings", None)
 
 
@@ -170,7 +173,11 @@ class Plugins:
             check_attribute(attribute)
             add(attribute.name, attribute)
 
-        register = register_attribute if role == "attribute" else register_component
+        def register_preset(name: str, file: Path) -> None:
+            add(name, Preset.read(name, Path(file)))
+
+        registers: dict[str, Callable[..., None]] = {"attribute": register_attribute, "preset": register_preset}
+        register = registers.get(role, register_component)
         self._call_one(f"register_{role}s", plugin, register=register)
         return offers
 
@@ -193,6 +200,23 @@ class Plugins:
                 name = registered.name
         return self._find("attribute", name).value
 
+    def preset(self, name: str) -> Preset:
+        """The preset of this name, complete: what it is built on is among its values.
+
+        Raises:
+            InputError: there is none, or it is built on itself.
+        """
+        preset: Preset = self._find("preset", name).value
+        values, seen = preset.values, [name]
+        while "preset" in values:
+            base = str(values["preset"])
+            if base in seen:
+                raise InputError(f"preset {name!r} is built on itself: {' on '.join([*seen, base])}")
+            seen.append(base)
+            own = {key: value for key, value in values.items() if key != "preset"}
+            values = merge(self._find("preset", base).value.values, own)
+        return replace(preset, values=values)
+
     def _find(self, role: str, name: str) -> Registered:
         offers = self.offered(role)
         if name not in offers:
@@ -209,35 +233,56 @@ class Plugins:
         model: type[ComponentSettings] = self.component(role, name).Settings  # type: ignore[attr-defined]
         return validate(model, values, prefix=f"{role}.")
 
+    def with_preset(self, settings: Settings) -> Settings:
+        """The settings with those of their preset below what was given: components, and all that these have.
+
+        What the preset says of a component that was not chosen is passed over.
+
+        Raises:
+            InputError: there is no such preset or component, or a key names a component that is not chosen.
+        """
+        values = self.preset(settings.preset).values if settings.preset else {}
+        given = settings.given()
+        components = merge(values.get("components", {}), given.get("components", {}))
+        chosen = validate(Settings, given | {"components": components})
+        given |= {role: self._of_the_chosen(role, chosen) for role in ROLES if role in given}
+        lower = {key: value for key, value in values.items() if key not in BENCH_TABLES}
+        lower |= {role: self.fitting(role, chosen.name_of(role), values.get(role, {})) for role in ROLES}
+        return validate(Settings, merge(lower, given))
+
     def resolve(self, settings: Settings, suggestions: Mapping[str, Any] | None = None) -> Settings:
         """Complete settings: attribute aliases replaced, every component's settings checked and filled in.
 
-        ``suggestions`` (key as in ``--set`` -> value) come below what was given. One for a setting that the chosen
-        component does not have is passed over: it was made for another component. A key that names the component
-        (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role; it may be
-        given, too.
+        ``suggestions`` (key as in ``--set`` -> value) come below what was given, the preset among it. One for a setting
+        that the chosen component does not have is passed over: it was made for another component. A key that names the
+        component (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role; it
+        may be given, too.
 
         Raises:
-            InputError: a component, attribute, key or value is wrong, or a key names a component that is not chosen.
+            InputError: a preset, component, attribute, key or value is wrong, or a key names a component that is not
+                chosen.
         """
-        given = settings.given()
-        given |= {role: self._of_the_chosen(role, settings) for role in ROLES if role in given}
-        lower: dict[str, Any] = {}
-        for key, value in sorted((suggestions or {}).items(), key=lambda item: item[0].count(".")):
-            role, *component, setting = key.split(".") if "." in key else ("", key)
-            if role in ROLES and (
-                component not in ([], [settings.name_of(role)])
-                or setting not in self._settings_model(role, settings).model_fields
-            ):
-                continue
-            lower = merge(lower, {role: {setting: value}} if role else {setting: value})
-        full = validate(Settings, merge(lower, given))
+        settings = self.with_preset(settings)
+        suggested = nest(suggestions or {})
+        suggested |= {role: self.fitting(role, settings.name_of(role), suggested.get(role, {})) for role in ROLES}
+        full = validate(Settings, merge(suggested, settings.given()))
         attributes = tuple(dict.fromkeys(self.attribute(name).name for name in full.attributes))
         components = {
             role: self.component_settings(role, full.name_of(role), full.values_of(role)).model_dump(mode="json")
             for role in ROLES
         }
         return validate(Settings, full.model_dump() | {"attributes": attributes} | components)
+
+    def fitting(self, role: str, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
+        """What a table of settings holds for one component: those that it has, its own table put over the rest.
+
+        Raises:
+            InputError: there is no such component.
+        """
+        known = self.component(role, name).Settings.model_fields  # type: ignore[attr-defined]
+        values = {key: value for key, value in table.items() if key in known}
+        own = table.get(name) if name not in known else None
+        return values | ({key: value for key, value in own.items() if key in known} if isinstance(own, Mapping) else {})
 
     def _of_the_chosen(self, role: Role, settings: Settings) -> dict[str, Any]:
         """What was given for a role, with the table of the chosen component taken out and put over the rest."""

@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from icekit import loss_chart
-from icekit.library import Extraction, RunDirectory
+from icekit.library import WORDS_ALONE, Extraction, RunDirectory
+from icekit.protocols import object_tokens
 
 Mask = NDArray[np.bool_]
 
@@ -66,6 +67,20 @@ class Part:
     words: list[str]
     attention: Picture | None
     samples: list[Picture]
+    alone: Alone | None
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What the words alone give, without any learning.
+
+    words: those that describe the attribute, best first; empty where nobody said any. phrase: what the samples were
+    prompted with.
+    """
+
+    words: list[str]
+    phrase: str
+    samples: list[Picture]
 
 
 @dataclass(frozen=True)
@@ -88,6 +103,7 @@ class Concept:
     traits: list[str]
     prompt: str
     samples: list[Picture]
+    alone: Alone | None
     parts: list[Part]
 
 
@@ -142,6 +158,9 @@ def render_report(run_dir: Path, manifest: Mapping[str, Any]) -> str:
         charts=loss_chart.loss_charts(loss_chart.read_log(run_dir / "log.jsonl")),
         chart=loss_chart,
         settings=settings,
+        compares=any(
+            alone and alone.samples for one in concepts for alone in (one.alone, *(p.alone for p in one.parts))
+        ),
         timings=timings,
         total_seconds=total,
         snippets=_snippets(run_dir, concepts, settings),
@@ -280,6 +299,11 @@ def _concept(
     def samples(part: str) -> list[Picture]:
         return [to_picture(_open(path)) for path in pictures.get(("samples", index, part), [])]
 
+    def alone(part: str) -> Alone | None:
+        phrase = (entry.get("words_alone") or {}).get(part)
+        described = list((entry.get("described") or {}).get(part) or [])
+        return Alone(described, phrase, samples(f"{part}{WORDS_ALONE}")) if phrase else None
+
     def attention(part: str) -> Picture | None:
         found = pictures.get(("attention", index, part))
         return to_picture(heat_overlay(image, _open(found[0]))) if found and image is not None else None
@@ -294,8 +318,9 @@ def _concept(
         badge=(100 * x / mask.shape[1], 100 * y / mask.shape[0]) if mask is not None else (0.0, 0.0),
         cut_out=to_picture(enlarge(cut, CUT_OUT_SIDE), CUT_OUT_SIDE) if cut else None,
         traits=[names[0] for part, names in words.items() if names and part not in MEANINGS],
-        prompt=" ".join(tokens[part] for part in ("instance", "category") if part in tokens),
+        prompt=object_tokens(tokens),
         samples=samples("object"),
+        alone=alone("object"),
         parts=[
             Part(
                 name=part,
@@ -304,6 +329,7 @@ def _concept(
                 words=list(words.get(part) or []),
                 attention=attention(part),
                 samples=samples(part),
+                alone=alone(part),
             )
             for part, token in tokens.items()
         ],
@@ -345,13 +371,15 @@ def _snippets(run_dir: Path, concepts: Sequence[Concept], settings: str) -> dict
 
     has_lora = (run_dir / "lora.safetensors").is_file()
     lora = f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n' if has_lora else ""
+    has_unet = (run_dir / "unet" / "config.json").is_file()
+    unet = f"pipe.unet = UNet2DConditionModel.from_pretrained({quoted(place + '/unet')})\n" if has_unet else ""
     diffusers = f"""\
 from pathlib import Path
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline{", UNet2DConditionModel" if has_unet else ""}
 
 pipe = StableDiffusionPipeline.from_pretrained({quoted(str(model or "the model of this run"))})
 for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
     pipe.load_textual_inversion(str(file), token=f"<{{file.stem}}>")
-{lora}image = pipe({quoted(f"a photo of a {first.prompt}")}).images[0]
+{unet}{lora}image = pipe({quoted(f"a photo of a {first.prompt}")}).images[0]
 """
     return {"compose": "\n".join(lines), "diffusers": diffusers}

@@ -1,6 +1,7 @@
 """A run's settings: unknown keys are refused, wrong values explained, and they come in layers.
 
-Later layers win: defaults, the backbone's suggestions, a settings file, ``--set KEY=VALUE``, command-line options.
+Later layers win: defaults, the backbone's suggestions, a preset, a settings file, ``--set KEY=VALUE``, command-line
+options. A preset is a settings file that has a name: ``--preset published``, or ``preset = "published"`` in a file.
 
 A settings file has icekit's own settings as top-level keys, the components' names in the table ``[components]`` and
 each component's settings in a table of its own::
@@ -15,7 +16,7 @@ each component's settings in a table of its own::
     steps = 400
 
 On the command line the same are ``--set max_concepts=4``, ``--set components.backbone=sd21`` (or ``--backbone sd21``)
-and ``--set learner.steps=400``.
+and ``--set learner.steps=400``. ``"none"`` is None, for a setting that may be: TOML has no word for it.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from __future__ import annotations
 import difflib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -53,8 +55,20 @@ class Settings(BaseModel):
 
     attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn")
     max_concepts: int = Field(10, ge=1, description="stop looking after this many concepts")
+    max_rounds: int | None = Field(
+        None, ge=1, description="stop looking after this many words, whether or not they have a place; none: no limit"
+    )
     min_visible: float = Field(0.10, ge=0, lt=1, description="stop when no more than this share of the image is left")
     min_area: float = Field(0.01, ge=0, lt=1, description="a region below this share of the image is not taken")
+    apart: bool = Field(
+        False,
+        description="each part of a word's mask that touches no other, not even at a corner, is a concept of its own, "
+        "if it has min_area (published)",
+    )
+    reuse: Literal["never", "later"] = Field(
+        "never",
+        description="whether a word, or one like it, may come again: never, or later, after another word (published)",
+    )
     describe: bool = Field(
         False,
         description="let the retriever look at each region alone for the attributes' words, if it can; learners may "
@@ -72,10 +86,15 @@ class Settings(BaseModel):
         "inpaint", description="what retrievers and segmentors see where a concept was erased"
     )
     samples: int = Field(2, ge=0, description="images generated for each concept and each of its attributes")
+    words_alone: bool = Field(
+        True,
+        description="generate as many from the plain words alone and the same noise, to see what learning added",
+    )
     sample_steps: int = Field(25, ge=1, description="denoising steps of a generated image")
     guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance of generated images")
     seed: int = Field(0, ge=0, lt=2**63, description="every random choice follows from it")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the models run")
+    preset: str | None = Field(None, description="a named set of settings, below those that are given")
     components: Components = Field(Components(), description="which plugin does what")
     backbone: dict[str, Any] = Field({}, description="settings of the backbone")
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")
@@ -95,11 +114,42 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
     def to_toml(self) -> str:
-        """The settings as a settings file. What is None is left out: TOML has no word for it, and it is a default."""
-        return tomli_w.dumps(_without_none(self.model_dump(mode="json")))
+        """The settings as a settings file."""
+        return tomli_w.dumps(_spelled_out(self.model_dump(mode="json")))
 
 
 Model = TypeVar("Model", bound=BaseModel)
+NONE = "none"
+"""None in a settings file and on the command line, for a setting that may be None."""
+BENCH_TABLES = ("metric", "bench")
+"""Tables of a preset that are for ``icekit bench`` alone; a run passes them over."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named set of settings.
+
+    text: the file. summary: its first line, a comment. values: nested, as in a settings file; besides a run's settings
+        it may have the tables ``BENCH_TABLES``. One with ``preset = "other"`` is that one with its own put over it.
+    """
+
+    name: str
+    text: str
+    summary: str
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, name: str, file: Path) -> Preset:
+        """A preset from its TOML file.
+
+        Raises:
+            InputError: the file cannot be read, or one of its own keys is unknown. The components' are not looked at.
+        """
+        values = read_settings_file(file)
+        validate(Settings, {key: value for key, value in values.items() if key not in BENCH_TABLES})
+        text = file.read_text(encoding="utf-8")
+        summary = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
+        return cls(name, text, summary, values)
 
 
 def load_settings(
@@ -148,10 +198,7 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
         value = text.strip()
     if not isinstance(value, (bool, int, float, str, list, dict)):  # a folder named like a date is still a folder
         value = text.strip()
-    nested: Any = value
-    for part in reversed(parts):
-        nested = {part: nested}
-    return dict(nested)
+    return nest({".".join(parts): value})
 
 
 def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,6 +218,16 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"learner.steps": 400}`` -> ``{"learner": {"steps": 400}}``."""
+    nested: dict[str, Any] = {}
+    for key, value in values.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        nested = merge(nested, value)
+    return nested
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """A hint for an error message: ``did you mean 'steps'?``, or the list of what there is."""
     names = sorted(known)
@@ -186,10 +243,16 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "") ->
     Raises:
         InputError: an unknown key or a wrong value; the message is one line and names the nearest right one.
     """
+    given = {key: None if value == NONE and _may_be_none(model, key) else value for key, value in values.items()}
     try:
-        return model.model_validate(dict(values))
+        return model.model_validate(given)
     except ValidationError as error:
         raise InputError("; ".join(_explain(model, problem, prefix) for problem in error.errors())) from error
+
+
+def _may_be_none(model: type[BaseModel], key: str) -> bool:
+    field = model.model_fields.get(key)
+    return field is not None and type(None) in get_args(field.annotation)
 
 
 def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
@@ -207,9 +270,9 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     return f"setting {key!r} cannot be {problem['input']!r}: it should be {message}"
 
 
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with None as the word that ``validate`` reads as None."""
     return {
-        key: _without_none(value) if isinstance(value, Mapping) else value
+        key: _spelled_out(value) if isinstance(value, Mapping) else NONE if value is None else value
         for key, value in values.items()
-        if value is not None
     }

@@ -132,6 +132,29 @@ def test_similarities(outcome: FakeOutcome) -> None:
     assert measure(similarity.Accuracy3, outcome) == 1
 
 
+def test_prompted_with_category_and_attributes(outcome: FakeOutcome) -> None:
+    """As ICE's published figures were; where a learner makes no attribute tokens, with what it makes."""
+    cup, ball = outcome.found
+    coloured = dataclasses.replace(
+        cup, tokens=cup.tokens | {"colour": "<cup-0-colour>", "material": "<cup-0-material>"}
+    )
+    assert similarity.object_phrase(coloured, "attributes") == "a <cup-0> <cup-0-colour> <cup-0-material>"
+    assert similarity.object_phrase(coloured) == "a <cup-0-instance> <cup-0>"
+    assert similarity.object_phrase(ball, "attributes") == "a <ball-1-instance> <ball-1>"
+
+    outcome.found = [coloured, ball]
+    outcome.matches = [dataclasses.replace(outcome.matches[0], found=coloured), outcome.matches[1]]
+    attributes = "a <cup-0> <cup-0-colour> <cup-0-material>"
+    outcome.pictures[f"a photo of {attributes}"] = [paint(RED), paint(RED)]
+    outcome.pictures[f"a photo of {attributes} and a <ball-1-instance> <ball-1>"] = [paint(RED)]
+    for metric, value in ((similarity.Identity, 1.0), (similarity.Composition, 1 / 2**0.5), (similarity.Accuracy, 1.0)):
+        built = metric(metric.Settings(prompt="attributes"), CPU)
+        built.prepare([outcome.image])
+        [score] = built.measure(outcome).values()
+        assert score.value == pytest.approx(value)
+        assert score.prompts[0].startswith(f"a photo of {attributes}")
+
+
 def test_objects_that_look_the_same_are_one_concept(outcome: FakeOutcome) -> None:
     # A second image, green: its cup is nearer to green images than the first image's red one.
     green = BenchImage("green", torch.zeros(3, 4, 4).index_fill(0, torch.tensor(1), 1), ())

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from icekit import loss_chart, report
 from icekit.library import RunDirectory
-from icekit.protocols import InputError
+from icekit.protocols import InputError, Learned
 
 PARTS = ("category", "instance", "colour", "material")
 
@@ -135,11 +135,50 @@ def test_a_complete_run(tmp_path: Path, size: int) -> None:
     assert len(page.all("h1")) == 1
 
 
-def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path) -> None:
+def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    before = read_page(report.write_report(run))
+    assert "words alone" not in before.text  # a run of before there were any
+    assert "preset" not in before.text
+
+    manifest |= {"preset": "published", "learning_steps": 1100}
+    manifest["concepts"][0]["words_alone"] = {"object": "white cup", "colour": "white cup", "material": "cup"}
+    manifest["concepts"][0]["described"] = {"colour": ["white", "grey"]}
+    write_manifest(run, manifest)
+    for part in ("object", "colour"):
+        for number in range(2):
+            Image.new("RGB", (64, 64), "white").save(run / "samples" / f"0-{part}-words-{number}.png")
+    page = read_page(report.write_report(run))
+    assert len(page.all("img")) == len(before.all("img")) + 4
+    assert sum(image["alt"] == "Generated with the words white cup, sample 1" for image in page.all("img")) == 2
+    text = " ".join(page.text.split())
+    for said in ("words alone: white, grey", "words alone: none for its material"):
+        assert said in text
+    for fact in ("presetpublished", "learning steps1100"):
+        assert fact in text
+    assert "the difference is what learning added" in text
+
+    for file in (run / "samples").glob("*-words-*.png"):
+        file.unlink()
+    manifest["preset"] = None
+    write_manifest(run, manifest)
+    page = read_page(report.write_report(run))
+    assert len(page.all("img")) == len(before.all("img"))
+    assert "the difference is what learning added" not in page.text
+    assert "presetnone" in " ".join(page.text.split())
+
+
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path, fine_tuned: bool) -> None:
     run = write_run(tmp_path, ["cup"], samples=0)
     (run / "settings.toml").write_text(f'[backbone]\nmodel = "{sd_folder}"\n')
     dim = json.loads((sd_folder / "text_encoder" / "config.json").read_text())["hidden_size"]
-    RunDirectory(run).save_learned({f"<cup-0{end}>": torch.ones(dim) for end in ("", "-instance")}, {})
+    config = json.loads((sd_folder / "unet" / "config.json").read_text())
+    own = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
+    weights = {name: torch.zeros_like(value, dtype=torch.float16) for name, value in own.items()}
+    tuned = {"weights": weights, "weights_config": config} if fine_tuned else {}
+    RunDirectory(run).save_learned(Learned({f"<cup-0{end}>": torch.ones(dim) for end in ("", "-instance")}, **tuned))
     html = report.render_report(run, json.loads((run / "manifest.json").read_text()))
     found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
     assert found
@@ -147,6 +186,7 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
     exec(found[0].replace(").images", ", num_inference_steps=1).images"), scope)  # one step: it is only to run
     assert isinstance(scope["image"], Image.Image)
     assert "<cup-0-instance>" in scope["pipe"].tokenizer.get_vocab()
+    assert any(bool(value.any()) for value in scope["pipe"].unet.parameters()) != fine_tuned
 
 
 def test_nothing_outside_is_asked_for(tmp_path: Path) -> None:

@@ -98,6 +98,18 @@ def test_a_given_setting_may_name_the_component() -> None:
     assert full.segmentor == fake_plugins().resolve(load_settings()).segmentor
 
 
+def test_none_can_be_said(tmp_path: Path) -> None:
+    """TOML has no word for it, and a suggestion would stand in its place."""
+    suggestions = {"learner.model": "theirs"}
+    assert fake_plugins().resolve(load_settings(), suggestions).learner["model"] == "theirs"
+    full = fake_plugins().resolve(load_settings(None, ["learner.model=none", "backbone.model=nonesuch"]), suggestions)
+    assert (full.learner["model"], full.backbone["model"]) == (None, "nonesuch")
+    (tmp_path / "settings.toml").write_text(full.to_toml())
+    assert fake_plugins().resolve(load_settings(tmp_path / "settings.toml"), suggestions) == full
+    with pytest.raises(InputError, match=r"'learner\.steps' cannot be 'none'"):
+        fake_plugins().resolve(load_settings(None, ["learner.steps=none"]))
+
+
 def test_settings_file_runs_again(tmp_path: Path) -> None:
     plugins = fake_plugins()
     full = plugins.resolve(load_settings(None, ["learner.rate=1e-5", 'attributes=["color", "colour"]']))
@@ -137,7 +149,7 @@ def test_malformed_assignment(text: str) -> None:
     [
         ("min_visble=0.2", "did you mean 'min_visible'"),
         ("components.learnr=ice", "did you mean 'components.learner'"),
-        ("zzz=1", "choose from attributes"),
+        ("zzz=1", "choose from apart, attributes"),
         ("min_visible=2", "less than 1"),
         ("device=tpu", "'auto', 'cpu', 'cuda' or 'mps'"),
         ("seed=abc", "integer"),

@@ -17,8 +17,23 @@ from torch import Tensor
 from icekit.builtin.image_encoders import ImageEncoder, clip_encoder, dino_encoder
 from icekit.builtin.pixels import to_tensor
 from icekit.erase import isolate
-from icekit.protocols import Backbone, BenchImage, Column, ComponentSettings, FoundConcept, InputError, Outcome, Score
+from icekit.protocols import (
+    Backbone,
+    BenchImage,
+    Column,
+    ComponentSettings,
+    FoundConcept,
+    InputError,
+    Outcome,
+    Score,
+    object_tokens,
+)
 
+PromptedBy = Literal["instance", "attributes"]
+_PROMPT = (
+    "tokens that a concept's images are made with: instance and category, or category and all attributes, as ICE's "
+    "published figures were (where there are no attribute tokens: instance and category)"
+)
 _BACKGROUND = "what is around a concept when the source image is masked to it: black, or the mean colour"
 
 
@@ -28,6 +43,7 @@ class ClipSettings(ComponentSettings):
     clip: str = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
     pretrained: str = Field("openai", description="open_clip's name of the weights; not for folders")
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
+    prompt: PromptedBy = Field("instance", description=_PROMPT)
 
     def encoder(self, device: torch.device) -> ImageEncoder:
         """The encoder, loaded."""
@@ -39,15 +55,19 @@ class DinoSettings(ComponentSettings):
 
     dino: str = Field("facebook/dino-vits16", description="hub id or folder of a vision transformer for transformers")
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
+    prompt: PromptedBy = Field("instance", description=_PROMPT)
 
     def encoder(self, device: torch.device) -> ImageEncoder:
         """The encoder, loaded."""
         return dino_encoder(self.dino, device)
 
 
-def object_phrase(concept: FoundConcept) -> str:
-    """A concept's tokens as a phrase."""
-    return f"a {concept.tokens['instance']} {concept.tokens['category']}"
+def object_phrase(concept: FoundConcept, prompted_by: PromptedBy = "instance") -> str:
+    """A concept's tokens as a phrase: ``"a <cup-0-instance> <cup-0>"``, or ``"a <cup-0> <cup-0-colour> ..."``."""
+    attributes = [token for part, token in concept.tokens.items() if part not in ("category", "instance")]
+    if prompted_by == "attributes" and attributes and "category" in concept.tokens:
+        return " ".join(["a", concept.tokens["category"], *attributes])
+    return f"a {object_tokens(concept.tokens)}"
 
 
 def masked(image: Tensor, mask: Tensor, background: str) -> Tensor:
@@ -93,6 +113,10 @@ class _Similarity:
     def prepare(self, images: Sequence[BenchImage]) -> None:
         """Nothing to prepare."""
 
+    def phrase(self, concept: FoundConcept) -> str:
+        """What a concept is prompted with."""
+        return object_phrase(concept, self.settings.prompt)
+
     def embed_generated(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Generated pictures -> ``[N, D]``."""
         return self.encoder.embed([to_tensor(picture) for picture in pictures])
@@ -117,7 +141,7 @@ class Identity(_Similarity):
         values, prompts = [], []
         for match in outcome.matches:
             if match.found is not None:
-                prompts.append(f"a photo of {object_phrase(match.found)}")
+                prompts.append(f"a photo of {self.phrase(match.found)}")
                 generated = self.embed_generated(outcome.generate(prompts[-1]))
                 values.append(mean_cosine(generated, self.embed_concept(outcome.image, match.mask)))
         return self.score(_mean(values), prompts)
@@ -131,7 +155,7 @@ class Composition(_Similarity):
     def measure(self, outcome: Outcome) -> Mapping[str, Score]:
         """All concepts found, in one prompt; as many of them, from the first on, as fit into it."""
         for count in range(len(outcome.found), 0, -1):
-            prompt = "a photo of " + " and ".join(object_phrase(concept) for concept in outcome.found[:count])
+            prompt = "a photo of " + " and ".join(self.phrase(concept) for concept in outcome.found[:count])
             try:
                 generated = self.embed_generated(outcome.generate(prompt))
             except InputError:  # too long for the text encoder
@@ -171,7 +195,7 @@ class Accuracy(_Similarity):
             if match.found is None:
                 values.append(0.0)
                 continue
-            prompts.append(f"a photo of {object_phrase(match.found)}")
+            prompts.append(f"a photo of {self.phrase(match.found)}")
             generated = self.embed_generated(outcome.generate(prompts[-1]))
             own = self._concepts[outcome.image.name, number]
             values.append(share_within_nearest(generated, self._prototypes, list(self._concepts.values()), own, self.k))
