@@ -14,7 +14,7 @@ from icekit import plugins
 from icekit.extraction import derived_seed, reproducible, resolve_device
 from icekit.library import Concept, Extraction, write_image_atomically, write_json_atomically
 from icekit.plugins import Plugins
-from icekit.protocols import Backbone, InputError
+from icekit.protocols import Backbone, InputError, object_tokens
 from icekit.settings import Settings, nearest
 
 
@@ -62,7 +62,7 @@ def compose(
     """Generate images from a prompt that names concepts of earlier runs.
 
     ``{a}`` is the object bound to ``a`` (its instance and category tokens), ``{a.colour}`` its colour token,
-    ``{a.category}`` and ``{a.instance}`` those two alone.
+    ``{a.category}`` and ``{a.instance}`` those two alone; as far as its run's learner learned them.
 
     Args:
         prompt: plain words and placeholders, as in ``"a cup, {b.material} {b.colour}"``.
@@ -83,7 +83,8 @@ def compose(
     bound = {name: bind(name, reference) for name, reference in concepts.items()}
     expanded = expand(prompt, {name: one.tokens for name, one in bound.items()})
     settings = shared_settings(bound)
-    lora = _shared_lora(bound)
+    tuned = fine_tuned_run(bound)
+    lora, weights = (tuned.lora(), tuned.weights()) if tuned else ({}, {})
     folder = _output_folder(prompt, out, overwrite)
     found = installed or plugins.installed()
     values = found.component_settings("backbone", settings.name_of("backbone"), settings.values_of("backbone"))
@@ -103,7 +104,8 @@ def compose(
                 seeds=[one_seed],
                 steps=settings.sample_steps,
                 guidance_scale=settings.guidance_scale,
-                lora=lora,
+                lora=lora or None,
+                weights=weights or None,
             )
         files.append(folder / f"{number}.png")
         write_image_atomically(files[-1], picture)
@@ -176,11 +178,14 @@ def expand(prompt: str, tokens: Mapping[str, Mapping[str, str]]) -> str:
                 f"prompt {prompt!r} has {{{placeholder}}}, but no concept {name!r}: {nearest(name, tokens)}"
             )
         if not dot:
-            text += f"{tokens[name]['instance']} {tokens[name]['category']}"
+            text += object_tokens(tokens[name])
         elif part in tokens[name]:
             text += tokens[name][part]
         else:
-            raise InputError(f"prompt {prompt!r} has {{{placeholder}}}: {nearest(part, tokens[name])}")
+            raise InputError(
+                f"prompt {prompt!r} has {{{placeholder}}}, but {name} has no token {part!r}: "
+                f"{nearest(part, tokens[name])}"
+            )
     if not text.strip():
         raise InputError("the prompt is empty: give words, or placeholders as in 'a photo of {a}'")
     return text
@@ -212,14 +217,17 @@ def _describe(settings: Settings) -> str:
     return settings.name_of("backbone") + (f" with model {model}" if model else "")
 
 
-def _shared_lora(bound: Mapping[str, Bound]) -> dict[str, Tensor] | None:
+def fine_tuned_run(bound: Mapping[str, Bound]) -> Extraction | None:
+    """The run whose fine-tuned weights are to be used; None if no run has any.
+
+    Raises:
+        InputError: two runs have weights of their own: there is one model.
+    """
     runs = {one.run.run_dir.resolve(): one.run for one in bound.values()}
-    adapters = {path: lora for path, run in runs.items() if (lora := run.lora())}
-    if len(adapters) > 1:
-        raise InputError(
-            f"several runs have fine-tuned weights of their own ({', '.join(map(str, adapters))}): use one"
-        )
-    return next(iter(adapters.values()), None)
+    tuned = {path: run for path, run in runs.items() if run.is_fine_tuned}
+    if len(tuned) > 1:
+        raise InputError(f"several runs have fine-tuned weights of their own ({', '.join(map(str, tuned))}): use one")
+    return next(iter(tuned.values()), None)
 
 
 def _output_folder(prompt: str, out: str | Path | None, overwrite: bool) -> Path:

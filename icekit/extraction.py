@@ -13,13 +13,14 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from icekit import images, library, naming, plugins, report
 from icekit.division import divisions
 from icekit.erase import erase, isolate
 from icekit.library import Extraction, Located, RunDirectory, Started
+from icekit.loss_chart import read_log
 from icekit.plugins import Observers, Plugins
 from icekit.protocols import (
     Attribute,
@@ -40,20 +42,25 @@ from icekit.protocols import (
     Region,
     Retriever,
     RunError,
+    Segmentation,
     Segmentor,
     Step,
     View,
+    object_tokens,
+    parts_of,
     token_names,
 )
 from icekit.settings import Role, Settings, flatten, merge, validate
 
 CANDIDATES_TRIED = 5
-"""Words tried on one view before stage one gives up: as many as the published retriever re-ranks."""
+"""Words tried on one view before stage one gives up."""
 UNFIT, KEPT = -100.0, 1e-6
 """In the assignment of words to regions: the score of a word that the retriever has not found there, and what the word
 that a region has already counts more than another of the same score."""
 UNNAMED = "object"
 """The word for a mask of the user's own that the retriever cannot name."""
+SamplePrompt = tuple[int, str, int, str]
+"""An image to generate: its concept's index, ``"object"`` or an attribute, its running number, its prompt."""
 ATTENTION_TIMESTEP, ATTENTION_DRAWS = 0.15, 4
 """Where attention maps are looked at, as a share of the noise schedule, and the draws of the noise that are averaged.
 The share is the published segmentor's: with more noise a token looks at what is not there yet."""
@@ -135,6 +142,7 @@ class _Run:
                 return Extraction.open(self.run.path)
             goes_on = True
         self.plugins.resolve(self.settings)  # wrong settings must come out before a model takes minutes to load
+        self.settings = self.plugins.with_preset(self.settings)
         device = resolve_device(self.settings.device)
 
         self.timings = self.run.load_timings() if goes_on else {}
@@ -154,11 +162,12 @@ class _Run:
         with self._stage("learn"):
             learned = self._learn(regions)
         self.backbone.set_tokens(learned.tokens)
-        samples = sample_prompts(regions, self.attributes, self.settings.samples)
-        with self._stage("generate", len(samples)):
+        samples = sample_prompts(regions, [self._tokens(region) for region in regions], self.settings.samples)
+        alone = word_prompts(regions, self.attributes, samples) if self.settings.words_alone else []
+        with self._stage("generate", len(samples) + len(alone)):
             words = self._name(regions)
             self._show_attention(regions)
-            self._generate(samples, learned)
+            self._generate(samples, alone, learned)
         self._finish(regions, words)
         extraction = Extraction.open(self.run.path)
         self.observers.tell("run_finished", extraction=extraction)
@@ -183,7 +192,7 @@ class _Run:
         if started.sha256 != self.source.sha256:
             changes.append(f"the image was {started.source}, now {self.source.source} (other content)")
         given = self.settings.given()
-        before = flatten(started.settings)
+        before = flatten(self.plugins.resolve(validate(Settings, started.settings)).model_dump(mode="json"))
         names = flatten({"components": given.get("components", {})})
         if all(before[key] == name for key, name in names.items()):
             # As checked and filled in, so that "steps = '400'" is no change from 400.
@@ -245,7 +254,7 @@ class _Run:
     def _learn(self, regions: Sequence[Region]) -> Learned:
         tokens = self.run.load_tokens()
         if tokens is not None:
-            return Learned(tokens, self.run.load_lora())
+            return Learned(tokens, self.run.load_lora(), self.run.load_weights())
         with self.run.open_log() as steps:
 
             def on_step(step: Step) -> None:
@@ -261,50 +270,71 @@ class _Run:
                 on_step=on_step,
             )
         self._check_learned(learned, regions)
-        self.run.save_learned(learned.tokens, learned.lora)
+        self.run.save_learned(learned)
         return learned
 
     def _check_learned(self, learned: Learned, regions: Sequence[Region]) -> None:
         learner = self.settings.name_of("learner")
         for region in regions:
-            for token in token_names(region, self.attributes).values():
+            for token in self._tokens(region).values():
                 row = learned.tokens.get(token)
                 if row is None or tuple(row.shape) != (self.backbone.embedding_dim,) or not bool(row.isfinite().all()):
                     raise RunError(f"learner {learner!r} returned no usable embedding for {token}")
+        for name, weight in (learned.lora | learned.weights).items():
+            if not bool(weight.isfinite().all()):
+                raise RunError(f"learner {learner!r} returned no usable weight for {name}")
+
+    def _tokens(self, region: Region) -> dict[str, str]:
+        """A concept's tokens by part: those that the learner learns."""
+        component = self.plugins.component("learner", self.settings.name_of("learner"))
+        parts = parts_of(component, [attribute.name for attribute in self.attributes])
+        return {part: token for part, token in token_names(region, self.attributes).items() if part in parts}
 
     # --- Showing -----------------------------------------------------------------------------------------------------
 
     def _name(self, regions: Sequence[Region]) -> dict[int, dict[str, list[str]]]:
         words: dict[int, dict[str, list[str]]] = {}
         for region in regions:
-            tokens = token_names(region, self.attributes)
+            tokens = self._tokens(region)
             words[region.index] = {
                 attribute.name: naming.name_attribute(self.backbone, attribute, tokens[attribute.name], region.word)
                 for attribute in self.attributes
+                if attribute.name in tokens
             }
         return words
 
     def _show_attention(self, regions: Sequence[Region]) -> None:
         for region in regions:
             generator = seeded_generator(self.settings.seed, "attention", region.index)
-            maps = attention_maps(self.backbone, self.image, token_names(region, self.attributes), generator)
+            maps = attention_maps(self.backbone, self.image, self._tokens(region), generator)
             for part, attention in maps.items():
                 grey = (attention / attention.max().clamp_min(1e-12) * 255).round().byte().numpy()
                 picture = Image.fromarray(grey).resize((ATTENTION_SIDE, ATTENTION_SIDE), Image.Resampling.BICUBIC)
                 self.run.save_attention(region.index, part, picture)
 
-    def _generate(self, samples: Sequence[tuple[int, str, int, str]], learned: Learned) -> None:
-        for done, (index, part, number, prompt) in enumerate(samples, 1):
-            if not self.run.has_sample(index, part, number):
-                [picture] = self.backbone.generate(
-                    [prompt],
-                    seeds=[derived_seed(self.settings.seed, "sample", index, part, number)],
-                    steps=self.settings.sample_steps,
-                    guidance_scale=self.settings.guidance_scale,
-                    lora=learned.lora or None,
-                )
-                self.run.save_sample(index, part, number, picture)
-            self.observers.tell("image_generated", done=done, total=len(samples))
+    def _generate(self, samples: Sequence[SamplePrompt], alone: Sequence[SamplePrompt], learned: Learned) -> None:
+        """Samples, and those of the words alone: from the same noise, and the model as it was before any learning.
+
+        A batch is made as a whole or not at all, so that a run that goes on makes the same pictures.
+        """
+        done, at_once = 0, int(self.settings.backbone.get("images_at_once", 1))
+        for words_alone, prompts in ((False, samples), (True, alone)):
+            for start in range(0, len(prompts), at_once):
+                batch = prompts[start : start + at_once]
+                if not all(self.run.has_sample(*one[:3], words_alone=words_alone) for one in batch):
+                    pictures = self.backbone.generate(
+                        [prompt for *_, prompt in batch],
+                        seeds=[derived_seed(self.settings.seed, "sample", *one[:3]) for one in batch],
+                        steps=self.settings.sample_steps,
+                        guidance_scale=self.settings.guidance_scale,
+                        lora=None if words_alone else learned.lora or None,
+                        weights=None if words_alone else learned.weights or None,
+                    )
+                    for one, picture in zip(batch, pictures, strict=True):
+                        self.run.save_sample(*one[:3], picture, words_alone=words_alone)
+                for _ in batch:
+                    done += 1
+                    self.observers.tell("image_generated", done=done, total=len(samples) + len(alone))
 
     def _finish(self, regions: Sequence[Region], words: dict[int, dict[str, list[str]]]) -> None:
         side = self.backbone.image_size
@@ -317,6 +347,7 @@ class _Run:
                 "width": side,
                 "height": side,
             },
+            "preset": self.settings.preset,
             "components": self.settings.components.model_dump(),
             "attributes": list(self.settings.attributes),
             "seed": self.settings.seed,
@@ -327,11 +358,14 @@ class _Run:
                     "score": round(float(region.score), 4),
                     "mask": library.mask_name(region),
                     "area": round(float(region.mask.float().mean()), 4),
-                    "tokens": token_names(region, self.attributes),
+                    "tokens": self._tokens(region),
                     "words": words[region.index],
+                    "described": {name: _likeliest(hints) for name, hints in region.hints.items()},
+                    "words_alone": words_alone(region, self.attributes),
                 }
                 for region in regions
             ],
+            "learning_steps": max((line.step for line in read_log(self.run.path / "log.jsonl")), default=0),
             "timings": self.timings,
         }
         self.run.save_report(report.render_report(self.run.path, manifest))
@@ -361,13 +395,14 @@ def localise(
     located: Located,
     attributes: Sequence[Attribute] = (),
 ) -> Iterator[Located]:
-    """Stage one, from where it stands: yields after every region found, and once more when finished.
+    """Stage one, from where it stands: yields after every word found, and once more when finished.
 
     x_0 = x; c_i = T(x_i); m_i = S(x_i, c_i); x_{i+1} = x_i * (1 - m_i)   (ICE, Cendra and Han, CVPR 2025, stage one)
 
-    It ends when ``max_concepts`` are found, when ``min_visible`` of the image or less is left, when the retriever has
-    no word, or when none of its first words has a region of ``min_area`` or more. The masks of a ``Proposer`` are all
-    the regions; where one has no word, the retriever names it, looking at that mask alone.
+    A round tries a word. It ends when ``max_concepts`` are found or ``max_rounds`` are over, when ``min_visible`` of
+    the image or less is left, when the retriever has no word, or when nothing is erased for any of its first words. The
+    masks of a ``Proposer`` are all the regions; where one has no word, the retriever names it, looking at that mask
+    alone.
 
     Every region's random numbers follow from the seed and its place in the loop, so that going on from any ``located``
     ends as if there had been no interruption.
@@ -377,50 +412,105 @@ def localise(
         retriever: T.
         segmentor: S, or a ``Proposer``.
         settings: the stop rules, the filling of erased parts and the seed.
-        located: the regions found so far.
+        located: what was found so far.
         attributes: those that a ``Describer`` is asked about, at the end, with ``settings.describe``.
     """
-    regions, refused = list(located.regions), list(located.refused)
     if isinstance(segmentor, Proposer):
-        for proposal in segmentor.propose(image)[: settings.max_concepts][len(regions) :]:
+        for proposal in segmentor.propose(image)[: settings.max_concepts][len(located.regions) :]:
             _check_mask(proposal.mask, image, settings)
             best = _word_of(proposal, image, retriever)
-            regions.append(Region(len(regions), best.word, best.score, proposal.mask))
-            yield Located(tuple(regions), tuple(refused))
-        yield Located(_described(regions, image, retriever, settings, attributes), tuple(refused), finished=True)
-        return
-
-    visible = torch.ones(image.shape[1:], dtype=torch.bool)
-    for region in regions:
-        visible &= ~region.mask
-    while len(regions) < settings.max_concepts and float(visible.float().mean()) > settings.min_visible:
-        view = View(image, erase(image, visible, settings.erase), visible)
-        used = [region.word for region in regions] + refused
-        found: Region | None = None
-        for candidate in _unused(retriever.retrieve(view, used), used)[:CANDIDATES_TRIED]:
-            generator = seeded_generator(settings.seed, "segment", len(regions), candidate.word)
-            mask = segmentor.segment(view, candidate.word, generator)
-            _check_mask(mask, image, settings)
-            mask = mask & visible
-            if settings.divide:
-                mask = _one_thing(mask, image, retriever, used + refused)
-            if bool(mask.any()) and float(mask.float().mean()) >= settings.min_area:
-                fitting = _seen_alone(mask, image, retriever, used + refused) if settings.rename else []
-                named = fitting[0] if fitting else candidate
-                found = Region(len(regions), named.word, named.score, mask)
+            region = Region(len(located.regions), best.word, best.score, proposal.mask)
+            located = dataclasses.replace(located, regions=(*located.regions, region))
+            yield located
+    else:
+        while _goes_on(located, image, settings):
+            visible = _visible(located, image)
+            located = _after_a_word(located, image, retriever, segmentor, settings)
+            if torch.equal(_visible(located, image), visible):
                 break
-            refused.append(candidate.word)
-        if found is None:
+            yield located
+        if settings.rename and located.regions:
+            located = dataclasses.replace(located, regions=_named_together(located.regions, image, retriever))
+    described = _described(located.regions, image, retriever, settings, attributes)
+    yield dataclasses.replace(located, regions=described, finished=True)
+
+
+def _goes_on(located: Located, image: Tensor, settings: Settings) -> bool:
+    return (
+        len(located.regions) < settings.max_concepts
+        and (settings.max_rounds is None or located.rounds < settings.max_rounds)
+        and float(_visible(located, image).float().mean()) > settings.min_visible
+    )
+
+
+def _visible(located: Located, image: Tensor) -> Tensor:
+    """What is not erased yet: bool ``[H, W]``."""
+    visible = torch.ones(image.shape[1:], dtype=torch.bool)
+    for region in located.regions:
+        visible &= ~region.mask
+    return visible if located.erased is None else visible & ~located.erased
+
+
+def _used(located: Located, settings: Settings) -> list[str]:
+    """The words that are not to come again."""
+    if settings.reuse == "later":
+        return [] if located.last is None else [located.last]
+    return [*(region.word for region in located.regions), *located.refused]
+
+
+def _after_a_word(
+    located: Located, image: Tensor, retriever: Retriever, segmentor: Segmentor, settings: Settings
+) -> Located:
+    """Try the retriever's words for what is visible, up to the first for which something is erased."""
+    visible = _visible(located, image)
+    view, used = View(image, erase(image, visible, settings.erase), visible), _used(located, settings)
+    for candidate in _unused(retriever.retrieve(view, used), used)[:CANDIDATES_TRIED]:
+        if located.rounds == settings.max_rounds:
             break
-        regions.append(found)
-        visible &= ~found.mask
-        yield Located(tuple(regions), tuple(refused))
-    if settings.rename and regions:
-        regions = _named_together(regions, image, retriever)
-    yield Located(_described(regions, image, retriever, settings, attributes), tuple(refused), finished=True)
+        generator = seeded_generator(settings.seed, "segment", len(located.regions), candidate.word)
+        found = segmentor.segment(view, candidate.word, generator)
+        mask = found.mask if isinstance(found, Segmentation) else found
+        _check_mask(mask, image, settings)
+        before = len(located.regions)
+        for part in _parts(mask & visible, settings):
+            located = _with_region(located, part, candidate, image, retriever, settings)
+        located = dataclasses.replace(located, rounds=located.rounds + 1, last=candidate.word)
+        if len(located.regions) == before:
+            located = dataclasses.replace(located, refused=(*located.refused, candidate.word))
+        if isinstance(found, Segmentation):
+            _check_mask(found.erased, image, settings)
+            so_far = torch.zeros_like(visible) if located.erased is None else located.erased
+            located = dataclasses.replace(located, erased=so_far | found.erased)
+        if not torch.equal(_visible(located, image), visible):
+            break
+    return located
 
 
-def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriever) -> list[Region]:
+def _parts(mask: Tensor, settings: Settings) -> list[Tensor]:
+    """The mask, or each of its 8-connected parts, from the top down."""
+    if not settings.apart:
+        return [mask]
+    labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
+    return [torch.from_numpy(labels == number) for number in range(1, count + 1)]
+
+
+def _with_region(
+    located: Located, mask: Tensor, candidate: Candidate, image: Tensor, retriever: Retriever, settings: Settings
+) -> Located:
+    """With the region of this mask, if it is large enough and there is room for it."""
+    used = _used(located, settings)
+    if settings.divide:
+        mask = _one_thing(mask, image, retriever, used)
+    area = float(mask.float().mean())
+    if len(located.regions) == settings.max_concepts or area == 0 or area < settings.min_area:
+        return located
+    fitting = _seen_alone(mask, image, retriever, used) if settings.rename else []
+    named = fitting[0] if fitting else candidate
+    region = Region(len(located.regions), named.word, named.score, mask)
+    return dataclasses.replace(located, regions=(*located.regions, region))
+
+
+def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriever) -> tuple[Region, ...]:
     """The regions with the words that fit all of them best: the assignment of the largest total score, each word once.
 
     One by one, the first region may take the word that the next one fits better. A region that the retriever has no
@@ -439,7 +529,7 @@ def _named_together(regions: Sequence[Region], image: Tensor, retriever: Retriev
         word = words[column]
         if word in found[row]:
             named[row] = dataclasses.replace(regions[row], word=word, score=found[row][word])
-    return named
+    return tuple(named)
 
 
 def _described(
@@ -504,32 +594,63 @@ def _check_mask(mask: Tensor, image: Tensor, settings: Settings) -> None:
         )
 
 
-def concept_prompt(tokens: dict[str, str]) -> str:
-    """What a concept's samples are prompted with."""
-    return f"a photo of a {tokens['instance']} {tokens['category']}"
+def concept_prompt(tokens: Mapping[str, str]) -> str:
+    """What a concept's samples are prompted with; tokens: part -> token."""
+    return f"a photo of a {object_tokens(tokens)}"
 
 
-def sample_prompts(
-    regions: Sequence[Region], attributes: Sequence[Attribute], count: int
-) -> list[tuple[int, str, int, str]]:
-    """The samples to generate: (concept's index, ``"object"`` or attribute, running number, prompt).
+def attribute_parts(tokens: Mapping[str, str]) -> list[str]:
+    """The attributes that a concept has tokens for; tokens: part -> token."""
+    return [part for part in tokens if part not in ("category", "instance")]
 
-    An attribute's token is shown on its concept's category, in the order in which both were learned.
+
+def words_alone(region: Region, attributes: Sequence[Attribute]) -> dict[str, str]:
+    """What plain words say of a concept, without any learning: ``"object"`` or attribute -> phrase.
+
+    A retriever that describes says which word of each attribute fits: ``{"object": "white stone bottle", "colour":
+    "white bottle", "material": "stone bottle"}``. Where none did there is the concept's own word alone.
+    """
+    best = {name: _likeliest(words)[:1] for name, words in region.hints.items()}
+    phrases = {one.name: " ".join([*best.get(one.name, []), region.word]) for one in attributes}
+    said = [word for one in attributes for word in best.get(one.name, [])]
+    return {"object": " ".join([*said, region.word])} | phrases
+
+
+def _likeliest(words: Mapping[str, float], count: int = 3) -> list[str]:
+    """The likeliest of a region's hints for one attribute, best first."""
+    return sorted(words, key=lambda word: -words[word])[:count]
+
+
+def word_prompts(
+    regions: Sequence[Region], attributes: Sequence[Attribute], samples: Sequence[SamplePrompt]
+) -> list[SamplePrompt]:
+    """The samples' counterparts: the same concepts, parts and numbers, prompted with plain words alone."""
+    phrases = {region.index: words_alone(region, attributes) for region in regions}
+    prompts = []
+    for index, part, number, _ in samples:
+        phrase = phrases[index][part]
+        prompts.append((index, part, number, f"a photo of {'an' if phrase[0].lower() in 'aeiou' else 'a'} {phrase}"))
+    return prompts
+
+
+def sample_prompts(regions: Sequence[Region], tokens: Sequence[Mapping[str, str]], count: int) -> list[SamplePrompt]:
+    """The samples to generate; tokens: each region's, by part.
+
+    An attribute's token is shown on its concept's category, in the order in which both were learned, or on its word
+    where no category was learned.
     """
     prompts = []
-    for region in regions:
-        tokens = token_names(region, attributes)
-        parts = {"object": concept_prompt(tokens)}
-        parts |= {
-            attribute.name: f"a photo of a {tokens['category']} {tokens[attribute.name]}" for attribute in attributes
-        }
+    for region, own in zip(regions, tokens, strict=True):
+        thing = own.get("category", region.word)
+        parts = {"object": concept_prompt(own)}
+        parts |= {part: f"a photo of a {thing} {own[part]}" for part in attribute_parts(own)}
         prompts += [(region.index, part, number, text) for part, text in parts.items() for number in range(count)]
     return prompts
 
 
 @torch.no_grad()
 def attention_maps(
-    backbone: Backbone, image: Tensor, tokens: dict[str, str], generator: torch.Generator
+    backbone: Backbone, image: Tensor, tokens: Mapping[str, str], generator: torch.Generator
 ) -> dict[str, Tensor]:
     """Where each of a concept's tokens looks: its cross-attention on the noised image, mean over draws of the noise.
 
@@ -538,18 +659,18 @@ def attention_maps(
     Args:
         backbone: with the tokens set.
         image: float32 ``[3, H, W]`` in [0, 1].
-        tokens: part -> token, as ``token_names`` gives them.
+        tokens: part -> token.
         generator: makes the noise.
 
     Returns:
         Part -> float32 ``[r, r]`` on the CPU, weights in [0, 1].
     """
     resolution = min(backbone.attention_resolutions, key=lambda side: abs(side - ATTENTION_GRID))
-    attributes = [part for part in tokens if part not in ("category", "instance")]
-    prompts = {
-        concept_prompt(tokens): ["category", "instance"],
-        " ".join(["a photo of a", tokens["category"], *(tokens[part] for part in attributes)]): attributes,
-    }
+    attributes = attribute_parts(tokens)
+    prompts = {concept_prompt(tokens): [part for part in tokens if part not in attributes]}
+    if attributes:
+        category = [tokens["category"]] if "category" in tokens else []
+        prompts[" ".join(["a photo of a", *category, *(tokens[part] for part in attributes)])] = attributes
     latents = backbone.encode_images(image[None].to(backbone.device))
     timesteps = torch.tensor([int(ATTENTION_TIMESTEP * backbone.num_timesteps)], device=backbone.device)
     noises = [torch.randn(latents.shape, generator=generator).to(latents) for _ in range(ATTENTION_DRAWS)]

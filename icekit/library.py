@@ -6,10 +6,12 @@ a run is under way its state is in ``checkpoint/``; ``manifest.json`` comes last
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icekit.protocols import InputError, Region, Step
+from icekit.protocols import InputError, Learned, Region, Step
 from icekit.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA_VERSION = 1
+WORDS_ALONE = "-words"
+"""After the part in the name of a sample that was made from plain words; no part has a hyphen in it."""
+
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+"""Fine-tuned weights of the noise predictor; with ``config.json`` beside them a folder in diffusers' format."""
 
 _OWN_FILES = (
     "manifest.json",
@@ -42,6 +49,7 @@ _OWN_FILES = (
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
     "embeddings": r".+-\d+(-.+)?\.safetensors",
+    "unet": r"config\.json|diffusion_pytorch_model\.safetensors",
     "samples": r"\d+-.+-\d+\.png",
     "attention": r"\d+-.+\.png",
     "checkpoint": r"run\.json",
@@ -134,9 +142,18 @@ class Extraction:
         """The settings of the run, complete."""
         return load_settings(self.run_dir / "settings.toml")
 
+    @property
+    def is_fine_tuned(self) -> bool:
+        """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
+        return any((self.run_dir / name).is_file() for name in ("lora.safetensors", WEIGHTS_FILE))
+
     def lora(self) -> dict[str, Tensor]:
         """Weights of the run's LoRA adapter by diffusers' key; empty if none was trained."""
         return RunDirectory(self.run_dir).load_lora()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of the run's fine-tuned noise predictor by diffusers' key; empty if they were not trained."""
+        return RunDirectory(self.run_dir).load_weights()
 
     def concept(self, reference: str | int | None = None) -> Concept:
         """A concept by its index or label; the first one for None.
@@ -190,11 +207,19 @@ class Started:
 
 @dataclass(frozen=True)
 class Located:
-    """Stage one so far: the regions found, the words that led nowhere, and whether it is finished."""
+    """Stage one so far.
+
+    regions: those found. refused: the words that led nowhere. finished: whether that is all.
+    rounds: how many words were tried. last: the last of them.
+    erased: bool ``[H, W]``, what was erased with the words, regions or not; None: the regions alone.
+    """
 
     regions: tuple[Region, ...] = ()
     refused: tuple[str, ...] = ()
     finished: bool = False
+    rounds: int = 0
+    last: str | None = None
+    erased: Tensor | None = None
 
 
 class RunDirectory:
@@ -271,20 +296,20 @@ class RunDirectory:
         """Delete what a killed process had half-written."""
         for path in self._own_files():
             if _becomes(path):
-                path.unlink()
+                _delete(path)
 
     def _delete_own(self, keep: str) -> None:
         for path in self._own_files():
             if (_becomes(path) or path.name) != keep:
-                path.unlink()
+                _delete(path)
                 if path.parent != self.path and not any(path.parent.iterdir()):
                     path.parent.rmdir()
 
     def _own_files(self) -> list[Path]:
-        """The files that icekit wrote here, half-written ones among them."""
+        """The files that icekit wrote here, half-written ones among them, and folders of such."""
         folders = [self.path / name for name in _OWN_PATTERNS if not (self.path / name).is_symlink()]
         paths = [path for folder in [self.path, *folders] if folder.is_dir() for path in folder.iterdir()]
-        return [path for path in paths if path.is_file() and self._is_own(path)]
+        return [path for path in paths if (path.is_file() or _becomes(path)) and self._is_own(path)]
 
     def _is_own(self, path: Path) -> bool:
         name = path.with_name(_becomes(path) or path.name).relative_to(self.path).as_posix()
@@ -314,7 +339,14 @@ class RunDirectory:
         ]
         self._write_json(
             "checkpoint/regions.json",
-            {"regions": regions, "refused": list(located.refused), "finished": located.finished},
+            {
+                "regions": regions,
+                "refused": list(located.refused),
+                "finished": located.finished,
+                "rounds": located.rounds,
+                "last": located.last,
+                "erased": None if located.erased is None else _mask_to_text(located.erased),
+            },
         )
         current = {region["mask"] for region in regions}
         for path in (self.path / "masks").glob("*.png"):  # a region that was renamed left its mask's old name
@@ -333,7 +365,15 @@ class RunDirectory:
             with Image.open(self.path / entry["mask"]) as image:
                 mask = torch.from_numpy(np.asarray(image.convert("L")) > 127)
             regions.append(Region(entry["index"], entry["word"], entry["score"], mask, entry.get("hints", {})))
-        return Located(tuple(regions), tuple(record["refused"]), record["finished"])
+        erased = record.get("erased")
+        return Located(
+            tuple(regions),
+            tuple(record["refused"]),
+            record["finished"],
+            record.get("rounds", len(record["regions"]) + len(record["refused"])),
+            record.get("last"),
+            None if erased is None else _mask_from_text(erased),
+        )
 
     # --- Stage two ---------------------------------------------------------------------------------------------------
 
@@ -341,18 +381,23 @@ class RunDirectory:
         """``log.jsonl``, to append to."""
         return StepLog(self.path / "log.jsonl")
 
-    def save_learned(self, tokens: Mapping[str, Tensor], lora: Mapping[str, Tensor]) -> None:
-        """Keep the learned tokens in both forms, and the LoRA weights if there are any.
+    def save_learned(self, learned: Learned) -> None:
+        """Keep the learned tokens in both forms, and the LoRA adapter or the noise predictor's weights if trained.
 
         ``embeddings.safetensors`` comes last: it says that all of them are there.
         """
         from safetensors.torch import save
 
-        if lora:
-            self._write("lora.safetensors", save({key: _plain(value) for key, value in lora.items()}))
-        for token, row in tokens.items():
+        if learned.lora:
+            self._write("lora.safetensors", save({key: _plain(value) for key, value in learned.lora.items()}))
+        if learned.weights:
+            if learned.weights_config:
+                self._write_json("unet/config.json", learned.weights_config, indent=2)
+            # diffusers does not read a file that does not say which framework it is of.
+            write_tensors_atomically(self.path / WEIGHTS_FILE, learned.weights, {"format": "pt"})
+        for token, row in learned.tokens.items():
             self._write(f"embeddings/{token.strip('<>')}.safetensors", save({token: _plain(row)}))
-        self._write("embeddings.safetensors", save({token: _plain(row) for token, row in tokens.items()}))
+        self._write("embeddings.safetensors", save({token: _plain(row) for token, row in learned.tokens.items()}))
 
     def load_tokens(self) -> dict[str, Tensor] | None:
         """The learned tokens, float32 ``[dim]`` each; None before they are there."""
@@ -368,15 +413,22 @@ class RunDirectory:
         path = self.path / "lora.safetensors"
         return load_file(path) if path.is_file() else {}
 
+    def load_weights(self) -> dict[str, Tensor]:
+        """The noise predictor's fine-tuned weights; empty if there are none."""
+        from safetensors.torch import load_file
+
+        path = self.path / WEIGHTS_FILE
+        return load_file(path) if path.is_file() else {}
+
     # --- What is made of it ------------------------------------------------------------------------------------------
 
-    def has_sample(self, index: int, part: str, number: int) -> bool:
+    def has_sample(self, index: int, part: str, number: int, *, words_alone: bool = False) -> bool:
         """Whether this sample was generated already."""
-        return (self.path / sample_name(index, part, number)).is_file()
+        return (self.path / sample_name(index, part, number, words_alone=words_alone)).is_file()
 
-    def save_sample(self, index: int, part: str, number: int, image: Image.Image) -> None:
-        """Keep a generated image; ``part`` is ``"object"`` or an attribute."""
-        self._write_image(sample_name(index, part, number), image)
+    def save_sample(self, index: int, part: str, number: int, image: Image.Image, *, words_alone: bool = False) -> None:
+        """Keep a generated image; ``part`` is ``"object"`` or an attribute, ``words_alone`` as in ``sample_name``."""
+        self._write_image(sample_name(index, part, number, words_alone=words_alone), image)
 
     def save_attention(self, index: int, part: str, image: Image.Image) -> None:
         """Keep the attention map of one token, 8-bit grey."""
@@ -433,10 +485,7 @@ class FileCheckpoint:
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Replace the last save by this one, in one step."""
-        from safetensors.torch import save
-
-        plain = {key: _plain(value, keep_type=True) for key, value in tensors.items()}
-        write_atomically(self.path, save(plain, metadata={"state": json.dumps(dict(state))}))
+        write_tensors_atomically(self.path, tensors, {"state": json.dumps(dict(state))})
 
 
 class StepLog:
@@ -479,14 +528,28 @@ class StepLog:
         self.close()
 
 
+def _mask_to_text(mask: Tensor) -> str:
+    """A mask as a PNG in base64: what belongs to a JSON file is written with it, in one step."""
+    png = io.BytesIO()
+    Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def _mask_from_text(text: str) -> Tensor:
+    import torch
+
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        return torch.from_numpy(np.asarray(image.convert("L")) > 127)
+
+
 def mask_name(region: Region) -> str:
     """Where a region's mask is, relative to the run directory."""
     return f"masks/{region.index}-{region.label}.png"
 
 
-def sample_name(index: int, part: str, number: int) -> str:
-    """Where a sample is, relative to the run directory."""
-    return f"samples/{index}-{part}-{number}.png"
+def sample_name(index: int, part: str, number: int, *, words_alone: bool = False) -> str:
+    """Where a sample is, relative to the run directory; ``words_alone``: its counterpart without a learned token."""
+    return f"samples/{index}-{part}{WORDS_ALONE if words_alone else ''}-{number}.png"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -498,6 +561,30 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def write_tensors_atomically(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file as ``write_atomically`` does, tensor by tensor: its bytes are never all in memory."""
+    from safetensors.torch import save_file
+
+    kept: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        place = plain.untyped_storage().data_ptr()
+        kept[key] = plain.clone() if place in places else plain  # safetensors refuses two tensors in one storage
+        places.add(place)
+    # safetensors has a temporary file of its own, private and of any name: it gets a folder that is known as ours.
+    folder = _temporary(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(kept, folder / path.name, metadata)
+        with (folder / path.name).open("rb+") as file:
+            os.chmod(file.fileno(), folder.stat().st_mode & 0o666)  # as open to others as any file of the run
+            os.fsync(file.fileno())
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_image_atomically(path: Path, image: Image.Image) -> None:
@@ -517,15 +604,21 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.part")
 
 
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def _becomes(path: Path) -> str | None:
     """The name of the file that a temporary one was to become; None if it is none."""
     match = re.fullmatch(r"\.(.+?)(\.\d+)?\.part", path.name)
     return match[1] if match else None
 
 
-def _plain(tensor: Tensor, *, keep_type: bool = False) -> Tensor:
-    plain = tensor.detach().cpu()
-    return (plain if keep_type else plain.float()).contiguous().clone()
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().float().contiguous().clone()
 
 
 def _read_json(path: Path) -> Any:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ConfigDict
 
@@ -111,11 +111,25 @@ class Describer(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Segmentation:
+    """A word's mask and what is to be erased with it, both bool ``[H, W]``.
+
+    erased: erased whether or not the mask becomes a region: the mask and, say, the picture's background.
+    """
+
+    mask: Tensor
+    erased: Tensor
+
+
 class Segmentor(Protocol):
     """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``."""
 
-    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
-        """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there."""
+    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
+        """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there.
+
+        A mask alone is erased when it becomes a region; a ``Segmentation`` says for itself what is to be erased.
+        """
         ...
 
 
@@ -166,6 +180,27 @@ def token_names(region: Region, attributes: Sequence[Attribute]) -> dict[str, st
     return names | {attribute.name: f"<{stem}-{attribute.name}>" for attribute in attributes}
 
 
+ATTRIBUTES = "attributes"
+"""In ``Learner.parts``: a token for every attribute that is asked for."""
+ALL_PARTS = ("category", "instance", ATTRIBUTES)
+"""What a learner's tokens stand for when it does not say otherwise."""
+
+
+def parts_of(learner: type, attributes: Sequence[str]) -> tuple[str, ...]:
+    """The parts that a learner gives tokens for: of ``"category"``, ``"instance"`` and the attributes' names."""
+    parts: Collection[str] = getattr(learner, "parts", ALL_PARTS)
+    own = tuple(part for part in ("category", "instance") if part in parts)
+    return own + (tuple(attributes) if ATTRIBUTES in parts else ())
+
+
+def object_tokens(tokens: Mapping[str, str]) -> str:
+    """What stands for a whole concept in a prompt: its instance and its category, as far as it has both.
+
+    tokens: part -> token.
+    """
+    return " ".join(tokens[part] for part in ("instance", "category") if part in tokens)
+
+
 @dataclass(frozen=True)
 class Step:
     """One learning step: its number (from 1), the total, the phase's name and the losses by name (floats)."""
@@ -192,17 +227,30 @@ class Checkpoint(Protocol):
 class Learned:
     """What a learner returns.
 
-    tokens: float32 ``[embedding_dim]`` on the CPU per token name (every name of ``token_names`` for every region).
+    tokens: float32 ``[embedding_dim]`` on the CPU per token name: for every region those of ``token_names`` that are
+        among the learner's ``parts``.
     lora: weights of a LoRA adapter by diffusers' key (``unet.``...), empty when none was trained;
         ``StableDiffusionPipeline.load_lora_weights`` reads them.
+    weights: all weights of a fine-tuned noise predictor by diffusers' key, float16 on the CPU, empty when they were not
+        trained. Half precision, because a run keeps them so, and draws the same whether or not it was interrupted.
+    weights_config: its configuration, JSON-able, as in diffusers' ``config.json``; with it the run has a folder that
+        ``UNet2DConditionModel.from_pretrained`` reads.
     """
 
     tokens: dict[str, Tensor]
     lora: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    weights_config: dict[str, Any] = field(default_factory=dict)
 
 
 class Learner(Protocol):
-    """Image, regions, attributes -> tokens."""
+    """Image, regions, attributes -> tokens.
+
+    A learner has a token for a concept's category, its instance and every attribute. One that learns less says so in a
+    class attribute ``parts``, a selection of ``ALL_PARTS`` with ``"instance"``, ``"category"`` or both in it: a method
+    of one token a concept has ``parts = ("instance",)``. What is not there has no name, no samples and no measured
+    value; no row is made up for it.
+    """
 
     def learn(
         self,
@@ -293,16 +341,19 @@ class Backbone(Protocol):
         """Make these the extra tokens (replacing earlier ones): name ``<...>`` -> float32 ``[embedding_dim]``."""
         ...
 
-    def word_embedding(self, word: str) -> Tensor:
-        """The row of a plain word, float32 ``[embedding_dim]``: the mean over its pieces if it has several."""
+    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
+        """The row of a plain word, float32 ``[embedding_dim]``; of one in several pieces their mean or the first's."""
         ...
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, extra tokens among them; gradients flow to rows that require them."""
         ...
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """``encode_prompts(texts).pooled`` alone, ``[B, P]``: much cheaper for short texts."""
+    def embed_texts(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
+        """``encode_prompts(texts).pooled`` alone, ``[B, P]``: much cheaper for short texts.
+
+        pool: where E is read: at the text's end, or at its highest token id, which is an extra token if it has one.
+        """
         ...
 
     def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
@@ -347,9 +398,24 @@ class Backbone(Protocol):
         steps: int = 25,
         guidance_scale: float = 7.5,
         lora: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
-        """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt, not on its place in the batch."""
+        """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt, not on its place in the batch.
+
+        ``lora`` and ``weights`` are what a learner made of the noise predictor (``Learned``), used for this call.
+        """
+        ...
+
+
+@runtime_checkable
+class PosteriorBackbone(Protocol):
+    """A backbone that can also say how sure its autoencoder is: learners may draw latents from what it says."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """The Gaussian that the autoencoder makes of images ``[B, 3, H, W]`` in [0, 1]: its mean, which is
+        ``encode_images(images)``, and its standard deviation, of the same shape.
+        """
         ...
 
 
@@ -427,8 +493,8 @@ class Dataset(Protocol):
 class FoundConcept:
     """A concept that a run found.
 
-    region: its place and word. tokens: part -> token, as ``token_names`` gives them.
-    words: attribute's name -> words its token was named with, best first.
+    region: its place and word. tokens: part -> token, as ``token_names`` gives them, of the learner's parts.
+    words: attribute's name -> words its token was named with, best first; none for an attribute without a token.
     """
 
     region: Region
@@ -465,8 +531,16 @@ class Outcome(Protocol):
         ...
 
     @property
+    def parts(self) -> Sequence[str]:
+        """What the learner gives tokens for, whether or not it found anything here: see ``parts_of``.
+
+        A concept that was missed counts against a learner only where it would have had a token for it.
+        """
+        ...
+
+    @property
     def attributes(self) -> Sequence[str]:
-        """Names of the attributes that were learned."""
+        """Names of the attributes among ``parts``."""
         ...
 
     def generate(self, prompt: str) -> list[Image.Image]:

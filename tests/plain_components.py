@@ -20,13 +20,17 @@ from torch import Tensor
 from icekit import hookimpl
 from icekit.protocols import (
     Attribute,
+    BenchImage,
     Candidate,
     Checkpoint,
+    Column,
     ComponentSettings,
     Conditioning,
     Learned,
+    Outcome,
     Proposal,
     Region,
+    Score,
     Step,
     View,
     token_names,
@@ -73,7 +77,7 @@ class PlainBackbone:
     def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
         self.rows = dict(rows)
 
-    def word_embedding(self, word: str) -> Tensor:
+    def word_embedding(self, word: str, pieces: str = "mean") -> Tensor:
         return embedding_of(word)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -85,7 +89,7 @@ class PlainBackbone:
         stacked = torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
         return Conditioning(stacked[:, None], stacked)
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], pool: str = "end") -> Tensor:
         return self.encode_prompts(texts).pooled
 
     def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
@@ -135,6 +139,13 @@ class PlainRetriever:
         ghosts = [f"ghost {number}" for number in range(self.settings.ghosts)]
         seen = [word for word in WORDS if bool((quadrant(word) & view.visible).any())]
         return [Candidate(word, 0.5) for word in [*ghosts, *seen] if word not in used]
+
+
+class DescribingRetriever(PlainRetriever):
+    """Sees an attribute's first two words in everything."""
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> Mapping[str, float]:
+        return {words[0]: 0.75, words[1]: 0.25}
 
 
 def quadrant(word: str) -> Tensor:
@@ -222,6 +233,42 @@ class PlainLearner:
         return Learned(tokens)
 
 
+class OneTokenLearner(PlainLearner):
+    """A token for the instance, and nothing else."""
+
+    parts = ("instance",)
+
+    def learn(self, *arguments: Any, **options: Any) -> Learned:
+        tokens = super().learn(*arguments, **options).tokens
+        return Learned({token: row for token, row in tokens.items() if token.endswith("-instance>")})
+
+
+class Named:
+    """Whether the colour's token was named."""
+
+    class Settings(ComponentSettings):
+        """There are none."""
+
+    columns: Mapping[str, Column] = {"named": Column("colour tokens that were named")}
+    needs: Collection[str] = ()
+
+    def __init__(self, settings: Settings, backbone: PlainBackbone) -> None:
+        pass
+
+    def prepare(self, images: Sequence[BenchImage]) -> None: ...
+
+    def measure(self, outcome: Outcome) -> Mapping[str, Score]:
+        if "colour" not in outcome.attributes:
+            return {}
+        named = [float(bool(match.found and match.found.words["colour"])) for match in outcome.matches]
+        return {"named": Score(sum(named) / len(named))}
+
+
+@hookimpl
+def register_metrics(register: Callable[[str, type], None]) -> None:
+    register("seen", Named)
+
+
 @hookimpl
 def register_backbones(register: Callable[[str, type], None]) -> None:
     register("plain", PlainBackbone)
@@ -230,6 +277,7 @@ def register_backbones(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_retrievers(register: Callable[[str, type], None]) -> None:
     register("plain", PlainRetriever)
+    register("describing", DescribingRetriever)
 
 
 @hookimpl
@@ -241,6 +289,7 @@ def register_segmentors(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_learners(register: Callable[[str, type], None]) -> None:
     register("plain", PlainLearner)
+    register("one-token", OneTokenLearner)
 
 
 OPTIONS = [f"--{role}=plain" for role in ("backbone", "retriever", "segmentor", "learner")]

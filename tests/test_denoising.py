@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from icekit.builtin.denoising import coverage, latent_mask, masked_denoising_loss, offset_noise, timestep_density
+from icekit.builtin.denoising import (
+    coverage,
+    latent_mask,
+    masked_denoising_loss,
+    nearest_mask,
+    offset_noise,
+    timestep_density,
+)
 
 
 def test_timestep_density_by_hand() -> None:
@@ -37,6 +44,20 @@ def test_a_tiny_object_keeps_its_most_covered_cell() -> None:
     mask = torch.zeros(2, 8, 8, dtype=torch.bool)
     mask[0, 7, 7] = mask[0, 0, 0] = mask[0, 1, 0] = True
     assert latent_mask(mask, (2, 2)).tolist() == [[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
+
+
+def test_nearest_mask_takes_the_first_pixel_of_each_cell() -> None:
+    mask = torch.rand(3, 16, 24, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert torch.equal(nearest_mask(mask, (4, 3)), mask[:, ::4, ::8].float())
+
+
+def test_an_object_between_the_pixels_that_are_looked_at_keeps_its_most_covered_cell() -> None:
+    mask = torch.zeros(2, 8, 8, dtype=torch.bool)
+    mask[0, 1:4, 1:7] = True  # 9 pixels of the upper left cell, 9 of the upper right one without its first
+    mask[0, 2, 2] = mask[0, 1, 4] = False  # now 8 and 8
+    mask[0, 3, 4] = False  # and 7
+    assert nearest_mask(mask, 2)[0].tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert nearest_mask(mask, 2)[1].tolist() == [[0.0, 0.0], [0.0, 0.0]]  # an empty mask stays empty
 
 
 def test_masked_denoising_loss_by_hand() -> None:

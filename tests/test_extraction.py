@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import plain_components as plain
@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 import icekit as icekit_api
 from icekit import Candidate, InputError, RunError, View, extract, hookimpl
 from icekit.builtin.attributes import COLOUR, MATERIAL
-from icekit.extraction import derived_seed, localise, resolve_device
-from icekit.library import Located
+from icekit.extraction import derived_seed, localise, resolve_device, sample_prompts, word_prompts
+from icekit.library import Located, RunDirectory
 from icekit.plugins import Origin, Plugins
+from icekit.protocols import Attribute, Learned, Region, token_names
 from icekit.settings import Settings, load_settings, merge
 
 NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
@@ -58,7 +59,8 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest == run.manifest
     assert list(manifest) == [
-        "schema_version", "icekit_version", "image", "components", "attributes", "seed", "concepts", "timings",
+        "schema_version", "icekit_version", "image", "preset", "components", "attributes", "seed", "concepts",
+        "learning_steps", "timings",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
@@ -81,7 +83,12 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
         ["manifest.json", "image.png", "settings.toml", "log.jsonl", "report.html", "embeddings.safetensors"]
         + ["masks/0-cup.png", "masks/1-red-bowl.png"]
         + [f"embeddings/{token.strip('<>')}.safetensors" for one in (cup, bowl) for token in one["tokens"].values()]
-        + [f"samples/{index}-{part}-0.png" for index in (0, 1) for part in ("object", "colour", "material")]
+        + [
+            f"samples/{index}-{part}{words}-0.png"
+            for index in (0, 1)
+            for part in ("object", "colour", "material")
+            for words in ("", "-words")
+        ]
         + [f"attention/{index}-{part}.png" for index in (0, 1) for part in cup["tokens"]]
     )
     for concept in run.concepts:
@@ -386,7 +393,7 @@ def test_observers_hear_everything(plugins: Plugins, photo: Path, tmp_path: Path
     extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
     assert watcher.heard == [
         *("load", "run_started", "localise", "cup", "learn", "step 1", "step 2"),
-        *("generate", "image 1/2", "image 2/2", "finished 1"),
+        *("generate", "image 1/4", "image 2/4", "image 3/4", "image 4/4", "finished 1"),
     ]
     with pytest.raises(InputError):
         extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
@@ -409,6 +416,85 @@ def test_observer_that_raises_does_not_end_the_run(
     assert "clumsy" in record.getMessage()
 
 
+# --- What the words alone would have given ---------------------------------------------------------------------------
+
+
+class Describes(plain.PlainRetriever):
+    """Sees that everything is red, or else rubber."""
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> dict[str, float]:
+        return {word: 0.7 if word == "red" else 0.2 if word == "rubber" else 0.01 for word in words}
+
+
+class Batches(plain.PlainBackbone):
+    """Keeps what it was asked to generate."""
+
+    class Settings(plain.PlainBackbone.Settings):
+        images_at_once: int = 3
+
+    asked: ClassVar[list[tuple[list[str], list[int], bool]]] = []
+
+    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], lora: Any = None, **options: Any) -> Any:
+        self.asked.append((list(prompts), list(seeds), lora is not None))
+        return super().generate(prompts, seeds=seeds, **options)
+
+
+def test_samples_of_the_words_alone(plugins: Plugins, photo: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    learn = plain.PlainLearner.learn
+
+    def with_lora(self: Any, *arguments: Any, **options: Any) -> Learned:
+        return Learned(learn(self, *arguments, **options).tokens, {"unet.to_q.lora_A.weight": torch.zeros(1)})
+
+    monkeypatch.setattr(plain, "PlainRetriever", Describes)
+    monkeypatch.setattr(plain, "PlainBackbone", Batches)
+    monkeypatch.setattr(plain.PlainLearner, "learn", with_lora)
+    Batches.asked.clear()
+    settings = plain_settings(max_concepts=1, describe=True, samples=2)
+    run = extract(photo, tmp_path / "run", settings, installed=plugins)
+
+    [cup] = run.manifest["concepts"]
+    assert cup["words_alone"] == {"object": "red rubber cup", "colour": "red cup", "material": "rubber cup"}
+    assert (cup["described"]["colour"][0], cup["described"]["material"][0]) == ("red", "rubber")
+    assert len(cup["described"]["colour"]) == 3
+    learned, alone = Batches.asked[:2], Batches.asked[2:]
+    said = [prompt for prompts, _, _ in alone for prompt in prompts]
+    assert said == [f"a photo of a {words} cup" for words in ("red rubber", "red", "rubber") for _ in range(2)]
+    assert [seeds for _, seeds, _ in learned] == [seeds for _, seeds, _ in alone]  # the same noise
+    assert [len(prompts) for prompts, _, _ in Batches.asked] == [3, 3, 3, 3]
+    assert [lora for _, _, lora in Batches.asked] == [True, True, False, False]  # the model before any learning
+
+    # Interrupted in the middle of a batch: that one is made again as a whole, the pictures are the same.
+    saved, save_sample = [], RunDirectory.save_sample
+
+    def interrupted(self: RunDirectory, *arguments: Any, **options: Any) -> None:
+        if len(saved) == 7:
+            raise KeyboardInterrupt
+        saved.append(arguments[:3])
+        save_sample(self, *arguments, **options)
+
+    asked = list(Batches.asked)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(RunDirectory, "save_sample", interrupted)
+        extract(photo, tmp_path / "again", settings, installed=plugins)
+    Batches.asked.clear()
+    extract(photo, tmp_path / "again", settings, resume=True, installed=plugins)
+    assert Batches.asked == asked[2:]
+    assert files_of(tmp_path / "again" / "samples") == files_of(tmp_path / "run" / "samples")
+
+    without = extract(photo, tmp_path / "off", plain_settings(max_concepts=1, words_alone=False), installed=plugins)
+    assert without.manifest["concepts"][0]["words_alone"]["colour"] == "cup"  # nobody was asked for its colour
+    assert without.manifest["concepts"][0]["described"] == {}
+    assert sorted(files_of(tmp_path / "off" / "samples")) == ["0-colour-0.png", "0-material-0.png", "0-object-0.png"]
+
+
+def test_words_alone_are_english() -> None:
+    orange = Region(0, "ball", 1.0, torch.ones(2, 2, dtype=torch.bool), {"colour": {"orange": 0.6, "red": 0.4}})
+    colour = Attribute("colour", "colour", ("orange", "red"))
+    samples = sample_prompts([orange], [token_names(orange, [colour])], 1)
+    [ball, shade] = word_prompts([orange], [colour], samples)
+    assert (ball[3], shade[3]) == ("a photo of an orange ball", "a photo of an orange ball")
+
+
 # --- Components that break their word --------------------------------------------------------------------------------
 
 
@@ -419,8 +505,6 @@ def test_wrong_mask_names_the_segmentor(photo: Path, tmp_path: Path, plugins: Pl
 
 
 def test_missing_token_names_the_learner(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
-    from icekit.protocols import Learned
-
     monkeypatch.setattr(plain.PlainLearner, "learn", lambda self, *a, **k: Learned({"<cup-0>": torch.zeros(plain.DIM)}))
     with pytest.raises(RunError, match="learner 'plain' returned no usable embedding for <cup-0-instance>"):
         extract(photo, tmp_path / "run", plain_settings(), installed=plugins)

@@ -12,8 +12,9 @@ import torch
 from learning import Killed, Memory, assert_same, two_regions
 from torch import Tensor
 
-from icekit.builtin.ice import IceLearner, IceSettings, nearest_resolution, step_generator
+from icekit.builtin.ice import IceLearner, IceSettings, Lesson, nearest_resolution, step_generator
 from icekit.builtin.stable_diffusion import StableDiffusion
+from icekit.builtin.training import Task
 from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
@@ -303,6 +304,262 @@ def test_settings_refuse_what_cannot_work() -> None:
     with pytest.raises(ValueError, match="two rising shares"):
         IceSettings(timestep_range=(0.9, 0.4))
     assert IceSettings().steps == 800
+
+
+# --- As the published code does it ------------------------------------------------------------------------------------
+
+
+LessonOf = Callable[..., Lesson]
+
+
+@pytest.fixture
+def lesson_of(backbone: StableDiffusion, image: Tensor, regions: list[Region]) -> LessonOf:
+    """What a call of ``learn`` starts from: its masks, latents, anchors and tokens before the first step."""
+
+    def make(only: list[Region] | None = None, **settings: Any) -> Lesson:
+        task = Task(image, only or regions, (COLOUR, MATERIAL), 0, Memory(), lambda _: None)
+        return Lesson(IceSettings(**({"steps": 4} | settings)), backbone, task)
+
+    return make
+
+
+def test_one_concept_is_drawn_a_step_each_as_often(lesson_of: LessonOf, regions: list[Region]) -> None:
+    three = lesson_of([*regions, replace(regions[0], index=2)], concepts_per_step="one")
+    drawn = torch.tensor([three.concepts_of("learn", step) for step in range(1, 1201)])
+    assert drawn.shape == (1200, 1)
+    assert (drawn.flatten().bincount(minlength=3) - 400).abs().max() < 60  # 3.7 standard deviations
+
+
+def test_a_step_of_one_concept_is_its_share_of_a_step_of_all(
+    learn: Learn, lesson_of: LessonOf, backbone: StableDiffusion, regions: list[Region]
+) -> None:
+    """The same noise, timestep and template; the loss is that concept's, not divided by the number of concepts."""
+    every = lesson_of()
+    drawn = lesson_of(concepts_per_step="one").concepts_of("learn", 1)
+    draw, tokens = every.draw("learn", 1), every.object_tokens(drawn[0])
+    with torch.no_grad(), backbone.capture_attention(cross=[every.resolution], places=("down", "up")) as maps:
+        prompt = every.prompt(draw.templates[drawn[0]], tokens)
+        expected = every._denoising_losses(draw, drawn, [prompt], maps)
+    losses = learn(concepts_per_step="one")[1][0].losses
+    assert losses["reconstruction"] == pytest.approx(expected["reconstruction"].item(), rel=1e-4)
+    assert losses["attention"] == pytest.approx(expected["attention"].item(), rel=1e-4)
+    assert losses["triplet"] == pytest.approx(0.05, rel=1e-4)  # both tokens are at their anchor: the margin
+    assert losses["total"] == pytest.approx(losses["reconstruction"] + 1e-5 * losses["attention"] + 0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["each", "one"])
+def test_a_concept_that_is_not_drawn_stays_or_decays(
+    learn: Learn, lesson_of: LessonOf, backbone: StableDiffusion, optimizer: str
+) -> None:
+    """With an optimiser for each it stays as it is; as one row of many it decays, for its moments are zero still."""
+    lesson = lesson_of(concepts_per_step="one")
+    seed = next(seed for seed in range(99) if all(drawn(lesson, seed, step) == [0] for step in (1, 2)))
+    settings = {"concepts_per_step": "one", "optimizer": optimizer, "weight_decay": 0.5, "learning_rate": 1e-2}
+    tokens = learn((), steps=2, seed=seed, **settings)[0].tokens
+    left = 1.0 if optimizer == "each" else (1 - 1e-2 * 0.5) ** 2
+    for name in ("<metal-ball-1>", "<metal-ball-1-instance>"):
+        torch.testing.assert_close(tokens[name], left * backbone.word_embedding("metal ball"))
+    assert (tokens["<cup-0>"] - backbone.word_embedding("cup")).abs().max() > 5e-3
+
+
+def drawn(lesson: Lesson, seed: int, step: int) -> list[int]:
+    lesson.seed = seed
+    return lesson.concepts_of("learn", step)
+
+
+@pytest.mark.parametrize("optimizer", ["each", "one"])
+def test_phase_two_starts_anew_or_goes_on_with_phase_ones_adamw(learn: Learn, optimizer: str) -> None:
+    """The first step of an attribute's row is what AdamW makes of its moments and the number of steps so far."""
+
+    def saved_before(kill_at: int) -> dict[str, Tensor]:
+        memory = Memory()
+        with pytest.raises(Killed):
+            learn(
+                steps=8, optimizer=optimizer, weight_decay=0.0, checkpoint_every=1, checkpoint=memory, kill_at=kill_at
+            )
+        assert memory.held is not None and memory.held[1]["step"] == kill_at - 1
+        return memory.held[0]
+
+    phase_one, then = saved_before(5), saved_before(6)
+    steps = 5 if optimizer == "one" else 1
+    mean, square = (then[f"adamw.{kind}/<cup-0-colour>"] for kind in ("exp_avg", "exp_avg_sq"))
+    torch.testing.assert_close(mean.square() / 0.1**2, square / 0.001)  # both of one gradient: they were zero
+    assert then["adamw.step/<cup-0-colour>"].item() == steps
+    step = 5e-4 * (mean / (1 - 0.9**steps)) / ((square / (1 - 0.999**steps)).sqrt() + 1e-8)
+    start = phase_one["row/<cup-0-instance>"]
+    torch.testing.assert_close(then["row/<cup-0-colour>"] - start, -step, rtol=1e-3, atol=1e-7)
+    assert torch.equal(then["row/<cup-0>"], phase_one["row/<cup-0>"])
+    # No prompt has the instance any more. As one row of many it has its momentum still.
+    assert torch.equal(then["row/<cup-0-instance>"], start) == (optimizer == "each")
+
+
+def test_the_triplet_of_phase_two_in_both_forms(lesson_of: LessonOf) -> None:
+    """All tokens at the word, so at the category's anchor: what is left can be computed from the anchors alone."""
+    for settings, anchors in (
+        ({"intrinsic_form": "pairs"}, ["cup", "colour", "material"]),
+        ({"intrinsic_form": "tokens"}, ["cup", "colour", "material"]),
+        (
+            {"intrinsic_form": "tokens", "attribute_anchor": "a {} concept"},
+            ["cup", "a colour concept", "a material concept"],
+        ),
+    ):
+        lesson = lesson_of(**settings)
+        with torch.no_grad():
+            cup, *others = lesson.backbone.embed_texts(anchors)
+            actual = lesson.intrinsic_triplet([0])
+            gamma = {
+                (j, k): 0.7 * (one - other).square()
+                for j, one in enumerate([cup, *others])
+                for k, other in enumerate([cup, *others])
+            }
+        terms = {pair: value.mean().item() for pair, value in gamma.items() if pair[0] != pair[1]}
+        expected = {
+            "pairs": sum(terms.values()) / 6,
+            "tokens": (terms[0, 1] + terms[0, 2]) / 2 + terms[1, 2] + terms[2, 1],
+        }
+        assert actual.item() == pytest.approx(expected[settings["intrinsic_form"]], rel=1e-4)
+
+
+def test_triplets_may_read_a_new_token_at_itself(lesson_of: LessonOf, backbone: StableDiffusion) -> None:
+    lesson = lesson_of(pooling="highest")
+    with torch.no_grad():
+        [[own]] = lesson._embed([["<cup-0>"]])
+        sequence = backbone.encode_prompts(["<cup-0>"]).sequence[0]
+        torch.testing.assert_close(own, torch.nn.functional.normalize(sequence[1], dim=-1))
+        torch.testing.assert_close(lesson.word_anchors, backbone.embed_texts(["cup", "metal ball"]))  # at their ends
+        torch.testing.assert_close(lesson_of()._embed([["<cup-0>"]])[0, 0], backbone.embed_texts(["cup"])[0])
+
+
+def test_a_token_may_start_from_the_first_piece_of_its_word(lesson_of: LessonOf, backbone: StableDiffusion) -> None:
+    rows = lesson_of(word_row="first").rows
+    assert torch.equal(rows["<metal-ball-1>"], backbone.word_embedding("metal"))
+    assert torch.equal(rows["<cup-0>"], backbone.word_embedding("cup"))
+
+
+def test_latents_may_be_a_sample_anew_in_every_step(
+    learn: Learn, backbone: StableDiffusion, image: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    add_noise = backbone.add_noise
+
+    def watching(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        seen.append(latents)
+        return add_noise(latents, noise, timesteps)
+
+    monkeypatch.setattr(backbone, "add_noise", watching)
+    settings = {"attributes": (), "steps": 12, "flip_probability": 0, "learning_rate": 1e-6}
+    learn(latents="sample", **settings)
+    both = torch.stack([image, image.flip(-1)])
+    mean, deviation = (part[:1] for part in backbone.posterior(both))
+    standard = ((torch.cat(seen) - mean) / deviation).flatten(1)  # of 12 steps and two concepts
+    assert standard.std().item() == pytest.approx(1, abs=0.025)  # 5 standard deviations
+    assert (standard @ standard.T / standard.shape[1]).fill_diagonal_(0).abs().max() < 0.2  # all of them others
+    first = torch.cat(seen)
+    seen.clear()
+    learn(latents="sample", **settings)
+    assert torch.equal(torch.cat(seen), first)
+    seen.clear()
+    learn(**settings)
+    assert torch.equal(torch.cat(seen), mean.expand(24, -1, -1, -1))
+
+
+def test_a_sample_needs_a_backbone_that_has_a_posterior(
+    backbone: StableDiffusion, image: Tensor, regions: list[Region]
+) -> None:
+    class Without:
+        def __getattr__(self, name: str) -> Any:
+            if name == "posterior":
+                raise AttributeError(name)
+            return getattr(backbone, name)
+
+    task: Any = (image, regions, ())
+    others: Any = {"seed": 0, "checkpoint": Memory(), "on_step": lambda _: None}
+    IceLearner(IceSettings(steps=2), Without()).learn(*task, **others)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"learner.latents = 'sample': this backbone has no posterior"):
+        IceLearner(IceSettings(steps=2, latents="sample"), Without()).learn(*task, **others)  # type: ignore[arg-type]
+
+
+def test_masks_may_be_taken_by_nearest_neighbour(lesson_of: LessonOf, regions: list[Region]) -> None:
+    lesson = lesson_of(mask_cells="nearest", attention_resolution=8)
+    masks = torch.stack([region.mask for region in regions])
+    for side, flipped in ((0, masks), (1, masks.flip(-1))):
+        assert torch.equal(lesson.latent_masks[:, 0, side], flipped[:, ::8, ::8].float())
+        assert torch.equal(lesson.attention_masks[:, 0, side], flipped[:, ::16, ::16].float())
+    speck = torch.zeros(128, 128, dtype=torch.bool)
+    speck[66, 66] = True
+    vanishing = lesson_of([replace(regions[0], mask=speck)], mask_cells="nearest", attention_resolution=8)
+    assert vanishing.latent_masks[0, 0, 0].nonzero().tolist() == [[8, 8]]
+    assert vanishing.attention_masks[0, 0, 0].nonzero().tolist() == [[4, 4]]
+
+
+PUBLISHED = {
+    "concepts_per_step": "one",
+    "optimizer": "one",
+    "intrinsic_form": "tokens",
+    "pooling": "highest",
+    "word_row": "first",
+    "latents": "sample",
+    "mask_cells": "nearest",
+}
+
+
+@pytest.mark.parametrize(("attribute_rows", "checkpoint_every"), [("free", 1), ("words", 2)])
+def test_all_of_it_goes_on_bit_for_bit_from_any_step(learn: Learn, attribute_rows: str, checkpoint_every: int) -> None:
+    settings = PUBLISHED | {"steps": 6, "checkpoint_every": checkpoint_every, "attribute_rows": attribute_rows}
+    whole = learn(**settings)[0]
+    for kill_at in range(1, 7):
+        memory = Memory()
+        with pytest.raises(Killed):
+            learn(checkpoint=memory, kill_at=kill_at, **settings)
+        assert_same(learn(checkpoint=memory, **settings)[0].tokens, whole.tokens)
+
+
+WEIGHED = {"word_steps": 3, "close_ups": 2, "attribute_rows": "words", "max_batch": 3}
+
+
+def test_weighed_words_are_where_tokens_start(learn: Learn, backbone: StableDiffusion) -> None:
+    """Nothing is learned after it (rates of almost zero): an attribute is a mean of its words' rows, and no longer the
+    plain one; the instance is the mean of these.
+    """
+    still = {"learning_rate": 1e-12, "word_learning_rate": 1e-12, "weight_decay": 0}
+    tokens, steps = learn(**WEIGHED, **still)
+    assert [(step.step, step.phase) for step in steps] == [
+        (1, "words"), (2, "words"), (3, "words"), (4, "object"), (5, "object"), (6, "attributes"), (7, "attributes"),
+    ]  # fmt: skip
+    words = torch.stack([backbone.word_embedding(word) for word in COLOUR.vocabulary])
+    colour, material = tokens.tokens["<cup-0-colour>"], tokens.tokens["<cup-0-material>"]
+    weights = torch.linalg.lstsq(words.T, colour).solution
+    torch.testing.assert_close(weights @ words, colour)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-4) and abs(weights[0] - weights[1]) > 0.01
+    torch.testing.assert_close(tokens.tokens["<cup-0-instance>"], (colour + material) / 2)
+
+
+def test_what_the_retriever_saw_is_where_weighing_starts(learn: Learn, regions: list[Region]) -> None:
+    seen = [replace(regions[0], hints={"colour": {"red": 0.01, "green": 0.99}})]
+    tokens = [
+        learn(only=only, **WEIGHED | {"word_rate": 1e-6})[0].tokens["<cup-0-colour>"] for only in (seen, regions[:1])
+    ]
+    assert not torch.allclose(tokens[0], tokens[1])
+
+
+def test_weighing_words_leaves_no_trial_behind(learn: Learn, backbone: StableDiffusion) -> None:
+    learn(**WEIGHED)
+    with pytest.raises(InputError, match="unknown token <colour-word-0>"):
+        backbone.encode_prompts(["a photo of a <colour-word-0>"])
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 6])
+def test_weighing_goes_on_bit_for_bit_from_any_step(learn: Learn, kill_at: int) -> None:
+    whole = learn(**WEIGHED, checkpoint_every=1)[0].tokens
+    memory = Memory()
+    with pytest.raises(Killed):
+        learn(**WEIGHED, checkpoint_every=1, checkpoint=memory, kill_at=kill_at)
+    assert_same(learn(**WEIGHED, checkpoint_every=1, checkpoint=memory)[0].tokens, whole)
+
+
+def test_an_anchor_text_has_one_place_for_the_attributes_own() -> None:
+    with pytest.raises(ValueError, match=r"'a concept': must have \{\} exactly once"):
+        IceSettings(attribute_anchor="a concept")
 
 
 def test_nearest_resolution() -> None:

@@ -16,7 +16,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusio
 from safetensors.torch import save_file
 
 from icekit.builtin.stable_diffusion import StableDiffusion, diffuse, velocity
-from icekit.protocols import Backbone, InputError
+from icekit.protocols import Backbone, InputError, PosteriorBackbone
 
 
 def settings(model, **others) -> StableDiffusion.Settings:
@@ -119,6 +119,21 @@ def test_latents_of_images_are_the_autoencoders(backbone, sd_folder):
         torch.testing.assert_close(latents, expected)
         decoded = pipeline.image_processor.postprocess(pipeline.vae.decode(latents / 0.18215).sample, output_type="pt")
     torch.testing.assert_close(backbone.decode_latents(latents), decoded)
+
+
+def test_the_posterior_of_images_is_the_autoencoders(backbone, sd_folder):
+    """Mean and deviation, such that a sample of it is diffusers' own from the same noise."""
+    assert isinstance(backbone, PosteriorBackbone)
+    pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
+    images = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mean, deviation = backbone.posterior(images)
+        gaussian = pipeline.vae.encode(2 * images - 1).latent_dist
+    assert torch.equal(mean, backbone.encode_images(images))
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(7))
+    expected = gaussian.sample(torch.Generator().manual_seed(7)) * 0.18215
+    torch.testing.assert_close(mean + deviation * noise, expected)
+    assert (deviation > 0).all()
 
 
 @pytest.mark.parametrize("folder", ["sd_folder", "sd15_folder"])

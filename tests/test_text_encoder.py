@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from icekit.builtin.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end
+from icekit.builtin.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end, pool_at_highest
 from icekit.protocols import InputError
 
 
@@ -89,6 +89,32 @@ def test_pooled_at_the_first_end_token():
     assert torch.equal(pool_at_end(hidden, ids, 7), expected)
 
 
+def test_pooled_at_the_highest_id():
+    hidden = torch.arange(16.0).reshape(2, 4, 2) + 1
+    ids = torch.tensor([[5, 9, 7, 7], [5, 7, 7, 0]])  # 7 ends; 9 is an extra token
+    expected = nn.functional.normalize(torch.stack([hidden[0, 1], hidden[1, 1]]), dim=-1)
+    assert torch.equal(pool_at_highest(hidden, ids), expected)
+
+
+def test_embed_at_the_highest_id(encoder):
+    """A new token's own state, and a plain text's at its end, as where the end is the highest id there is."""
+    encoder.set_tokens({"<cup-0>": row(0), "<cup-0-colour>": row(1)})
+    texts = ["a <cup-0> cup", "<cup-0> <cup-0-colour> cup", "a red cup"]
+    sequence, pooled = encoder.encode(texts)
+    expected = nn.functional.normalize(torch.stack([sequence[0, 2], sequence[1, 2], sequence[2, 4]]), dim=-1)
+    torch.testing.assert_close(encoder.embed(texts, "highest"), expected)
+    torch.testing.assert_close(encoder.embed(texts, "highest")[2], pooled[2])
+
+
+def test_extra_tokens_need_no_space_between_them(encoder):
+    """Prompts of the literature join them without: the ids are the same."""
+    encoder.set_tokens({"<cup-0>": row(0), "<cup-0-instance>": row(1)})
+    spaced, joined = encoder.token_ids(
+        ["a photo of a <cup-0-instance> <cup-0>", "a photo of a <cup-0-instance><cup-0>"]
+    )
+    assert torch.equal(spaced, joined)
+
+
 def test_pooled_is_at_the_end_of_the_prompt_with_extra_tokens(encoder):
     encoder.set_tokens({"<cup-0>": row(0), "<cup-0-colour>": row(1)})
     sequence, pooled = encoder.encode(["a <cup-0> <cup-0-colour> on a table", "cup"])
@@ -156,6 +182,7 @@ def test_word_embedding(encoder):
     ids = encoder.tokenizer("wood cup", add_special_tokens=False).input_ids
     assert len(ids) == 2
     torch.testing.assert_close(encoder.word_embedding("wood cup"), table[ids].mean(0))
+    assert torch.equal(encoder.word_embedding("wood cup", pieces="first"), table[ids[0]])
     assert not encoder.word_embedding("cup").requires_grad
     with pytest.raises(InputError, match="empty"):
         encoder.word_embedding("")

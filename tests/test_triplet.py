@@ -54,6 +54,44 @@ def test_intrinsic_triplet_hinges_each_element() -> None:
     assert intrinsic_triplet(anchors, tokens).item() == pytest.approx(expected)
 
 
+def test_intrinsic_triplet_over_tokens_by_hand() -> None:
+    # One dimension: the category's anchor is 0, the attributes' 1 and 2; the tokens are 0.5, 1.5 and 1; scale 0.7.
+    # Category: own 0.25; rivals 1.5: 0.25 - 2.25 + 0.7 -> 0; 1: 0.25 - 1 + 2.8 = 2.05.  Mean over two: 1.025.
+    # First attribute: own 0.25; rival 1 (not the category's 0.5): 0.25 - 0 + 0.7 = 0.95.
+    # Second: own 1; rival 1.5: 1 - 0.25 + 0.7 = 1.45.  Sum over the three tokens: 3.425.
+    anchors, tokens = torch.tensor([[[0.0], [1.0], [2.0]]]), torch.tensor([[[0.5], [1.5], [1.0]]])
+    assert intrinsic_triplet(anchors, tokens, form="tokens").item() == pytest.approx(3.425)
+    # All pairs: the category's token at the attributes' anchors, too: 0.25 - 0.25 + 0.7 = 0.7, 1 - 2.25 + 2.8 = 1.55.
+    assert intrinsic_triplet(anchors, tokens).item() == pytest.approx((0 + 2.05 + 0.95 + 1.45 + 0.7 + 1.55) / 6)
+
+
+@pytest.mark.parametrize("attributes", [1, 2, 4])
+def test_intrinsic_triplet_over_tokens_equals_plain_loops(attributes: int) -> None:
+    generator = torch.Generator().manual_seed(attributes)
+    anchors = torch.randn(3, 1 + attributes, 6, generator=generator)
+    tokens = torch.randn(3, 1 + attributes, 6, generator=generator)
+    total = torch.tensor(0.0)
+    for c in range(3):
+        for j in range(1 + attributes):
+            rivals = [k for k in range(1, 1 + attributes) if k != j]
+            terms = []
+            for k in rivals:
+                gamma = 0.7 * (anchors[c, j] - anchors[c, k]) ** 2
+                hinge = (anchors[c, j] - tokens[c, j]) ** 2 - (anchors[c, j] - tokens[c, k]) ** 2 + gamma
+                terms.append(hinge.clamp(min=0).mean())
+            total += torch.stack(terms).mean() / 3 if terms else 0.0
+    torch.testing.assert_close(intrinsic_triplet(anchors, tokens, form="tokens"), total)
+
+
+@pytest.mark.parametrize("attributes", [2, 4])
+def test_where_all_pairs_are_alike_the_mean_over_them_is_weaker_by_the_number_of_tokens(attributes: int) -> None:
+    anchors = torch.zeros(1, 1 + attributes, 5)
+    anchors[0, range(1 + attributes), range(1 + attributes)] = 1.0
+    tokens = torch.zeros(1, 1 + attributes, 5).requires_grad_()
+    pairs, over_tokens = (intrinsic_triplet(anchors, tokens, form=form) for form in ("pairs", "tokens"))
+    assert (over_tokens / pairs).item() == pytest.approx(1 + attributes)
+
+
 @pytest.mark.parametrize("slots", [2, 3, 7])
 def test_intrinsic_triplet_equals_plain_loops(slots: int) -> None:
     generator = torch.Generator().manual_seed(slots)
@@ -79,7 +117,8 @@ def test_intrinsic_triplet_of_tokens_on_their_anchors_is_zero_and_finite() -> No
 
 
 def test_one_slot_has_nothing_to_be_pushed_from() -> None:
-    tokens = torch.randn(2, 1, 5, requires_grad=True)
-    loss = intrinsic_triplet(torch.zeros(1, 1, 5), tokens)
-    loss.backward()
-    assert loss.item() == 0.0
+    for form in ("pairs", "tokens"):
+        tokens = torch.randn(2, 1, 5, requires_grad=True)
+        loss = intrinsic_triplet(torch.zeros(1, 1, 5), tokens, form=form)
+        loss.backward()
+        assert loss.item() == 0.0

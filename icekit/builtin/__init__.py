@@ -6,6 +6,7 @@ Each hook imports what it registers, so that a command which needs no model does
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icekit.hookspecs import hookimpl
@@ -48,11 +49,12 @@ def register_segmentors(register: Callable[[str, type], None]) -> None:
 
 @hookimpl
 def register_learners(register: Callable[[str, type], None]) -> None:
-    """ICE's structured concept learning; plain words and random rows, the ends of the scale."""
+    """ICE's structured concept learning; described and plain words and random rows, which learn nothing."""
     from icekit.builtin.ice import IceLearner
-    from icekit.builtin.word_tokens import RandomTokens, WordTokens
+    from icekit.builtin.word_tokens import DescribedTokens, RandomTokens, WordTokens
 
     register("ice", IceLearner)
+    register("described", DescribedTokens)
     register("words", WordTokens)
     register("random", RandomTokens)
 
@@ -64,6 +66,14 @@ def register_attributes(register: Callable[[Attribute], None]) -> None:
 
     register(COLOUR)
     register(MATERIAL)
+
+
+@hookimpl
+def register_presets(register: Callable[[str, Path], None]) -> None:
+    """ICE as it was published: as its code does it, and as its paper says; and what made it learn on the tabletop."""
+    folder = Path(__file__).parents[1] / "presets"
+    for name in ("published", "paper", "weighed"):
+        register(name, folder / f"{name}.toml")
 
 
 @hookimpl

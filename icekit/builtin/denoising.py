@@ -46,6 +46,20 @@ def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return ((covered >= most.clamp(max=0.5)) & (covered > 0)).float()
 
 
+def nearest_mask(masks: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Masks at a coarser grid by nearest neighbour: a cell is what its first (top left) pixel is.
+
+    That is ``torch.nn.functional.interpolate``'s "nearest". A thin or small object may fall between the pixels that
+    are looked at; its mask then is its most covered cell, as in ``latent_mask``.
+    bool ``[B, H, W]`` -> float32 ``[B, h, w]`` of 0 and 1; all zero only for an empty mask.
+    """
+    nearest = F.interpolate(masks.float().unsqueeze(1), size=size, mode="nearest").squeeze(1)
+    covered = coverage(masks, size)
+    most = covered.amax(dim=(1, 2), keepdim=True)
+    vanished = nearest.amax(dim=(1, 2), keepdim=True) == 0
+    return torch.where(vanished, ((covered == most) & (covered > 0)).float(), nearest)
+
+
 def masked_denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor, by_area: bool = False) -> Tensor:
     """L_recon of ICE (CVPR 2025): || M * prediction - M * target ||^2, one mean per sample.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icekit.builtin import attention_capture
+from icekit.builtin.fine_tuning import replaced_weights
 from icekit.builtin.text_encoder import TextEncoder
 from icekit.protocols import AttentionMaps, ComponentSettings, Conditioning, InputError
 
@@ -149,9 +150,9 @@ class StableDiffusion:
         """See ``protocols.Backbone``. Raises InputError for a name that is not ``<...>`` or a row of another length."""
         self._text.set_tokens(rows)
 
-    def word_embedding(self, word: str) -> Tensor:
+    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
         """See ``protocols.Backbone``. Raises InputError for an empty word."""
-        return self._text.word_embedding(word)
+        return self._text.word_embedding(word, pieces)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """See ``protocols.Backbone``. Raises InputError for a prompt too long or with an unknown ``<token>``."""
@@ -160,9 +161,9 @@ class StableDiffusion:
             return Conditioning(sequence, pooled, {"mask": words})
         return Conditioning(*self._text.encode(prompts))
 
-    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
         """See ``protocols.Backbone``. Raises InputError for a text too long or with an unknown ``<token>``."""
-        return self._text.embed(texts)
+        return self._text.embed(texts, pool)
 
     def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
         """See ``protocols.Backbone``."""
@@ -170,8 +171,14 @@ class StableDiffusion:
 
     def encode_images(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]``, the posterior's mean times the scaling."""
-        posterior = self._vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
-        return posterior.mean * self._vae.config.scaling_factor
+        return self.posterior(images)[0]
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, 3, H, W]`` in [0, 1] -> the Gaussian that the autoencoder makes of them, times the scaling: mean and
+        standard deviation, both float32 ``[B, C, h, w]``.
+        """
+        gaussian = self._vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
+        return gaussian.mean * self._vae.config.scaling_factor, gaussian.std * self._vae.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
@@ -219,6 +226,7 @@ class StableDiffusion:
         steps: int = 25,
         guidance_scale: float = 7.5,
         lora: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """One RGB image per prompt, by DPM-Solver++ (Lu et al., 2022).
@@ -232,17 +240,18 @@ class StableDiffusion:
             steps: denoising steps.
             guidance_scale: of classifier-free guidance; 1 or less turns it off.
             lora: a LoRA adapter's weights, used for this call.
+            weights: the noise predictor's weights in this call, in the place of the model's own.
             on_step: called after every image with the number done and the total.
 
         Raises:
-            InputError: a prompt too long or with an unknown ``<token>``.
+            InputError: a prompt too long or with an unknown ``<token>``, or weights that are another model's.
         """
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
         images: list[Image.Image] = []
-        with self._adapted(lora):
+        with self._with_weights(weights), self._adapted(lora):
             self._text.token_ids(prompts)  # refuse a wrong prompt before the first image is made
             # Without a text encoder the pipeline takes the embeddings as they are, in the noise predictor's dtype.
             sampling = StableDiffusionPipeline(
@@ -296,6 +305,19 @@ class StableDiffusion:
             yield
         finally:
             hook.remove()
+
+    @contextmanager
+    def _with_weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """The model with fine-tuned weights of the noise predictor, for the length of the block."""
+        if not weights:
+            yield
+            return
+        with ExitStack() as until_the_end:
+            try:
+                until_the_end.enter_context(replaced_weights(self.unet, weights))
+            except ValueError as error:
+                raise InputError("the fine-tuned weights are of another model than this backbone's") from error
+            yield
 
     @contextmanager
     def _adapted(self, lora: Mapping[str, Tensor] | None) -> Iterator[None]:

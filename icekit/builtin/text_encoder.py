@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,23 @@ def pool_at_end(hidden: Tensor, ids: Tensor, end_id: int) -> Tensor:
     """
     first = (ids == end_id).int().argmax(dim=-1)
     return nn.functional.normalize(hidden[torch.arange(len(ids), device=hidden.device), first], dim=-1)
+
+
+def pool_at_highest(hidden: Tensor, ids: Tensor) -> Tensor:
+    """The hidden state at the highest id of each prompt, L2-normalised: how ICE's published code reads E.
+
+    The end token has the highest id of CLIP's own vocabulary and extra tokens have higher ones. So this is the state
+    at an extra token (the one added last, if there are several; its first occurrence), and at the first end token
+    where the prompt has none. Attention is causal: at an extra token the state knows nothing of what follows it.
+
+    Args:
+        hidden: ``[B, L, P]``.
+        ids: int64 ``[B, L]``.
+
+    Returns:
+        ``[B, P]``, rows of length one.
+    """
+    return nn.functional.normalize(hidden[torch.arange(len(ids), device=hidden.device), ids.argmax(dim=-1)], dim=-1)
 
 
 def _short(prompt: str, length: int = 80) -> str:
@@ -175,17 +192,22 @@ class TextEncoder:
         ids = self.token_ids(prompts)
         return ids[:, : int(self._end(ids).max()) + 1]
 
-    def embed(self, texts: Sequence[str]) -> Tensor:
+    def embed(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
         """The pooled part of ``encode``, ``[B, D]`` of length one, without the positions after the longest text's end.
+
+        pool: where E is read, ``pool_at_end`` or ``pool_at_highest``.
 
         Raises:
             InputError: see ``token_ids``.
         """
         ids = self._unpadded_ids(texts)
-        return pool_at_end(self.model(ids).last_hidden_state, ids, self.tokenizer.eos_token_id)
+        hidden = self.model(ids).last_hidden_state
+        return (
+            pool_at_highest(hidden, ids) if pool == "highest" else pool_at_end(hidden, ids, self.tokenizer.eos_token_id)
+        )
 
-    def word_embedding(self, word: str) -> Tensor:
-        """The row of a plain word or extra token, ``[embedding_dim]``, detached: the mean over its pieces.
+    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
+        """The row of a plain word or extra token, ``[embedding_dim]``, detached: of its pieces the mean or the first.
 
         Raises:
             InputError: an empty word, or a ``<token>`` that is not known.
@@ -195,7 +217,8 @@ class TextEncoder:
         if not ids:
             raise InputError(f"word {word!r}: it is empty, a word has at least one letter")
         with torch.no_grad():
-            return self._embedding(torch.tensor(ids, device=self.device)).float().mean(dim=0)
+            rows = self._embedding(torch.tensor(ids, device=self.device)).float()
+        return rows[0] if pieces == "first" else rows.mean(dim=0)
 
     def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
         """For each word (or extra token) its positions in the encoded prompt, all of its occurrences.

@@ -6,8 +6,13 @@ for every finite input: a satisfied hinge adds an exact zero to a mean whose den
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+IntrinsicForm = Literal["pairs", "tokens"]
+"""How the intrinsic triplet adds its terms up; see ``intrinsic_triplet``."""
 
 
 def object_triplet(anchor: Tensor, category: Tensor, instance: Tensor, margin: float = 0.05) -> Tensor:
@@ -33,20 +38,29 @@ def object_triplet(anchor: Tensor, category: Tensor, instance: Tensor, margin: f
     return torch.relu(positive - negative + margin).mean()
 
 
-def intrinsic_triplet(anchors: Tensor, tokens: Tensor, scale: float = 0.7) -> Tensor:
-    """Keeps every token near its own anchor and pushes the concept's other tokens off that anchor.
+def intrinsic_triplet(anchors: Tensor, tokens: Tensor, scale: float = 0.7, form: IntrinsicForm = "pairs") -> Tensor:
+    """Keeps every token near its own anchor and pushes the concept's other tokens, its rivals, off that anchor.
 
-        L = mean over concepts, ordered pairs j != k and D of
-            max(0, (E(a_j) - E(t_j))^2 - (E(a_j) - E(t_k))^2 + gamma_jk),    gamma_jk = scale * (E(a_j) - E(a_k))^2
+        h_jk = mean over D of max(0, (E(a_j) - E(t_j))^2 - (E(a_j) - E(t_k))^2 + gamma_jk)
+        gamma_jk = scale * (E(a_j) - E(a_k))^2
 
-    Squares, margin and hinge are element-wise, before the mean. One slot j is one intrinsic attribute (a_j = "colour",
-    t_j its token). The category is one slot more, its anchor the retrieved word: it is held against its own word and
-    pushed off the attributes' tokens, and they off it, in the same way.
+    Squares, margin and hinge are element-wise, before the mean. Slot 0 is the category, its anchor a_0 the retrieved
+    word; slots 1 to A are the intrinsic attributes (a_j = "colour", t_j its token). The two forms differ in which pairs
+    (j, k) they take and how they weigh them; both are means over concepts:
+
+    - ``"tokens"``, as ICE's published code does it: L = sum over j of the mean over j's rivals k of h_jk. The rivals of
+      an attribute are the other attributes; those of the category are all attributes. So the category is held against
+      its own word and the attributes' tokens are pushed off that word, but the category is no rival at an attribute's
+      anchor.
+    - ``"pairs"``: L = mean over all ordered pairs j != k of h_jk, so that its size does not grow with the number of
+      attributes. The category is a rival at every anchor. Where all h_jk are alike it is A + 1 times weaker than
+      ``"tokens"``: 3 to 5 times with 2 to 4 attributes.
 
     Args:
-        anchors: E of the anchors, float ``[C, A, D]``: concepts, slots, embedding. ``[1, A, D]`` broadcasts.
-        tokens: E of the tokens, ``[C, A, D]``, slots in the same order.
+        anchors: E of the anchors, float ``[C, 1 + A, D]``: concepts, slots, embedding. ``[1, 1 + A, D]`` broadcasts.
+        tokens: E of the tokens, ``[C, 1 + A, D]``, slots in the same order.
         scale: the paper's 0.7 in gamma_jk.
+        form: which of the two.
 
     Returns:
         A scalar, at least zero; zero when there is only one slot, for it has no other to be pushed from.
@@ -59,5 +73,10 @@ def intrinsic_triplet(anchors: Tensor, tokens: Tensor, scale: float = 0.7) -> Te
     other = (anchors.unsqueeze(2) - tokens.unsqueeze(1)).square()  # [C, j, k, D]
     gamma = scale * (anchors.unsqueeze(2) - anchors.unsqueeze(1)).square()  # [C, j, k, D]
     hinge = torch.relu(own - other + gamma)
-    # On the diagonal j = k all three terms cancel to an exact zero: it adds nothing to the sum, and is not counted.
-    return hinge.sum() / (tokens.shape[0] * slots * (slots - 1) * tokens.shape[2])
+    # On the diagonal j = k all three terms cancel to an exact zero: it adds nothing to a sum, and is not counted.
+    if form == "pairs":
+        return hinge.sum() / (tokens.shape[0] * slots * (slots - 1) * tokens.shape[2])
+    concepts_mean = hinge.mean(dim=(0, 3))  # [j, k]
+    category = concepts_mean[0].sum() / (slots - 1)
+    attributes = concepts_mean[1:, 1:].sum() / max(slots - 2, 1)  # a lone attribute has no rival
+    return category + attributes

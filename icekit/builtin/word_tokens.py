@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from icekit.builtin.hints import hinted_row
 from icekit.builtin.training import S, Task, TaskLearner, step_generator
 from icekit.protocols import (
     Attribute,
@@ -28,6 +30,16 @@ class WordTokenSettings(ComponentSettings):
         description="for each concept in turn, the words of its tokens: "
         '{category = "cup", instance = "red metal", colour = "red"}; the category and the instance that are not '
         "given are the concept's own word, an attribute is its anchor",
+    )
+
+
+class DescribedTokenSettings(ComponentSettings):
+    """Settings of the ``described`` learner."""
+
+    rows: Literal["mean", "likeliest"] = Field(
+        "mean",
+        description="an attribute's row: the mean of the rows of its words, each as much as it is likely, which is "
+        "what ICE starts from; or the row of the likeliest word alone",
     )
 
 
@@ -72,6 +84,37 @@ class WordTokens(_Untaught[WordTokenSettings]):
         words |= {attribute.name: attribute.anchor for attribute in attributes}
         words |= given
         return {names[part]: self.backbone.word_embedding(words[part]).float().cpu() for part in names}
+
+
+class DescribedTokens(_Untaught[DescribedTokenSettings]):
+    """The words that the retriever sees in each region (``describe``) in place of learned tokens: nothing is learned.
+
+    What another learner is worth beside it is what learning adds.
+    """
+
+    Settings = DescribedTokenSettings
+
+    def rows(
+        self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
+    ) -> dict[str, Tensor]:
+        """The category is the region's word, an attribute its described words, the instance the mean of those.
+
+        Raises:
+            InputError: nobody described the region.
+        """
+        rows: dict[str, Tensor] = {}
+        for one in attributes:
+            row = hinted_row(region, one, self.backbone, likeliest=self.settings.rows == "likeliest")
+            if row is None:
+                raise InputError(
+                    f"learner 'described' has no word for the {one.name} of {region.word!r} (concept {region.index}): "
+                    "it needs describe = true and a retriever that describes, such as clip"
+                )
+            rows[names[one.name]] = row
+        word = self.backbone.word_embedding(region.word).float()
+        instance = torch.stack(list(rows.values())).mean(dim=0) if rows else word
+        rows |= {names["category"]: word, names["instance"]: instance}
+        return {token: row.detach().cpu() for token, row in rows.items()}
 
 
 class RandomTokens(_Untaught[RandomTokenSettings]):

@@ -1,0 +1,81 @@
+"""Which of an attribute's words a region is, by the denoising loss itself: the words compete as hypotheses.
+
+A diffusion model denoises better under the words that are true of an image than under others: its loss is a classifier
+(Li et al., "Your Diffusion Model is Secretly a Zero-Shot Classifier", ICCV 2023). Here that classifier is learned step
+by step as a distribution over words, which is where an attribute's token starts from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from icekit.protocols import Backbone
+
+LEAST_SHARE = 1e-2
+"""A word that is less likely than this share of the likeliest is not tried any more."""
+
+
+def signal_to_noise(backbone: Backbone, timesteps: Tensor) -> Tensor:
+    """The amplitude of the image over that of the noise in a noised latent, above 0: float32 ``[B]``.
+
+    timesteps: int64 ``[B]``. sqrt(alpha_bar / (1 - alpha_bar)) of a variance-preserving schedule, read from what the
+    backbone's own forward process does to an image of ones without noise, and to noise of ones without an image.
+    """
+    ones = torch.ones(len(timesteps), *backbone.latent_shape, device=backbone.device)
+    signal = backbone.add_noise(ones, torch.zeros_like(ones), timesteps)
+    noise = backbone.add_noise(torch.zeros_like(ones), ones, timesteps)
+    return signal[:, 0, 0, 0].float() / noise[:, 0, 0, 0].float().clamp_min(1e-6)
+
+
+class WordPosterior:
+    """A distribution q over words, learned by mirror descent on the mean of the words' losses, E_q[L(w)]:
+
+        log q(w) <- log q(w) - rate * (L(w) - mean L) / s
+
+    up to normalisation, where s is the root mean square of all L(w) - mean L so far: the rate has no unit. Many steps
+    of it are a product of likelihoods. A token's loss at the words' mean row is another thing, for a mean of rows is
+    no word.
+
+    rows: float32 ``[W, D]``, the words' rows. logits: ``[W]``, at first the logarithms of ``prior``, above zero.
+    squares, count: float32 scalars, what s is made of.
+    """
+
+    def __init__(self, rows: Tensor, prior: Tensor) -> None:
+        self.rows = rows
+        self.logits = prior.to(rows.device, torch.float32).log()
+        self.squares = torch.zeros((), device=rows.device)
+        self.count = torch.zeros((), device=rows.device)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """q: ``[W]``, sums to one."""
+        return self.logits.softmax(dim=0)
+
+    def sharpened(self, sharpness: float) -> Tensor:
+        """The power ``sharpness`` of q, normalised: ``[W]``. The likeliest word stays so."""
+        return (sharpness * self.logits).softmax(dim=0)
+
+    def row(self) -> Tensor:
+        """The mean of the words' rows under q: ``[D]``."""
+        return self.probabilities @ self.rows
+
+    def tried(self) -> list[int]:
+        """The words that are still in question, in order."""
+        q = self.probabilities
+        return (q >= LEAST_SHARE * q.max()).nonzero().flatten().tolist()
+
+    def update(self, words: list[int], losses: Tensor, rate: float) -> None:
+        """One step, in place.
+
+        Args:
+            words: the words whose losses were measured, n of them.
+            losses: float ``[B, n]``, for the same B pictures and noises under each word.
+            rate: above 0.
+        """
+        better = losses - losses.mean(dim=1, keepdim=True)
+        self.squares += better.square().mean()
+        self.count += 1
+        scale = (self.squares / self.count).sqrt()
+        if bool(scale > 0):
+            self.logits[words] -= rate * better.mean(dim=0) / scale
