@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
 from scipy.stats import entropy
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from icekit.builtin.attention_segmentor import upsample
@@ -19,13 +20,13 @@ from icekit.builtin.diffseg import (
     DiffSegSegmentor,
     aggregate,
     anchor_cells,
-    kl_means,
+    k_means,
     merge_maps,
     name_segments,
     share_of,
     symmetric_kl,
 )
-from icekit.protocols import InputError, View
+from icekit.protocols import InputError, Segmentation, View
 
 
 def build(**settings: Any) -> tuple[DiffSegSegmentor, PlantedBackbone]:
@@ -83,10 +84,12 @@ def test_a_coarse_query_stands_for_the_cells_it_covers() -> None:
 
 
 def test_anchors_are_spread_evenly_and_never_more_than_there_are_cells() -> None:
-    assert anchor_cells(4, 2).tolist() == [5, 7, 13, 15]
+    assert anchor_cells(4, 2).tolist() == [0, 2, 8, 10]
     assert anchor_cells(3, 1).tolist() == [4]
     assert anchor_cells(3, 16).tolist() == list(range(9))
-    assert len(anchor_cells(64, 16).unique()) == 256
+    published = anchor_cells(64, 16)  # rows and columns 1, 5, ..., 61
+    assert len(published) == 256
+    assert (published % 64).unique().tolist() == (published // 64).unique().tolist() == list(range(1, 64, 4))
 
 
 def test_merging_by_hand() -> None:
@@ -98,6 +101,21 @@ def test_merging_by_hand() -> None:
     assert torch.allclose(merge_maps(maps, anchors, near * 0.9, 3), maps)
     assert torch.allclose(merge_maps(maps, anchors, near * 1.1, 3), distributions([0.85, 0.15], [0.15, 0.85]))
     assert torch.allclose(merge_maps(maps, anchors, 5.0, 3), distributions([0.5, 0.5]))
+
+
+@pytest.mark.parametrize(("rejoin", "last"), [(False, 0.52), (True, 0.61)])
+def test_a_map_that_was_taken_joins_later_means_if_it_may(rejoin: bool, last: float) -> None:
+    """Nine maps (0.9, 0.1), one (0.7, 0.3), nine (0.5, 0.5); an anchor of each kind. D(p, q) of such pairs is
+    (p - q) (logit p - logit q) / 2: 0.135 of the first two kinds, 0.085 of the last two, 0.439 of first and last.
+
+    Round one leaves 0.88 = (9 * 0.9 + 0.7) / 10, 0.7 and 0.52. In round two 0.88 takes 0.7 (D = 0.103): 0.79. Then 0.52
+    is left, 0.7 is near to it (0.069), 0.88 is not (0.344).
+    """
+    kinds = distributions([0.9, 0.1], [0.7, 0.3], [0.5, 0.5])
+    maps, anchors = kinds.repeat_interleave(torch.tensor([9, 1, 9]), dim=0), torch.tensor([0, 9, 10])
+    assert torch.allclose(merge_maps(maps, anchors, 0.14, 1)[:, 0], torch.tensor([0.88, 0.7, 0.52]))
+    found = merge_maps(maps, anchors, 0.14, 2, rejoin)
+    assert torch.allclose(found, distributions([0.79, 0.21], [last, 1 - last]))
 
 
 def test_the_first_round_averages_around_each_anchor_alone() -> None:
@@ -114,8 +132,8 @@ def test_no_threshold_leaves_an_anchor_without_a_map() -> None:
 def test_k_means_moves_a_map_to_the_mean_it_is_nearest_to() -> None:
     maps = distributions([0.9, 0.1], [0.7, 0.3], [0.2, 0.8], [0.1, 0.9])
     begun = distributions([0.9, 0.1], [0.45, 0.55])
-    assert torch.equal(kl_means(maps, begun, 0), begun)
-    assert torch.allclose(kl_means(maps, begun, 10), distributions([0.8, 0.2], [0.15, 0.85]))
+    assert torch.equal(k_means(maps, begun, 0), begun)
+    assert torch.allclose(k_means(maps, begun, 10), distributions([0.8, 0.2], [0.15, 0.85]))
 
 
 def test_k_means_never_grows_its_objective_and_drops_empty_means() -> None:
@@ -125,10 +143,28 @@ def test_k_means_never_grows_its_objective_and_drops_empty_means() -> None:
     def objective(centres: Tensor) -> float:
         return sum(min(float(entropy(p, q)) for q in centres.numpy()) for p in maps.numpy())
 
-    values = [objective(kl_means(maps, means, rounds)) for rounds in range(6)]
+    values = [objective(k_means(maps, means, rounds)) for rounds in range(6)]
     assert all(after <= before + 1e-6 for before, after in itertools.pairwise(values))
     assert values[-1] < values[0]
-    assert len(kl_means(maps, means, 6)) == 5
+    assert len(k_means(maps, means, 6)) == 5
+
+
+def test_euclidean_k_means_is_scikit_learns() -> None:
+    maps = some(60, 12)
+    means = maps[[3, 17, 40, 55]]
+    found = k_means(maps, means, 300, "euclidean")
+    other = KMeans(4, init=means.double().numpy(), n_init=1, tol=0, algorithm="lloyd").fit(maps.double().numpy())
+    assert torch.allclose(found.double(), torch.from_numpy(other.cluster_centers_), atol=1e-6)
+
+
+def test_the_two_distances_of_k_means_differ() -> None:
+    """A map p = (0.2, 0.8) between q = (0.01, 0.99) and r = (0.45, 0.55): 0.19 and 0.25 from them along each axis, but
+    KL(p || q) = 0.2 ln 20 + 0.8 ln(0.8 / 0.99) = 0.43 and KL(p || r) = 0.2 ln(0.2 / 0.45) + 0.8 ln(0.8 / 0.55) = 0.14.
+    """
+    means = distributions([0.01, 0.99], [0.45, 0.55])
+    maps = torch.cat([means, distributions([0.2, 0.8])])
+    assert torch.allclose(k_means(maps, means, 1, "euclidean"), distributions([0.105, 0.895], [0.45, 0.55]))
+    assert torch.allclose(k_means(maps, means, 1, "kl"), distributions([0.01, 0.99], [0.325, 0.675]))
 
 
 def test_a_segment_is_the_words_that_looks_at_it_most_on_average() -> None:
@@ -175,6 +211,24 @@ def test_a_word_that_wins_no_segment_is_not_there() -> None:
     assert not segmentor.segment(scene(), "spoon", generator()).any()
 
 
+def test_what_goes_with_a_word_is_erased_with_it() -> None:
+    """The background's segments, and the cup's though nothing of it became its mask; not the ball's."""
+    everything = torch.ones(64, 64, dtype=torch.bool)
+    plain = build(refinement=False, min_island=0)[0].segment(scene(), "cup", generator())
+    found = build(refinement=False, min_island=0, erase_with="background")[0].segment(scene(), "cup", generator())
+    assert isinstance(plain, Tensor) and isinstance(found, Segmentation)
+    assert torch.equal(found.mask, plain)
+    assert (found.mask & ~found.erased).sum() == 0
+    assert iou(found.erased, everything & ~BALL) > 0.9
+    segmentor, backbone = build(erase_with=["Background"])
+    backbone.unseen = {"spoon"}
+    lost = segmentor.segment(scene(), "spoon", generator())
+    assert isinstance(lost, Segmentation) and not lost.mask.any()
+    assert iou(lost.erased, everything & ~BALL & ~CUP) > 0.8
+    hidden = View(scene().original, scene().pixels, ~everything)
+    assert not segmentor.segment(hidden, "cup", generator()).erased.any()  # type: ignore[union-attr]
+
+
 def test_nothing_is_found_where_it_was_erased() -> None:
     segmentor, _ = build()
     view = scene()
@@ -201,7 +255,18 @@ def test_the_same_seed_gives_the_same_mask() -> None:
 def test_what_is_wrong_is_named() -> None:
     with pytest.raises(InputError, match=r"segmentor.self_resolutions: 12 is none of the backbone's grids: 16, 8"):
         build(self_resolutions=12)
-    for wrong in ({"prompt": "things"}, {"kl_threshold": 0}, {"anchors": 0}, {"rounds": 0}, {"kmeans": -1}):
+    with pytest.raises(
+        ValueError, match=r"erase_with = 'wall', prompt must have this word, and it is '\{word\} things'"
+    ):
+        build(prompt="{word} things", erase_with="wall")
+    for wrong in (
+        {"prompt": "things"},
+        {"kmeans_distance": "cosine"},
+        {"kl_threshold": 0},
+        {"anchors": 0},
+        {"rounds": 0},
+        {"kmeans": -1},
+    ):
         with pytest.raises(ValueError):
             build(**wrong)
     backbone: Any = SimpleNamespace(attention_resolutions=(64, 32, 16, 8))

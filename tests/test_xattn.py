@@ -133,6 +133,33 @@ def test_timesteps_and_draws() -> None:
     assert all(torch.equal(a, b) for a, b in zip(backbone.noises, other.noises, strict=True))
 
 
+def test_a_clean_latent_is_looked_at_once_for_each_timestep() -> None:
+    segmentor, backbone = build(noise=False, timestep=[0.15, 0.3], draws=3)
+    predicted: list[tuple[Tensor, int]] = []
+    backbone.predict = lambda noisy, timesteps, conditioning: predicted.append((noisy, int(timesteps)))  # type: ignore[method-assign]
+    segmentor.segment(scene(), "cup", generator())
+    assert [timestep for _, timestep in predicted] == [150, 300]  # said to be that noisy
+    assert not torch.cat([latents for latents, _ in predicted]).any()  # and is not: the planted latents are zero
+    assert backbone.noises == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"cross_resolutions": 16}, 1.0),
+        ({"cross_resolutions": 8}, 4.0),
+        ({"cross_resolutions": "all"}, (1 + 4) / 2),
+        ({"cross_resolutions": "all", "cross_weights": "side"}, (16 * 1 + 8 * 4) / 24),
+    ],
+)
+def test_the_grids_of_a_words_attention(settings: dict[str, Any], expected: float) -> None:
+    """Its attention is planted as 1 on the grid of 16 and as 4 on the grid of 8, everywhere."""
+    segmentor, backbone = build(**settings)
+    backbone.cross = lambda resolution: torch.full((1, 5, resolution, resolution), 16 / resolution) ** 2  # type: ignore[method-assign]
+    cross, _ = segmentor._attention(scene(), "cup", 16, (16,), generator())
+    assert torch.allclose(cross, torch.full((3, 16, 16), expected))
+
+
 def test_a_word_that_is_its_own_rival() -> None:
     segmentor, backbone = build()
     backbone.objects["background"] = backbone.objects["ball"]

@@ -1,8 +1,9 @@
 """What the segmentors that read a diffusion model's attention have in common.
 
-The image is noised a little and its noise predicted, with the word and some rivals as prompt: where the model looks
-meanwhile is all they know (``xattn`` reads the word's cross-attention, ``diffseg`` clusters the self-attention). What
-they find on the attention grid is brought to the image's own edges by ``mask_refinement``.
+The image's noise is predicted, with the word and some rivals as prompt: where the model looks meanwhile is all they
+know (``xattn`` reads the word's cross-attention, ``diffseg`` clusters the self-attention). The image is noised a little
+for it, or only said to be. What they find on the attention grid is brought to the image's own edges by
+``mask_refinement``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ Timesteps = Annotated[
 
 Resolutions = Annotated[tuple[int, ...] | None, BeforeValidator(one_or_more)]
 
+CrossResolutions = Annotated[
+    tuple[int, ...] | Literal["all"] | None,
+    BeforeValidator(lambda value: value if value == "all" else one_or_more(value)),
+]
+
 
 class AttentionSegmentor:
     """The attention at an image, and the way from a soft map to a mask.
@@ -57,9 +63,17 @@ class AttentionSegmentor:
         timestep: Timesteps = Field(
             (0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged"
         )
-        draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each timestep")
-        cross_resolutions: Resolutions = Field(
-            None, description="attention grids the word is read on; none: those of 16 and 32, or else the largest"
+        noise: bool = Field(
+            True, description="add that timestep's noise to the image; published: a clean latent, said to be that noisy"
+        )
+        draws: int = Field(
+            4, ge=1, description="draws of the noise that are averaged, for each timestep; with noise only"
+        )
+        cross_resolutions: CrossResolutions = Field(
+            None, description="attention grids the word is read on; all, or none: those of 16 and 32, else the largest"
+        )
+        cross_weights: Literal["equal", "side"] = Field(
+            "equal", description="how much each of these grids counts: the same, or in proportion to its side"
         )
         places: Annotated[tuple[Literal["down", "mid", "up"], ...], BeforeValidator(one_or_more)] = Field(
             ("down", "mid", "up"), min_length=1, description="parts of the UNet whose attention is averaged"
@@ -100,7 +114,8 @@ class AttentionSegmentor:
         self._shared = settings
         self._backbone = backbone
         offered = backbone.attention_resolutions
-        self._cross = settings.cross_resolutions or tuple(r for r in offered if 16 <= r <= 32) or (max(offered),)
+        chosen = tuple(offered) if settings.cross_resolutions == "all" else settings.cross_resolutions
+        self._cross = chosen or tuple(r for r in offered if 16 <= r <= 32) or (max(offered),)
         self._check_offered("cross_resolutions", self._cross)
 
     def _check_offered(self, name: str, resolutions: Collection[int]) -> None:
@@ -113,10 +128,15 @@ class AttentionSegmentor:
     def _looked_at(self, view: View) -> Tensor:
         return view.original if self._shared.look_at == "image" else view.pixels
 
+    def _rivals(self, word: str) -> list[str]:
+        """The other words of the prompt, in its order."""
+        own = {part.lower() for part in word.split()}
+        return [part for part in self._shared.prompt.replace("{word}", " ").split() if part.lower() not in own]
+
     def _attention(
         self, view: View, word: str, grid: int, self_resolutions: Collection[int], generator: torch.Generator
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Attention at the image, mean over timesteps and draws of the noise; on the CPU.
+        """Attention at the image, mean over timesteps and, with noise, over its draws; on the CPU.
 
         Args:
             view: what there is to see.
@@ -126,31 +146,34 @@ class AttentionSegmentor:
             generator: makes the noise.
 
         Returns:
-            cross: float32 ``[T, grid, grid]``, one map a word, the word itself first: mean over its tokens and over
-                ``cross_resolutions``.
+            cross: float32 ``[T, grid, grid]``, one map a word, the word itself first, then ``_rivals``: mean over its
+                tokens and, weighted, over ``cross_resolutions``.
             self_attention: float32 ``[r * r, r * r]`` for every r of ``self_resolutions``.
         """
         settings, backbone = self._shared, self._backbone
         prompt = settings.prompt.format(word=word)
-        own = {part.lower() for part in word.split()}
-        rivals = [part for part in settings.prompt.replace("{word}", " ").split() if part.lower() not in own]
-        positions = backbone.token_positions(prompt, [word, *rivals])
+        positions = backbone.token_positions(prompt, [word, *self._rivals(word)])
         conditioning = backbone.encode_prompts([prompt])
         latents = backbone.encode_images(self._looked_at(view)[None].to(backbone.device))
         cross = torch.zeros(len(positions), grid, grid)
         self_attention = {r: torch.zeros(r * r, r * r) for r in self_resolutions}
-        passes = len(settings.timestep) * settings.draws
+        draws = settings.draws if settings.noise else 1
+        passes = len(settings.timestep) * draws
+        weights = {r: 1 if settings.cross_weights == "equal" else r for r in self._cross}
         with backbone.capture_attention(cross=self._cross, self_=tuple(self_attention), places=settings.places) as maps:
             for share in settings.timestep:
                 step = min(round(share * backbone.num_timesteps), backbone.num_timesteps - 1)
                 timesteps = torch.tensor([step], device=backbone.device)
-                for _ in range(settings.draws):
-                    noise = torch.randn(latents.shape, generator=generator).to(latents)
-                    backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
-                    for resolution in self._cross:
+                for _ in range(draws):
+                    looked_at = latents
+                    if settings.noise:
+                        noise = torch.randn(latents.shape, generator=generator).to(latents)
+                        looked_at = backbone.add_noise(latents, noise, timesteps)
+                    backbone.predict(looked_at, timesteps, conditioning)
+                    for resolution, weight in weights.items():
                         tokens = maps.cross(resolution)[0].float().cpu()
                         of_words = torch.stack([tokens[places].mean(dim=0) for places in positions])
-                        cross += upsample(of_words, (grid, grid)) / len(self._cross)
+                        cross += upsample(of_words, (grid, grid)) * (weight / sum(weights.values()))
                     for resolution, total in self_attention.items():
                         total += maps.self_(resolution)[0].float().cpu()
         return cross / passes, {resolution: total / passes for resolution, total in self_attention.items()}

@@ -59,8 +59,17 @@ class ClipRetriever:
             ("background", "blurred background", "nothing"),
             description="words for what is no object; when one of them describes the rest best, the search ends",
         )
+        stop_words: WordList = Field(
+            (),
+            description="words of the vocabulary that are never proposed: those that name pictures rather than what is "
+            "in them, say",
+        )
         max_similarity: float = Field(
-            0.85, gt=0, le=1, description="a word whose text similarity to an earlier word is this or more is dropped"
+            0.85,
+            gt=0,
+            le=1,
+            description="a word whose text similarity to a used one is this or more is dropped; which count as used "
+            "is the run's to say (reuse)",
         )
         min_score: float = Field(
             -1.0,
@@ -78,6 +87,7 @@ class ClipRetriever:
         self.settings = settings
         check_templates("templates", settings.templates)
         background = [word.lower() for word in settings.background]
+        self._stop_words = frozenset(word.lower() for word in settings.stop_words)
         words = read_vocabulary(settings.vocabulary)
         known = [word for word in words if backbone.knows(word) and word not in background]
         if not known:
@@ -94,8 +104,8 @@ class ClipRetriever:
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """Words that describe the view better than any word for the background, best first, at most ``top``.
 
-        Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them. Scores are cosine
-        similarities of image and prompt, in [-1, 1].
+        Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them, nor are
+        ``stop_words``. Scores are cosine similarities of image and prompt, in [-1, 1].
         """
         return self._unused(self._ranked(view), used, self.settings.top)
 
@@ -113,10 +123,13 @@ class ClipRetriever:
         return self._above_background((self._prompted @ self._embed_view(view, self._clip)).tolist())
 
     def _above_background(self, scores: Sequence[float], floor: float = -1.0) -> list[Candidate]:
-        """Words with a score above those of all words for the background, ``min_score`` and ``floor``; best first."""
+        """Words with a score above those of all words for the background, ``min_score`` and ``floor``; best first.
+
+        Stop-words were scored with the others, and are left out now.
+        """
         floor = max(floor, self.settings.min_score, *scores[len(self._words) :])
         ranked = sorted(zip(self._words, scores, strict=False), key=lambda pair: -pair[1])
-        return [Candidate(word, score) for word, score in ranked if score > floor]
+        return [Candidate(word, score) for word, score in ranked if score > floor and word not in self._stop_words]
 
     def _unused(self, ranked: Sequence[Candidate], used: Sequence[str], count: int) -> list[Candidate]:
         """The first ``count`` that are neither one of the words used nor too similar to one."""

@@ -8,11 +8,12 @@ word of the prompt that looks at it the most, and a word's mask is all of its se
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from icekit.builtin.attention_segmentor import (
@@ -20,9 +21,12 @@ from icekit.builtin.attention_segmentor import (
     Resolutions,
     normalise_over_space,
     on_grid,
+    one_or_more,
     upsample,
 )
-from icekit.protocols import Backbone, View
+from icekit.protocols import Backbone, Segmentation, View
+
+Distance = Literal["kl", "euclidean"]
 
 LEAST = 1e-12
 """Probabilities are not taken to be smaller: a softmax in float32 underflows to zero, which has no logarithm."""
@@ -44,9 +48,29 @@ class DiffSegSegmentor(AttentionSegmentor):
         anchors: int = Field(16, ge=1, description="side of the grid of maps that merging starts from")
         kl_threshold: float = Field(1.1, gt=0, description="maps closer than this, in nats of symmetric KL, are merged")
         rounds: int = Field(3, ge=1, description="rounds of merging")
+        rejoin: bool = Field(
+            False,
+            description="after the first round a map that was merged may be merged into later ones, too (published)",
+        )
         foreground: float = Field(0.6, ge=0, le=1, description="refinement learns the object's colours above this")
         background: float = Field(0.4, ge=0, le=1, description="refinement learns its surroundings' colours below this")
         kmeans: int = Field(10, ge=0, description="rounds at most of k-means that the merged maps are refined by")
+        kmeans_distance: Distance = Field(
+            "kl", description="what k-means goes by: the divergence that merging uses, or euclidean (published)"
+        )
+        erase_with: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+            (), description="words of the prompt whose segments are erased with each word's (published: background)"
+        )
+
+        @model_validator(mode="after")
+        def _erased_is_said(self) -> DiffSegSegmentor.Settings:
+            said = self.prompt.replace("{word}", " ").lower().split()
+            for word in self.erase_with:
+                if word.lower() not in said:
+                    raise ValueError(
+                        f"with erase_with = {word!r}, prompt must have this word, and it is {self.prompt!r}"
+                    )
+            return self
 
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
         super().__init__(settings, backbone)
@@ -55,28 +79,48 @@ class DiffSegSegmentor(AttentionSegmentor):
         self._check_offered("self_resolutions", self._self)
 
     @torch.no_grad()
-    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
-        """The word's mask, bool ``[H, W]`` on the CPU, within what is visible; all False when no segment is its own."""
-        soft = self.soft_map(view, word, generator)
-        return self._mask(soft, 0.5, view) if bool((soft >= 0.5).any()) else torch.zeros_like(view.visible)
+    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
+        """The word's mask, bool ``[H, W]`` on the CPU, within what is visible; all False when no segment is its own.
+
+        With ``erase_with`` the segments of those words are told as well: they are to be erased with the word's.
+        """
+        proposals, names = self._named(view, word, generator)
+        soft = self._share(proposals, names, [word], view)
+        mask = self._mask(soft, 0.5, view) if bool((soft >= 0.5).any()) else torch.zeros_like(view.visible)
+        if not self.settings.erase_with:
+            return mask
+        gone = self._share(proposals, names, [word, *self.settings.erase_with], view) >= 0.5
+        return Segmentation(mask, mask | gone)
 
     @torch.no_grad()
     def soft_map(self, view: View, word: str, generator: torch.Generator) -> Tensor:
         """The share of the word's segments: float32 ``[H, W]`` in [0, 1], one half where they begin, 0 where erased."""
+        proposals, names = self._named(view, word, generator)
+        return self._share(proposals, names, [word], view)
+
+    def _named(self, view: View, word: str, generator: torch.Generator) -> tuple[Tensor, dict[int, str]]:
+        """The proposals ``[K, n]``, and for each with a visible segment its word of the prompt, in small letters."""
         grid = max(self._self)
         cross, self_attention = self._attention(view, word, grid, self._self, generator)
         proposals = self._proposals(aggregate(self_attention))
         visible = on_grid(view.visible, grid)
         names = name_segments(proposals.argmax(dim=0), normalise_over_space(cross.flatten(1), "l2", visible), visible)
-        own = torch.tensor([names.get(segment) == 0 for segment in range(len(proposals))])
+        words = [word, *self._rivals(word)]
+        return proposals, {segment: words[index].lower() for segment, index in names.items()}
+
+    def _share(self, proposals: Tensor, names: Mapping[int, str], words: Sequence[str], view: View) -> Tensor:
+        """The share of these words' segments: ``[H, W]`` in [0, 1], one half where they begin, 0 where erased."""
+        lower = {word.lower() for word in words}
+        own = torch.tensor([names.get(segment) in lower for segment in range(len(proposals))])
         size = (int(view.visible.shape[0]), int(view.visible.shape[1]))
+        grid = max(self._self)
         return share_of(upsample(proposals.unflatten(1, (grid, grid)), size), own) * view.visible
 
     def _proposals(self, maps: Tensor) -> Tensor:
         settings = self.settings
         anchors = anchor_cells(max(self._self), settings.anchors)
-        merged = merge_maps(maps, anchors, settings.kl_threshold, settings.rounds)
-        return kl_means(maps, merged, settings.kmeans)
+        merged = merge_maps(maps, anchors, settings.kl_threshold, settings.rounds, settings.rejoin)
+        return k_means(maps, merged, settings.kmeans, settings.kmeans_distance)
 
 
 def aggregate(self_attention: Mapping[int, Tensor]) -> Tensor:
@@ -105,10 +149,11 @@ def aggregate(self_attention: Mapping[int, Tensor]) -> Tensor:
 def anchor_cells(side: int, count: int) -> Tensor:
     """The cells of a ``side`` x ``side`` grid nearest to an even ``count`` x ``count`` grid, row by row: int64 ``[N]``.
 
-    N is ``count ** 2``, or all of the cells where there are no more.
+    N is ``count ** 2``, or all of the cells where there are no more. Of two that are as near it is the first: 16 along
+    64 are 1, 5, ..., 61 (Tian et al.).
     """
     count = min(side, count)
-    along = ((torch.arange(count) + 0.5) * side / count).long()
+    along = ((torch.arange(count) + 0.5) * side / count).ceil().long() - 1
     return (along[:, None] * side + along).flatten()
 
 
@@ -128,7 +173,7 @@ def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
     return ((entropies - crossed) / 2).clamp_min(0)
 
 
-def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int) -> Tensor:
+def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int, rejoin: bool = False) -> Tensor:
     """DiffSeg's iterative merging (Tian et al., section 3.2).
 
     In the first round every anchor becomes the mean of all maps that are closer to it than ``threshold``. In each
@@ -139,6 +184,8 @@ def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int) -> 
         anchors: int64 ``[N]``, which of the maps are anchors.
         threshold: of ``symmetric_kl``.
         rounds: 1 or more.
+        rejoin: who may join in the further rounds: all maps, even those that joined an earlier one of the round (as
+            published), or those that are left.
 
     Returns:
         ``[K, n]`` with K <= N, rows sum to one.
@@ -151,8 +198,8 @@ def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int) -> 
         left, groups = torch.ones(len(merged), dtype=torch.bool), []
         for first in range(len(merged)):
             if left[first]:
-                members = left & near_one_another[first]
-                members[first] = True
+                members = near_one_another[first] if rejoin else left & near_one_another[first]
+                members[first] = True  # whatever the rounding
                 groups.append(merged[members].mean(dim=0))
                 left &= ~members
         if len(groups) == len(merged):
@@ -161,23 +208,29 @@ def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int) -> 
     return merged
 
 
-def kl_means(maps: Tensor, means: Tensor, rounds: int) -> Tensor:
-    """k-means of distributions: every map joins the mean of least KL(map || mean), every mean becomes its maps' mean.
+def k_means(maps: Tensor, means: Tensor, rounds: int, distance: Distance = "kl") -> Tensor:
+    """k-means of distributions: every map joins the mean it is nearest to, every mean becomes its maps' mean.
 
-    The arithmetic mean is what minimises the sum of KL(map || mean), so no round makes that sum larger (Banerjee et
-    al., "Clustering with Bregman divergences", JMLR 2005). Means without a map are left out.
+    How far a map p is from a mean q: KL(p || q), or |p - q|^2 (``euclidean``). For both it is the arithmetic mean of
+    its maps that has the least sum of distances, so that no round makes that sum larger (Banerjee et al., "Clustering
+    with Bregman divergences", JMLR 2005). Means without a map are left out.
 
     Args:
         maps: ``[n, n]``, rows sum to one.
         means: ``[K, n]``, where it begins.
         rounds: at most; it ends when nothing changes.
+        distance: see above.
 
     Returns:
         ``[K', n]`` with K' <= K.
     """
     before = None
     for _ in range(rounds):
-        nearest = (maps @ means.clamp_min(LEAST).log().T).argmax(dim=1)  # least KL: the map's own entropy is constant
+        if distance == "kl":  # what a map itself adds to its distances is left out, here and below
+            distances = -maps @ means.clamp_min(LEAST).log().T
+        else:
+            distances = means.square().sum(dim=1) - 2 * maps @ means.T
+        nearest = distances.argmin(dim=1)
         if before is not None and torch.equal(nearest, before):
             break
         chosen, before = nearest.unique(return_inverse=True)

@@ -2,7 +2,7 @@
 
 SpLiCE (Bhalla et al., "Interpreting CLIP with Sparse Linear Concept Embeddings", NeurIPS 2024) writes the image's
 embedding as a sparse, non-negative sum of the embeddings of a vocabulary's words: words that say the same share one
-weight, and what one word explains no other one has to. ICE takes the heaviest, re-ranked by a second and larger CLIP.
+weight, and what one word explains no other one has to. ICE ranks all words with a weight anew by a second, larger CLIP.
 
 CLIP's images and texts lie apart from one another, each around a mean of its own, so both are centred first. The words'
 mean is that of the vocabulary. The images' mean is one over many images, and has to come from somewhere: see
@@ -49,19 +49,21 @@ class SpliceRetriever(ClipRetriever):
             ("{}",), min_length=1, description="prompts a word is put into, their embeddings averaged"
         )
         l1_penalty: float = Field(
-            0.2, gt=0, description="the larger, the fewer words: none has a weight that is less similar to the image"
+            0.2,
+            gt=0,
+            description="lambda of |C^T w - z|^2 + lambda |w|_1 (published: 0.2; a Lasso that divides by the dimension "
+            "alone calls this 0.1): the larger, the fewer words, none less similar to the image than half of it",
         )
         image_mean: str = Field(
             "photographs",
             description="mean image embedding, taken off first: photographs (a dozen of scikit-image's), a folder of "
             "images like yours, a .safetensors file, or none (similarities and fit penalties are smaller then)",
         )
-        rerank_model: str | None = Field(
-            None, description="a second CLIP that ranks the heaviest words anew (published: ViT-H-14); none: no second"
-        )
+        rerank: bool = Field(False, description="let a second CLIP rank all words with a weight anew (published)")
+        rerank_model: str = Field("ViT-H-14", description="the second CLIP, as model (published: ViT-H-14)")
         rerank_pretrained: str = Field("laion2b_s32b_b79k", description="open_clip's name of the second CLIP's weights")
         rerank_templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-            ("a photo of a {}",), min_length=1, description="prompts of the second CLIP"
+            ("{}",), min_length=1, description="prompts of the second CLIP (published: bare words)"
         )
 
     settings: Settings
@@ -82,7 +84,7 @@ class SpliceRetriever(ClipRetriever):
                 f" but {settings.model} embeds in {list(self._concepts.shape[1:])}"
             )
         self._second: ClipModel | None = None
-        if settings.rerank_model is not None:
+        if settings.rerank:
             self._second = ClipModel(
                 settings.rerank_model, settings.rerank_pretrained, backbone.device, prefix="rerank_"
             )
@@ -90,21 +92,23 @@ class SpliceRetriever(ClipRetriever):
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """Words with a weight, heavier than any word for the background, heaviest first, at most ``top``.
 
-        Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them. Scores are weights,
-        above 0; after re-ranking they are the second CLIP's cosine similarities, in [-1, 1].
+        Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them, nor are
+        ``stop_words``. Scores are weights, above 0. With ``rerank`` they are the second CLIP's cosine similarities, in
+        [-1, 1]: all words with a weight are ranked by them before the first ``top`` are taken.
         """
-        found = super().retrieve(view, used)
+        return super().retrieve(view, used)
+
+    def _ranked(self, view: View) -> list[Candidate]:
+        embedding = self._embed_view(view, self._clip)
+        image = embedding if self._mean is None else centred(embedding, self._mean)
+        weights = sparse_weights(image, self._concepts, self.settings.l1_penalty)
+        found = self._above_background(weights, floor=0.0)
         if self._second is None or not found:
             return found
         texts = self._second.embed_words([candidate.word for candidate in found], self.settings.rerank_templates)
         scores = (texts @ self._embed_view(view, self._second)).tolist()
         ranked = [Candidate(candidate.word, score) for candidate, score in zip(found, scores, strict=True)]
         return sorted(ranked, key=lambda candidate: -candidate.score)
-
-    def _ranked(self, view: View) -> list[Candidate]:
-        embedding = self._embed_view(view, self._clip)
-        image = embedding if self._mean is None else centred(embedding, self._mean)
-        return self._above_background(sparse_weights(image, self._concepts, self.settings.l1_penalty), floor=0.0)
 
 
 def centred(embeddings: Tensor, mean: Tensor) -> Tensor:
@@ -113,10 +117,13 @@ def centred(embeddings: Tensor, mean: Tensor) -> Tensor:
 
 
 def sparse_weights(image: Tensor, concepts: Tensor, penalty: float) -> list[float]:
-    """The w >= 0 that minimises  |C^T w - z|^2 + 2 lambda |w|_1  (Bhalla et al., NeurIPS 2024, eq. 4).
+    """The w >= 0 that minimises  |C^T w - z|^2 + lambda |w|_1  (SpLiCE, Bhalla et al., NeurIPS 2024).
 
-    A concept without weight is no more similar to what is left, c . (z - C^T w) <= lambda, and with a weight it is
-    exactly as similar. So lambda is a cosine, and above the largest c . z all weights are 0.
+    This is the form in which ICE's penalty is 0.2. Others count it differently: with 2 lambda |w|_1, or with a Lasso
+    whose squared error is divided by the dimension D alone, the same weights belong to half the number.
+
+    A concept without weight is not very similar to what is left, c . (z - C^T w) <= lambda / 2, and with a weight it
+    is exactly so similar. So lambda / 2 is a cosine, and above the largest c . z all weights are 0.
 
     Args:
         image: z, ``[D]``, centred and L2-normalised.
@@ -129,7 +136,7 @@ def sparse_weights(image: Tensor, concepts: Tensor, penalty: float) -> list[floa
     from sklearn.linear_model import Lasso
 
     # scikit-learn's objective is |C^T w - z|^2 / (2 D) + alpha |w|_1.
-    solver = Lasso(alpha=penalty / len(image), positive=True, fit_intercept=False, tol=1e-8, max_iter=100_000)
+    solver = Lasso(alpha=penalty / (2 * len(image)), positive=True, fit_intercept=False, tol=1e-8, max_iter=100_000)
     solver.fit(concepts.double().numpy().T, image.double().numpy())
     return [float(weight) for weight in solver.coef_]
 
