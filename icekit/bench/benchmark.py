@@ -1,8 +1,8 @@
 """The bench: a data set, some combinations of components, some metrics -> a table.
 
 Every combination runs on every image and is measured there; two more, ``floor`` and ``ceiling``, put luck and the
-truth in place of what was found and learned. What is done is on disk at once, and a bench that goes on after any
-interruption ends with the same numbers.
+truth in place of what was found and learned. Rows with a name and settings of their own may stand in the same table.
+What is done is on disk at once, and a bench that goes on after any interruption ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from torch import Tensor
 from icekit import images, plugins
 from icekit.bench import page, results
 from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
-from icekit.bench.outcome import MeasuredOutcome, found_concepts
+from icekit.bench.outcome import PLAIN, MeasuredOutcome, found_concepts
 from icekit.bench.results import CEILING, FLOOR
+from icekit.bench.rows import read_rows, stage_one_key, stage_one_name
 from icekit.extraction import (
     UNNAMED,
     build_component,
@@ -36,9 +37,11 @@ from icekit.extraction import (
 )
 from icekit.library import Extraction, Located, write_image_atomically
 from icekit.plugins import Plugins
-from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError
-from icekit.settings import ROLES, Components, Role, Settings, merge, nearest, validate
+from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError, parts_of
+from icekit.settings import BENCH_TABLES, NONE, ROLES, Components, Role, Settings, merge, nearest, nest, validate
 
+OWN_TABLES = ("dataset", "rows", *BENCH_TABLES)
+"""Tables of a bench's settings that are no run's."""
 FLOOR_AREA = 0.1
 """Share of the image that a random mask covers where the true one is not known."""
 
@@ -56,11 +59,13 @@ class Combination:
     """A row of the table: the components and complete settings of its runs.
 
     stage_one: the name under which its regions are kept; combinations with the same one share them.
+    overrides: what a named row sets for itself, nested; None for a combination of components alone.
     """
 
     name: str
     stage_one: str
     settings: Settings
+    overrides: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,10 @@ def bench(
         seed: which images, where there is a choice, and every other random choice.
         components: role -> names, all combinations of which are measured (one backbone).
         metrics: names; those of the data set if there are none.
-        settings: nested, as in a settings file; tables ``dataset``, ``metric`` and ``bench`` besides a run's own. A
-            setting of a role holds for all its components that have it; ``{"learner": {"ice": {"steps": 400}}}`` is for
-            one of them.
+        settings: nested, as in a settings file; tables ``dataset``, ``metric``, ``bench`` and ``rows`` besides a run's
+            own. A setting of a role holds for all its components that have it; ``{"learner": {"ice": {"steps": 400}}}``
+            is for one of them. ``rows``: name -> settings of that row's own, over all others; where there are some,
+            only those learners are combined that ``components`` names.
         resume: go on with the bench in ``out``, if there is one.
         overwrite: replace the bench in ``out``.
         part: (k, n), measure every n-th image alone, from the k-th on: n processes share the work, each with
@@ -141,34 +147,37 @@ class _Bench:
     ) -> None:
         self.plugins, self.dataset_name, self.seed = found, dataset, seed
         self.directory = BenchDirectory(out)
-        given = {key: value for key, value in settings.items() if key not in ("dataset", "metric", "bench")}
-        own_values = {key: dict(settings.get(key, {})) for key in ("dataset", "metric", "bench")}
+        given = {key: value for key, value in settings.items() if key not in OWN_TABLES}
+        own_values = {key: _table(key, settings.get(key, {})) for key in OWN_TABLES}
         self.dataset_settings = found.component_settings("dataset", dataset, own_values["dataset"])
         self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
 
-        suggested: dict[str, Any] = {}
-        for key, value in self.dataset.suggestions.items():
-            suggested = merge(suggested, _nest(key, value))
-        self.given = merge(given, {"seed": seed})
-        self.suggested = {key: value for key, value in suggested.items() if key not in ("metric", "bench")}
-        self.bench = validate(BenchSettings, merge(suggested.get("bench", {}), own_values["bench"]), prefix="bench.")
-        defaults = merge(self.suggested.get("components", {}), given.get("components", {}))
-        names = {
-            role: _once(components.get(role) or [defaults.get(role) or getattr(Components(), role)]) for role in ROLES
-        }
-        if len(names["backbone"]) > 1:
+        self.given, self.typed = merge(given, {"seed": seed}), components
+        self.suggested = nest(self.dataset.suggestions)
+        preset = self._preset({})
+        lower = {key: merge(self.suggested.get(key, {}), preset.get(key, {})) for key in BENCH_TABLES}
+        self.bench = validate(BenchSettings, merge(lower["bench"], own_values["bench"]), prefix="bench.")
+        self.rows = read_rows(own_values["rows"], (FLOOR, CEILING, PLAIN))
+        self.first = self._components({})
+        self.combined = {role: _once(components.get(role) or [self.first[role]]) for role in ROLES}
+        if len(self.combined["backbone"]) > 1:
             raise InputError("a bench has one backbone: give --backbone once, and a second bench for another")
-        self.names = names
+        of_rows = [self._components(row.overrides) for row in self.rows]
+        self.names = {role: _once([*self.combined[role], *(chosen[role] for chosen in of_rows)]) for role in ROLES}
         for role in ROLES:
-            for name in names[role]:
+            for name in self.names[role]:
                 found.component(role, name)
         for one in metrics:
             found.component("metric", one)
 
         self._check_role_keys()
         device = resolve_device(str(validate(Settings, {"device": given.get("device", "auto")}).device))
-        self.backbone: Backbone = load_backbone(found, self._settings(self._first()), device)
+        self.backbone: Backbone = load_backbone(found, self._settings(self.first), device)
+        self.plain = self._resolved(self.first)
         self.combinations = self._combinations()
+        self.locating = {  # a region's hints are there for those rows that want them
+            one.stage_one: one.settings for one in sorted(self.combinations, key=lambda one: one.settings.describe)
+        }
 
         self.images = [
             BenchImage(one.name, images.to_tensor(images.load_image(one.picture).resized(side)), one.concepts)
@@ -178,33 +187,53 @@ class _Bench:
         _check_names([image.name for image in self.images], dataset)
         self.known = known_truth(self.images)
         self.metric_names = self._choose_metrics(metrics)
-        self.metric_settings = self._metric_values(merge(suggested.get("metric", {}), own_values["metric"]), own_values)
+        self.metric_settings = self._metric_values(merge(lower["metric"], own_values["metric"]), own_values)
         self.metrics: dict[str, Metric] = {}
 
     # --- Settings ----------------------------------------------------------------------------------------------------
 
-    def _first(self) -> dict[Role, str]:
-        return {role: self.names[role][0] for role in ROLES}
+    def _preset(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of the preset: that of a row's own settings, or else that of all."""
+        name = overrides.get("preset", self.given.get("preset", NONE))
+        return {} if name == NONE else self.plugins.preset(str(name)).values
 
-    def _settings(self, chosen: Mapping[Role, str]) -> Settings:
+    def _components(self, overrides: Mapping[str, Any]) -> dict[Role, str]:
+        """Components by role: a row's own, the first that was asked for, the preset's, the data set's, the default."""
+        layers = (self.suggested, self._preset(overrides), self.given)
+        defaults: dict[str, Any] = Components().model_dump()
+        for layer in layers:
+            defaults |= layer.get("components", {})
+        asked = {role: names[0] for role, names in self.typed.items() if names}
+        chosen = defaults | asked | overrides.get("components", {})
+        return {role: str(chosen[role]) for role in ROLES}
+
+    def _resolved(self, chosen: Mapping[Role, str], overrides: Mapping[str, Any] | None = None) -> Settings:
+        """Complete settings of a run with these components, and of a row's own."""
+        return self.plugins.resolve(self._settings(chosen, overrides), self.backbone.suggestions)
+
+    def _settings(self, chosen: Mapping[Role, str], overrides: Mapping[str, Any] | None = None) -> Settings:
         """A run's settings with these components, as far as they are given or the data set suggests them."""
-        values = {key: value for key, value in merge(self.suggested, self.given).items() if key not in ROLES}
-        values = merge({"samples": 0}, values)
+        own = overrides or {}
+        values: dict[str, Any] = {"samples": 0}
+        for layer in (self.suggested, self._preset(own), self.given, own):
+            values = merge(values, {key: value for key, value in layer.items() if key not in (*ROLES, *BENCH_TABLES)})
         values["components"] = dict(chosen)
         for role in ROLES:
-            values[role] = self._role_values(role, chosen[role])
+            values[role] = self._role_values(role, chosen[role], own)
         return validate(Settings, values)
 
-    def _role_values(self, role: Role, name: str) -> dict[str, Any]:
+    def _role_values(self, role: Role, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
         fields = self._fields(role, name)
         values: dict[str, Any] = {}
         if role == "backbone" and "images_at_once" in fields:
             values["images_at_once"] = self.bench.images
-        for layer in (self.suggested, self.given):
-            table = layer.get(role, {})
-            values |= {key: value for key, value in table.items() if key in fields}
-            if name not in fields and isinstance(table.get(name), Mapping):
-                values |= table[name]
+        for layer in (self.suggested, self._preset(overrides)):
+            values |= self.plugins.fitting(role, name, layer.get(role, {}))
+        given, own = self.given.get(role, {}), overrides.get(role, {})
+        for table in ({key: value for key, value in given.items() if key in (*fields, name)}, own):
+            named = table.get(name) if name not in fields else None
+            values |= {key: value for key, value in table.items() if key != name or named is None}
+            values |= named if isinstance(named, Mapping) else {}
         return values
 
     def _fields(self, role: str, name: str) -> Collection[str]:
@@ -216,22 +245,38 @@ class _Bench:
             _check_keys(role, self.given.get(role, {}), {name: self._fields(role, name) for name in self.names[role]})
 
     def _combinations(self) -> list[Combination]:
-        """Every combination asked for, with complete settings."""
-        made = []
-        for retriever in self.names["retriever"]:
-            for segmentor in self.names["segmentor"]:
-                for learner in self.names["learner"]:
-                    chosen: dict[Role, str] = self._first() | {
+        """Every combination asked for and every named row, with complete settings."""
+        made: list[Combination] = []
+        learners = self.combined["learner"] if self.typed.get("learner") or not self.rows else []
+        for retriever in self.combined["retriever"]:
+            for segmentor in self.combined["segmentor"]:
+                for learner in learners:
+                    chosen: dict[Role, str] = self.first | {
                         "retriever": retriever,
                         "segmentor": segmentor,
                         "learner": learner,
                     }
                     name = f"{segmentor}-{learner}"
-                    if len(self.names["retriever"]) > 1:
+                    if len(self.combined["retriever"]) > 1:
                         name = f"{retriever}-{name}"
-                    settings = self.plugins.resolve(self._settings(chosen), self.backbone.suggestions)
-                    made.append(Combination(name, f"{retriever}-{segmentor}", settings))
-        return made
+                    made.append(Combination(name, "", self._resolved(chosen)))
+        for row in self.rows:
+            if row.name in [one.name for one in made]:
+                raise InputError(f"row {row.name!r} cannot have this name: a combination of components is called so")
+            try:
+                settings = self._resolved(self._components(row.overrides), row.overrides)
+            except InputError as error:
+                raise InputError(f"row {row.name!r}: {error}") from None
+            made.append(Combination(row.name, "", settings, row.overrides))
+        return [replace(one, stage_one=self._stage_one(one, made)) for one in made]
+
+    def _stage_one(self, combination: Combination, everyone: Sequence[Combination]) -> str:
+        """The name of a combination's stage one, which it shares with those that find the same."""
+        settings = combination.settings
+        sharing = [one.settings for one in everyone if stage_one_key(one.settings) == stage_one_key(settings)]
+        located = settings.model_copy(update={"describe": any(one.describe for one in sharing)})
+        chosen = self.first | {role: settings.name_of(role) for role in ("retriever", "segmentor")}
+        return stage_one_name(located, self._resolved(chosen))
 
     def _choose_metrics(self, asked: Sequence[str]) -> list[str]:
         """The metrics asked for, or those of the data set that its truth allows."""
@@ -263,16 +308,22 @@ class _Bench:
 
     def _record(self) -> dict[str, Any]:
         """What the numbers depend on, for ``bench.json``."""
-        shared = self.combinations[0].settings.model_dump(mode="json", exclude={*ROLES, "components", "device"})
+        shared = self.plain.model_dump(mode="json", exclude={*ROLES, "components", "device"})
         settings: dict[str, Any] = {
             "dataset": {"name": self.dataset_name, **self.dataset_settings.model_dump(mode="json")},
             "bench": self.bench.model_dump(mode="json"),
             "run": shared | {"backbone": self.names["backbone"][0]},
-            "backbone": self.combinations[0].settings.values_of("backbone"),
+            "backbone": self.plain.values_of("backbone"),
             "metric": {name: one.model_dump(mode="json") for name, one in self.metric_settings.items()},
         }
+        combined = [one for one in self.combinations if one.overrides is None]
         for role in ("retriever", "segmentor", "learner"):
-            settings[role] = {one.settings.name_of(role): one.settings.values_of(role) for one in self.combinations}
+            settings[role] = {one.settings.name_of(role): one.settings.values_of(role) for one in combined}
+        settings["rows"] = {
+            one.name: one.settings.model_dump(mode="json", exclude={"backbone", "device"})
+            for one in self.combinations
+            if one.overrides is not None
+        }
         return {"icekit_version": plugins.own_version(), "settings": results.portable(settings)}
 
     # --- On its way --------------------------------------------------------------------------------------------------
@@ -315,6 +366,7 @@ class _Bench:
             columns={name: dict(metric.columns) for name, metric in self.metrics.items()},
             images=[image.name for image in images],
             components={one.name: one.settings.components.model_dump() for one in self.combinations},
+            overrides={one.name: one.overrides for one in self.combinations if one.overrides is not None},
             seed=self.seed,
             record=self._record()
             | {
@@ -360,6 +412,10 @@ class _Bench:
             combination=combination.name,
             run=run,
             count=self.bench.images,
+            parts=parts_of(
+                self.plugins.component("learner", combination.settings.name_of("learner")),
+                combination.settings.attributes,
+            ),
         )
         kept |= {"error": None if run else error}
         if run:
@@ -384,7 +440,13 @@ class _Bench:
         return kept
 
     def _locate(self, combination: Combination, image: BenchImage) -> Located:
-        """Stage one, once for all combinations that share it."""
+        """Stage one, once for all combinations that share it; hints are for those that describe."""
+        located = self._located(combination, image)
+        if combination.settings.describe:
+            return located
+        return replace(located, regions=tuple(replace(region, hints={}) for region in located.regions))
+
+    def _located(self, combination: Combination, image: BenchImage) -> Located:
         place = self.directory.located(combination.stage_one, image.name)
         located = place.load_located()
         if located.finished:
@@ -395,12 +457,12 @@ class _Bench:
             located = Located(located.regions, finished=True)
             place.save_located(located)
             return located
+        settings = self.locating[combination.stage_one]
         retriever, segmentor = (
-            build_component(self.plugins, combination.settings, role, self.backbone)
-            for role in ("retriever", "segmentor")
+            build_component(self.plugins, settings, role, self.backbone) for role in ("retriever", "segmentor")
         )
-        attributes = [self.plugins.attribute(name) for name in self._attributes()]
-        for step in localise(image.pixels, retriever, segmentor, combination.settings, located, attributes):
+        attributes = [self.plugins.attribute(name) for name in settings.attributes]
+        for step in localise(image.pixels, retriever, segmentor, settings, located, attributes):
             located = step
             place.save_located(located)
         place.save_timings({"localise_s": round(time.monotonic() - begun, 3)})
@@ -445,18 +507,20 @@ class _Bench:
             words.append({"instance": look or concept.word, **known})
         return self._end(CEILING, image, regions, "words", {"words": words})
 
-    def _attributes(self) -> Sequence[str]:
-        return self.combinations[0].settings.attributes
+    def _attributes(self) -> list[str]:
+        """Those of all rows."""
+        return _once([name for one in self.combinations for name in one.settings.attributes])
 
     def _end(
         self, name: str, image: BenchImage, regions: Sequence[Region], learner: str, learner_settings: Mapping[str, Any]
     ) -> Combination:
         files = self.directory.located(name, image.name).path / "masks"
         words = [region.word for region in regions]
-        base = self.combinations[0].settings.model_dump(mode="json", exclude={"retriever", "segmentor", "learner"})
+        base = self.plain.model_dump(mode="json", exclude={"retriever", "segmentor", "learner"})
         values = merge(
             base,
             {
+                "attributes": self._attributes(),
                 "components": {"retriever": "words", "segmentor": "masks", "learner": learner},
                 "max_concepts": max(1, len(regions)),
                 "retriever": {"words": words},
@@ -501,14 +565,14 @@ def known_truth(pictures: Sequence[BenchImage]) -> set[str]:
     return known | ({"words"} if all(concept.word for concept in concepts) else set())
 
 
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    for part in reversed(key.split(".")):
-        value = {part: value}
-    return dict(value)
-
-
 def _once(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
+
+
+def _table(key: str, values: Any) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise InputError(f"setting {key!r} cannot be {values!r}: it should be a table of settings")
+    return dict(values)
 
 
 def _check_keys(role: str, table: Any, fields: Mapping[str, Collection[str]]) -> None:

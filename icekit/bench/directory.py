@@ -3,7 +3,7 @@
     bench.json              what is measured, and with what settings; written first
     data/<image>/           the pictures as the runs saw them, and their true masks
     located/<stage one>/<image>/    stage one's results, shared by all learners
-    runs/<combination>/<image>/     run directories
+    runs/<combination>/<image>/     run directories; a combination, or the name of a row
     images/<combination>/<image>/   generated images, a strip for each prompt
     values/<combination>/<image>.json   the metrics' values
     results.json, results.csv, bench.html   what came out; written last

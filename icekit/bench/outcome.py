@@ -25,6 +25,7 @@ class MeasuredOutcome:
 
     run: None where nothing was found.
     count: images for each prompt.
+    parts: see ``protocols.Outcome``.
     """
 
     image: BenchImage
@@ -35,13 +36,14 @@ class MeasuredOutcome:
     combination: str
     run: Extraction | None
     count: int
+    parts: Sequence[str]
     _images: dict[str, list[Image.Image]] = field(default_factory=dict)
     _tokens_set: bool = False
 
     @property
     def attributes(self) -> Sequence[str]:
-        """Names of the attributes that were learned."""
-        return self.settings.attributes
+        """See ``protocols.Outcome``."""
+        return [part for part in self.parts if part not in ("category", "instance")]
 
     @property
     def matches(self) -> Sequence[Match]:
@@ -79,13 +81,14 @@ class MeasuredOutcome:
             self._tokens_set = True
         elif self.run is None and "<" in prompt:
             raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
-        lora = self.run.lora() if self.run is not None and "<" in prompt else {}
+        run = self.run if "<" in prompt else None  # plain words: the model as it was before any learning
         return self.backbone.generate(
             [prompt] * self.count,
             seeds=[derived_seed(self.settings.seed, "bench", self.image.name, i) for i in range(self.count)],
             steps=self.settings.sample_steps,
             guidance_scale=self.settings.guidance_scale,
-            lora=lora or None,
+            lora=run.lora() or None if run else None,
+            weights=run.weights() or None if run else None,
         )
 
 

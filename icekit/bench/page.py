@@ -5,6 +5,7 @@ Whatever comes from the data set or the plugins (names, words, messages) is esca
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from PIL import Image
 from icekit.bench import results
 from icekit.bench.directory import BenchDirectory
 from icekit.report import COLOURS, Picture, duration, mask_outline, to_picture
+from icekit.settings import flatten
 
 SHOWN_IMAGES = 4
 """Of a prompt's images."""
@@ -73,6 +75,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
     )
     environment.filters["duration"] = duration
     environment.filters["cell"] = results.cell
+    environment.filters["settings"] = _settings
     folder = Path(__file__).parents[1] / "templates"
     style = Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in ("report.css", "bench.css")))
     columns = [
@@ -87,6 +90,11 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
     return environment.get_template("bench.html.jinja").render(
         style=style, made=made, columns=columns, notes=results.notes(made)
     )
+
+
+def _settings(nested: Mapping[str, Any]) -> str:
+    """``describe = false, learner.steps = 400``."""
+    return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flatten(nested).items())
 
 
 def _bars(made: Mapping[str, Any], column: str) -> list[Bar]:

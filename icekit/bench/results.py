@@ -42,6 +42,7 @@ def summarise(
     components: Mapping[str, Mapping[str, str]],
     seed: int,
     record: Mapping[str, Any],
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Put everything that was measured together, as in ``results.json``.
 
@@ -52,10 +53,12 @@ def summarise(
         components: combination -> role -> name.
         seed: of the bootstrap.
         record: what was measured and how; comes first.
+        overrides: named row -> its own settings, nested.
 
     Returns:
         ``record`` with ``columns`` (name -> metric, meaning, higher_is_better, says_nothing) and ``rows``: name,
-        components (None for floor and ceiling), ``values`` (column -> mean, low, high, n), ``images`` (image -> column
+        components (None for floor and ceiling), overrides (None but for named rows),
+        ``values`` (column -> mean, low, high, n), ``images`` (image -> column
         -> value), ``errors`` (image -> why its run failed) and ``seconds`` (means over images). Columns that nobody has
         a value for are left out.
     """
@@ -75,6 +78,7 @@ def summarise(
             {
                 "name": name,
                 "components": components.get(name),
+                "overrides": (overrides or {}).get(name),
                 "values": estimates,
                 "images": table,
                 "errors": {image: by_image[image]["error"] for image in images if by_image[image].get("error")},

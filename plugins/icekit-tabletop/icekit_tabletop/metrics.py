@@ -2,7 +2,8 @@
 
 Generated images are read by the probe, a classifier that was trained on renders alone and shares nothing with the
 models that made them. An object that was not found (IoU 0 with every mask, or no mask left for it) counts as wrong;
-leakage leaves it out, for it has no tokens that could leak.
+leakage leaves it out, for it has no tokens that could leak. A learner that has no token for an attribute, or none for
+the category, gets no value where one is needed.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class AttributeImages(_TabletopMetric):
                     if match.found is None:
                         values.append(0.0)
                         continue
-                    prompts.append(f"a photo of a {match.found.tokens['category']} {match.found.tokens[attribute]}")
+                    thing = match.found.tokens.get("category", match.found.region.word)
+                    prompts.append(f"a photo of a {thing} {match.found.tokens[attribute]}")
                     seen = read(outcome.generate(prompts[-1]))
                     values.append(share_right(seen[attribute], attribute, true_word(match, attribute)))
                 scores[f"images_{attribute}"] = Score(_mean(values), prompts)
@@ -159,9 +161,10 @@ class Leakage(_TabletopMetric):
                 )
                 materials.append(self._distance(outcome, pair, "material"))
                 material_prompts += pair
-            pair = (f"a photo of a {match.found.tokens['category']}", f"a photo of a {_word(match)}")
-            colours.append(self._distance(outcome, pair, "colour"))
-            colour_prompts += pair
+            if "category" in outcome.parts:
+                pair = (f"a photo of a {match.found.tokens['category']}", f"a photo of a {_word(match)}")
+                colours.append(self._distance(outcome, pair, "colour"))
+                colour_prompts += pair
         return {
             "leak_colour_material": Score(_mean(materials), material_prompts),
             "leak_category_colour": Score(_mean(colours), colour_prompts),
@@ -181,8 +184,11 @@ class Recompose(_TabletopMetric):
     }
 
     def measure(self, outcome: Outcome) -> Mapping[str, Score]:
-        """The shape and every attribute that was learned and can be read."""
+        """The shape and every attribute that was learned and can be read; nothing without an attribute or category."""
         wholes, parts, prompts = [], [], []
+        judged = [name for name in READABLE if name == "shape" or name in outcome.attributes]
+        if len(judged) == 1 or "category" not in outcome.parts:
+            return {}
         for match in outcome.matches:
             if match.found is None:
                 wholes.append(0.0)
@@ -190,7 +196,6 @@ class Recompose(_TabletopMetric):
                 continue
             prompts.append(recompose_prompt(match.found, outcome.attributes))
             seen = read(outcome.generate(prompts[-1]))
-            judged = [name for name in READABLE if name == "shape" or name in outcome.attributes]
             right = torch.stack([is_right(seen[name], name, _truth(match, name)) for name in judged])
             wholes.append(float(right.all(dim=0).float().mean()))
             parts.append(float(right.float().mean()))

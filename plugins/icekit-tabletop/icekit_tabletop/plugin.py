@@ -41,6 +41,12 @@ def register_metrics(register: Callable[[str, type], None]) -> None:
 
 
 @hookimpl
+def register_presets(register: Callable[[str, Path], None]) -> None:
+    """The published method with the numbers that belong to this model."""
+    register("published-tabletop", Path(__file__).parent / "presets" / "published-tabletop.toml")
+
+
+@hookimpl
 def register_commands(cli: click.Group) -> None:
     """``icekit tabletop render``."""
     cli.add_command(tabletop)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,7 +48,11 @@ class FakeOutcome:
     image: BenchImage
     matches: list[Match]
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
-    attributes: tuple[str, ...] = ("colour", "material")
+    parts: tuple[str, ...] = ("category", "instance", "colour", "material")
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        return tuple(part for part in self.parts if part not in ("category", "instance"))
 
     def generate(self, prompt: str) -> list[Image.Image]:
         return self.pictures[prompt]
@@ -138,6 +142,20 @@ def test_recompose():
     found = measure(metrics.Recompose, what)
     assert found["recompose"] == pytest.approx(1 / 3)
     assert found["recompose_parts"] == pytest.approx((3 + 2 + 1) / 9)
+
+
+def test_no_value_without_the_token_that_a_metric_needs():
+    """For a method of one token, and for one of an instance and a class noun: also where the object was missed."""
+    one = replace(FOUND, tokens={"instance": "<cube-0-instance>"}, words={})
+    noun = replace(FOUND, tokens={"category": "<cube-0>", "instance": "<cube-0-instance>"}, words={})
+    cube = rendered(("cube", "white", "stone"))
+    for found, parts in ((one, ("instance",)), (noun, ("category", "instance")), (None, ("instance",))):
+        what = replace(outcome(found, category=cube, word=cube), parts=parts)
+        for metric in (metrics.AttributeWords, metrics.AttributeImages, metrics.Transfer, metrics.Recompose):
+            assert measure(metric, what) == {}
+        leaked = measure(metrics.Leakage, what)
+        assert leaked["leak_colour_material"] is None
+        assert leaked["leak_category_colour"] == (0.0 if found is noun else None)
 
 
 @pytest.mark.skipif(not (weights._MODELS / "stable-diffusion").is_dir(), reason="the models have not been trained")

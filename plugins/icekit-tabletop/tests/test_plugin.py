@@ -14,8 +14,12 @@ from icekit_tabletop.backbone import OWN_MODEL, Tabletop
 from PIL import Image
 from torch import nn
 
-from icekit.extraction import attention_maps
+from icekit.extraction import attention_maps, build_component, localise
+from icekit.images import to_tensor
+from icekit.library import Located
+from icekit.matching import match_masks
 from icekit.protocols import InputError
+from icekit.settings import flatten, load_settings
 
 
 @pytest.fixture
@@ -113,3 +117,34 @@ class TestOwnModel:
             inside = [float((weights * covered).sum() / weights.sum()) for weights in maps.values()]
             shares.append(np.mean(inside) / float(mask.mean()))
         assert np.mean(shares) > 4  # times as much as if it were spread evenly
+
+
+def test_the_published_method_with_the_models_own_numbers():
+    """The preset lies above the model's suggestions, changes three numbers of ``published``, and finds objects."""
+    from icekit import plugins
+
+    found = plugins.installed()
+    backbone = Tabletop(Tabletop.Settings(), "cpu")
+
+    def settings(preset):
+        given = load_settings(None, [f"preset={preset}"], {"components": {"backbone": "tabletop"}})
+        return found.resolve(given, backbone.suggestions)
+
+    published, own = settings("published"), settings("published-tabletop")
+    theirs, ours = flatten(published.model_dump()), flatten(own.model_dump())
+    changed = {key for key in theirs if theirs[key] != ours[key]} - {"preset"}
+    assert changed == {"segmentor.kl_threshold", "segmentor.prompt", "segmentor.cross_resolutions"}
+    assert published.segmentor["kl_threshold"] == 1.1  # a preset wins over what a model suggests
+    assert own.retriever["rerank_model"].startswith("local-dir:")  # what it does not say is the model's
+    scenes = [render_scene(seed, n_objects=1) for seed in range(6)]
+    seen = {}
+    for chosen in (published, own):
+        parts = [build_component(found, chosen, role, backbone) for role in ("retriever", "segmentor")]
+        seen[chosen.preset] = 0
+        for scene in scenes:
+            *_, located = localise(to_tensor(scene.image), *parts, chosen, Located())
+            masks = [region.mask for region in located.regions]
+            [(_, iou)] = match_masks([torch.from_numpy(scene.masks[0])], masks)
+            seen[chosen.preset] += iou > 0.5
+    assert seen["published"] == 0  # all of a picture's attention is within 1.1 nats: one segment
+    assert seen["published-tabletop"] >= 4
