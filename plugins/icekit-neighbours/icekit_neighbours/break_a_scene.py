@@ -9,10 +9,14 @@ from pydantic import Field
 from torch import Tensor
 
 from icekit.builtin.denoising import masked_denoising_loss
+from icekit.builtin.fine_tuning import Weights
 from icekit.builtin.templates import Templates
 from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
 from icekit.protocols import AttentionMaps, Backbone, Learned
-from icekit_neighbours.lesson import Draw, Lesson, Prior, WeightsSettings, word_rows
+from icekit_neighbours.lesson import START, Draw, Lesson, Prior, Start, WeightsSettings, instance_rows
+
+WEIGHTS_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 2e-6}
+"""AdamW's learning rate of the weights by what is trained, where none is set."""
 
 
 class BreakASceneSettings(WeightsSettings):
@@ -21,21 +25,23 @@ class BreakASceneSettings(WeightsSettings):
     steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
     learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, phase one")
     tuning_learning_rate: float = Field(2e-6, gt=0, description="AdamW's learning rate for the tokens, phase two")
-    weights_learning_rate: float = Field(
-        1e-4, gt=0, description="AdamW's learning rate of the LoRA adapter (the paper tunes all weights, at 2e-6)"
+    weights_learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 2e-6 for all (published)"
     )
     attention_weight: float = Field(1e-2, ge=0, description="weight of the cross-attention loss")
     attention_resolution: int | None = Field(
         None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
     )
     batch_size: int = Field(1, ge=1, description="subsets of the concepts in one step")
+    start: Start = Field("noun", description=START)
     templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
 
 
 def union_sample(count: int, generator: torch.Generator) -> list[int]:
-    """A random subset of ``count`` concepts, in order: its size uniform in 1 to ``count``, then its members uniform."""
+    """A random subset of ``count`` concepts in random order: its size uniform in 1 to ``count``, its members too."""
     size = int(torch.randint(1, count + 1, (), generator=generator))
-    return sorted(torch.randperm(count, generator=generator)[:size].tolist())
+    chosen: list[int] = torch.randperm(count, generator=generator)[:size].tolist()
+    return chosen
 
 
 def union(masks: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ def union(masks: Tensor) -> Tensor:
 
 
 def attention_loss(attention: Tensor, masks: Tensor) -> Tensor:
-    """The cross-attention loss (eq. 3): mean of (CA(v_i) - M_i)^2 over the tokens and the grid's cells.
+    """The cross-attention loss (eq. 3): (CA(v_i) - M_i)^2, mean over the grid's cells, summed over the tokens.
 
     Each map is divided by its maximum: a softmax over a whole prompt never comes near the 1 that a mask asks for.
 
@@ -53,10 +59,10 @@ def attention_loss(attention: Tensor, masks: Tensor) -> Tensor:
         masks: M, ``[n, r, r]`` in [0, 1], how much of each cell the mask covers.
 
     Returns:
-        A scalar.
+        A scalar, at least zero.
     """
     highest = attention.amax(dim=(1, 2), keepdim=True)
-    return (attention / highest - masks).square().mean()
+    return (attention / highest - masks).square().mean(dim=(1, 2)).sum()
 
 
 class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
@@ -65,12 +71,13 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
         L = || M_s (eps - eps_theta(z_t, t, "a photo of v_i and v_j")) ||^2 + attention_weight * L_attention
 
     with M_s the union of the subset's masks. Phase "embeddings", the first half of the steps, learns the tokens; phase
-    "weights" goes on with them and the noise predictor together, with prior preservation. The weights are trained as a
-    LoRA adapter, which is what a run can keep and diffusers reads; the text encoder stays as it is. A token's row is
-    that of the category, the instance and all attributes: it learns no attribute.
+    "weights" goes on with them and the noise predictor together, with prior preservation: by a LoRA adapter, or with
+    ``weights = "all"`` as published. The text encoder stays as it is. A concept's token is its instance: neither a
+    category nor an attribute is learned.
     """
 
     Settings = BreakASceneSettings
+    parts = ("instance",)
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
@@ -79,7 +86,7 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
             InputError: concepts that do not fit into one prompt.
         """
         settings = self.settings
-        rows = word_rows(task.regions, self.backbone)
+        rows = instance_rows(task, self.backbone, settings.start)
         names = list(rows)
         scene = Scene(settings, self.backbone, task, rows)
         trainer = scene.trainer(settings.steps)
@@ -93,17 +100,18 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
             range(1, half + 1),
             lambda step: scene.losses(step, names),
         )
-        with trainer.adapter(self.backbone.unet, settings.weights_rank) as weights:
+        rate = settings.weights_learning_rate or WEIGHTS_LEARNING_RATES[settings.weights]
+        with trainer.fine_tuned(self.backbone.unet, settings.weights, settings.weights_rank) as tuned:
             trainer.train(
                 "weights",
                 [
                     Group(scene.rows, settings.tuning_learning_rate, "tuning_learning_rate"),
-                    Group(weights, settings.weights_learning_rate, "weights_learning_rate"),
+                    Group(tuned.parameters, rate, "weights_learning_rate"),
                 ],
                 range(half + 1, settings.steps + 1),
                 lambda step: scene.losses(step, names, prior),
             )
-            return scene.learned([scene.rows[name] for name in names], lora=weights)
+            return scene.learned(names, tuned)
 
 
 class Scene(Lesson):
@@ -114,6 +122,7 @@ class Scene(Lesson):
     ) -> None:
         super().__init__(settings, backbone, task, rows)
         self._batch_size, self._attention_weight = settings.batch_size, settings.attention_weight
+        self._by_area = settings.by_area
         self._resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
         for template in settings.templates:  # the longest prompts, before a step is made
             self.backbone.token_positions(template.replace("{}", " and ".join(rows)), list(rows))
@@ -142,7 +151,7 @@ class Scene(Lesson):
         sides = draw.flipped[places].tolist()
         prediction, target = self.denoise(self.latents[sides], draw, places, prompts)
         masks = [union(self.latent_masks[side, subset]) for side, subset in zip(sides, chosen, strict=True)]
-        reconstruction = masked_denoising_loss(prediction, target, torch.stack(masks)).mean()
+        reconstruction = masked_denoising_loss(prediction, target, torch.stack(masks), self._by_area).mean()
         cross = maps.cross(self._resolution).float()
         attention = torch.stack(
             [

@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import masked_denoising_loss
-from icekit.builtin.training import Group, Losses, Task, TaskLearner, TrainingSettings, step_generator
+from icekit.builtin.clip import read_vocabulary
+from icekit.builtin.denoising import latent_mask, masked_denoising_loss
+from icekit.builtin.templates import Templates
+from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
 from icekit.builtin.wasserstein import wasserstein_distance
-from icekit.protocols import AttentionMaps, Backbone, Learned, token_names
-from icekit_neighbours.lesson import Lesson
+from icekit.protocols import AttentionMaps, Backbone, InputError, Learned
+from icekit_neighbours.lesson import Draw, Lesson, LessonSettings, instance_name, starting_row
+from icekit_neighbours.looking import look, mean_self_attention
 
 
-class ConceptExpressSettings(TrainingSettings):
-    """Settings of ``ConceptExpressLearner``; the defaults are the paper's, or are said to be ours."""
+class ConceptExpressSettings(LessonSettings):
+    """Settings of ``ConceptExpressLearner``; the defaults are the published ones, or are said to be ours."""
 
-    steps: int = Field(500, ge=2, description="learning steps")
+    steps: int = Field(
+        500, ge=2, description="learning steps; with updates=each one has an optimiser step for every token in turn"
+    )
     split_share: float = Field(0.2, gt=0, lt=1, description="share of the steps before the split tokens are merged")
     split_tokens: int = Field(5, ge=1, description="tokens that each concept is split into at first")
+    updates: Literal["each", "together"] = Field(
+        "each",
+        description="each: every split token has an optimiser step of its own, and after the merge every concept and "
+        "the joint prompt (published: 3100 for 3 concepts); together: one optimiser step for all concepts, each with "
+        "one of its tokens, as the other learners do",
+    )
+    joint: bool = Field(True, description="after the merge, learn from a prompt of all concepts too (published)")
     learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
     attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
-    contrastive_weight: float = Field(1e-3, ge=0, description="weight of the contrastive loss (our choice)")
-    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss (our choice)")
-    initial_word: str = Field("object", min_length=1, description="word that every token starts from")
+    attention_target: Literal["self_attention", "mask"] = Field(
+        "self_attention",
+        description="what a token's attention is drawn to: the mean self-attention of its mask's places (published), "
+        "or the mask itself, as in ICE",
+    )
+    contrastive_weight: float = Field(1e-3, ge=0, description="weight of the supervised contrastive loss")
+    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
+    templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
+    start: Literal["random", "noun", "hints"] = Field(
+        "random",
+        description="random: every token starts as the row of a random word (published); noun: as that of the region's "
+        "word; hints: as the mean of that and of the words that the retriever described the region with",
+    )
     initial_noise: float = Field(
-        0.5, ge=0, description="how far split tokens start apart, in standard deviations of the word's row (our choice)"
+        0.5,
+        ge=0,
+        description="how far split tokens start apart, in standard deviations of their row; with noun and hints only "
+        "(our choice)",
     )
     attention_resolution: int | None = Field(
         None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
@@ -35,28 +62,32 @@ class ConceptExpressSettings(TrainingSettings):
 
 
 def contrastive_loss(tokens: Tensor, temperature: float) -> Tensor:
-    """Pulls the split tokens of one concept together and pushes those of different concepts apart (InfoNCE form).
+    """Pulls the split tokens of one concept together and pushes those of different concepts apart.
 
-        L = - mean over i, k of  log ( sum_{k' != k} e(v_ik, v_ik') / sum_{(j, k') != (i, k)} e(v_ik, v_jk') ),
+    Supervised contrastive loss in its published form (Khosla et al., NeurIPS 2020, eq. 2), the mean of the positives'
+    log-probabilities outside of the logarithm:
+
+        L = mean over i of  -1 / |P(i)| sum_{p in P(i)} log ( e(i, p) / sum_{a != i} e(i, a) ),
         e(u, v) = exp(cos(u, v) / temperature)
 
+    with i, p, a over all tokens and P(i) the other tokens of i's concept.
+
     Args:
-        tokens: v, float ``[C, K, D]``: K tokens of each of C concepts.
-        temperature: tau > 0.
+        tokens: float ``[C, K, D]``: K tokens of each of C concepts.
+        temperature: above zero.
 
     Returns:
-        A scalar, at least zero; zero for one concept alone, and where a concept has one token only.
+        A scalar, at least log(K - 1); zero where a concept has one token only.
     """
     concepts, split, _ = tokens.shape
     if split == 1:
         return tokens.sum() * 0
     unit = nn.functional.normalize(tokens.flatten(0, 1), dim=-1)
     itself = torch.eye(len(unit), dtype=torch.bool, device=tokens.device)
-    similarity = (unit @ unit.T / temperature).masked_fill(itself, -torch.inf)
+    log_probability = (unit @ unit.T / temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)
     concept = torch.arange(concepts, device=tokens.device).repeat_interleave(split)
-    same = concept[:, None] == concept[None, :]
-    own = similarity.masked_fill(~same, -torch.inf).logsumexp(dim=1)
-    return (similarity.logsumexp(dim=1) - own).mean()
+    positive = (concept[:, None] == concept[None, :]) & ~itself
+    return -log_probability[positive].mean()
 
 
 class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
@@ -64,87 +95,168 @@ class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
 
         L = L_recon + attention_weight * L_attention + contrastive_weight * L_contrastive (while split)
 
-    L_recon is the denoising loss inside of the concept's mask, L_attention the Wasserstein distance between the mask
-    and the token's cross-attention. While split, a concept's prompt has one of its tokens, drawn at each step.
-    The method knows no words: the region's word is not looked at. The row stands for the category, the instance and all
-    attributes: it learns no attribute. All concepts are learned together, one element of the batch each.
+    L_recon is the denoising loss inside of the concept's mask, L_attention the Wasserstein distance between the token's
+    cross-attention and the mean self-attention of the mask's places. After the merge there is a prompt of all concepts,
+    "a photo of v_1 and v_2", too, with the union of their masks. The method knows no words: by default the region's
+    word is not looked at. A concept's token is its instance: neither a category nor an attribute is learned.
     """
 
     Settings = ConceptExpressSettings
+    parts = ("instance",)
 
     def teach(self, task: Task) -> Learned:
-        """See ``TaskLearner``."""
-        settings, regions = self.settings, task.regions
-        merged = [token_names(region, ())["category"] for region in regions]
-        split = [[f"{name[:-1]}-split-{k}>" for k in range(settings.split_tokens)] for name in merged]
-        start = self.backbone.word_embedding(settings.initial_word).float()
-        generator = step_generator(task.seed, "split")
-        rows = {}
-        for name in [name for own in split for name in own]:
-            noise = torch.randn(start.shape, generator=generator).to(start)
-            rows[name] = start + settings.initial_noise * start.std() * noise
-        rows |= {name: start for name in merged}
-        express = Express(settings, self.backbone, task, rows)
-        trainer = express.trainer(settings.steps)
-        splitting = max(1, round(settings.split_share * settings.steps))
+        """See ``TaskLearner``.
 
-        trainer.train(
-            "split",
-            [Group({name: express.rows[name] for name in own}, settings.learning_rate) for own in split],
-            range(1, splitting + 1),
-            lambda step: express.losses(step, split),
-            loss_scale=len(regions),
-        )
-        if trainer.done == splitting:
+        Raises:
+            InputError: the concepts do not fit into one prompt.
+        """
+        settings, count = self.settings, len(task.regions)
+        merged = [instance_name(region) for region in task.regions]
+        split = [[f"{name[:-1]}-split-{k}>" for k in range(settings.split_tokens)] for name in merged]
+        express = Express(settings, self.backbone, task, self._starting_rows(task, merged, split))
+        splitting = max(1, round(settings.split_share * settings.steps))
+        each = settings.updates == "each"
+        turns = [(concept, name) for concept, own in enumerate(split) for name in own]
+        first = splitting * (len(turns) if each else 1)
+        last = first + (settings.steps - splitting) * (count + settings.joint if each else 1)
+        trainer = express.trainer(last)
+
+        def split_losses(update: int) -> Iterator[Losses]:
+            if each:
+                concept, name = turns[(update - 1) % len(turns)]
+                yield from express.losses(update, [concept], [name])
+            else:
+                yield from express.losses(update, range(count), express.draw_tokens(update, split))
+            yield from express.contrast(split)
+
+        def merged_losses(update: int) -> Iterator[Losses]:
+            if not each:
+                yield from express.losses(update, range(count), merged)
+                if settings.joint:
+                    yield express.joint_losses(update, merged, share=1 / count)
+                return
+            turn = (update - first - 1) % (count + settings.joint)
+            if turn < count:
+                yield from express.losses(update, [turn], [merged[turn]])
+            else:
+                yield express.joint_losses(update, merged)
+
+        # Where one optimiser step is for all concepts, each learns as if it were alone.
+        scale = 1.0 if each else float(count)
+        groups = [Group({name: express.rows[name] for name in own}, settings.learning_rate) for own in split]
+        trainer.train("split", groups, range(1, first + 1), split_losses, loss_scale=scale)
+        if trainer.done == first:
             for name, own in zip(merged, split, strict=True):
-                mean = torch.stack([express.rows[each].data for each in own]).mean(dim=0)
+                mean = torch.stack([express.rows[one].data for one in own]).mean(dim=0)
                 express.rows[name].data.copy_(mean)
-        trainer.train(
-            "merged",
-            [Group({name: express.rows[name]}, settings.learning_rate) for name in merged],
-            range(splitting + 1, settings.steps + 1),
-            lambda step: express.losses(step, [[name] for name in merged]),
-            loss_scale=len(regions),
-        )
-        return express.learned([express.rows[name] for name in merged])
+        groups = [Group({name: express.rows[name]}, settings.learning_rate) for name in merged]
+        trainer.train("merged", groups, range(first + 1, last + 1), merged_losses, loss_scale=scale)
+        return express.learned(merged)
+
+    def _starting_rows(self, task: Task, merged: Sequence[str], split: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+        """Where all tokens start; the merged ones get their rows by the merge."""
+        settings, backbone = self.settings, self.backbone
+        generator = step_generator(task.seed, "split")
+        rows: dict[str, Tensor] = {}
+        words = known_words(task, backbone) if settings.start == "random" else []
+        for region, own in zip(task.regions, split, strict=True):
+            if settings.start == "random":
+                chosen = torch.randint(len(words), (len(own),), generator=generator).tolist()
+                rows |= {name: backbone.word_embedding(words[n]) for name, n in zip(own, chosen, strict=True)}
+                continue
+            start = starting_row(region, task.attributes, backbone, settings.start)
+            for name in own:
+                noise = torch.randn(start.shape, generator=generator).to(start)
+                rows[name] = start + settings.initial_noise * start.std() * noise
+        return rows | {name: rows[own[0]] for name, own in zip(merged, split, strict=True)}
+
+
+def known_words(task: Task, backbone: Backbone) -> list[str]:
+    """Words that a random row may be of: icekit's nouns and the attributes' words, those that the backbone knows."""
+    words = [*read_vocabulary(None), *(word for one in task.attributes for word in one.vocabulary)]
+    known = [word for word in dict.fromkeys(words) if backbone.knows(word)]
+    return known or [region.word for region in task.regions]
 
 
 class Express(Lesson):
-    """A lesson of each concept in its own mask. ``attention_masks``: ``[2, C, r, r]``, covered shares of cells."""
+    """A lesson of each concept in its own mask.
+
+    targets: ``[2, C, r, r]``, at least zero, where each concept's attention is drawn to, plain and mirrored.
+    """
+
+    settings: ConceptExpressSettings
 
     def __init__(
         self, settings: ConceptExpressSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]
     ) -> None:
         super().__init__(settings, backbone, task, rows)
-        self._weights = settings.attention_weight, settings.contrastive_weight
-        self._temperature = settings.temperature
-        self._resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
+        self._resolution, self.targets = self.attention_grid(settings.attention_resolution)
+        if settings.attention_target == "self_attention":
+            self.targets = self._self_attention_targets()
+        if settings.joint:
+            self._check_joint_prompt_fits([instance_name(region) for region in task.regions])
 
-    def losses(self, step: int, tokens: Sequence[Sequence[str]]) -> Iterator[Losses]:
-        """One step's losses, chunk by chunk; tokens: those of each concept, one of which is in its prompt."""
-        count = len(self.regions)
-        draw = self.draw(step, count)
-        chosen = torch.randint(len(tokens[0]), (count,), generator=step_generator(self.seed, "token", step)).tolist()
-        names = [own[k] for own, k in zip(tokens, chosen, strict=True)]
-        prompts = [self.prompt(draw.templates[i], names[i]) for i in range(count)]
-        attention_weight, contrastive_weight = self._weights
+    def _self_attention_targets(self) -> Tensor:
+        offered = tuple(self.backbone.attention_resolutions)
+        self_attention, _ = look(self.backbone, self.task.image, "", resolutions=offered)
+        side = max(offered)
+        places = latent_mask(torch.stack([region.mask for region in self.regions]), (side, side))
+        maps = mean_self_attention(self_attention, places)
+        target = F.interpolate(maps.unsqueeze(1), size=self._resolution, mode="area").squeeze(1)
+        return torch.stack([target, target.flip(-1)]).to(self.backbone.device)
+
+    def _check_joint_prompt_fits(self, names: Sequence[str]) -> None:
+        for template in self.settings.templates:
+            try:
+                self.backbone.token_positions(template.replace("{}", " and ".join(names)), names)
+            except InputError as error:
+                raise InputError(f"learner.joint needs all concepts in one prompt: {error}") from None
+
+    def draw_tokens(self, step: int, tokens: Sequence[Sequence[str]]) -> list[str]:
+        """One of each concept's tokens."""
+        generator = step_generator(self.seed, "token", step)
+        chosen = torch.randint(len(tokens[0]), (len(tokens),), generator=generator).tolist()
+        return [own[k] for own, k in zip(tokens, chosen, strict=True)]
+
+    def losses(self, step: int, concepts: Sequence[int], names: Sequence[str]) -> Iterator[Losses]:
+        """Losses of some concepts, a prompt with one token each, chunk by chunk: their shares of a mean."""
+        draw, count = self.draw(step, len(concepts)), len(concepts)
+        prompts = [self.prompt(draw.templates[n], names[n]) for n in range(count)]
         for chunk in self.chunks(count):
-            share, sides = len(chunk) / count, draw.flipped[chunk]
-            here = [prompts[i] for i in chunk]
-            with self.backbone.capture_attention(cross=[self._resolution], places=("down", "up")) as maps:
-                prediction, target = self.denoise(self.latents[sides], draw, chunk, here)
-                attention = self._attention_of(maps, here, [names[i] for i in chunk])
-            concepts = torch.tensor(chunk, device=sides.device)
-            reconstruction = masked_denoising_loss(prediction, target, self.latent_masks[sides, concepts]).mean()
-            distance = wasserstein_distance(self.attention_masks[sides, concepts], attention).mean()
-            total = reconstruction + attention_weight * distance
-            yield {"reconstruction": reconstruction * share, "attention": distance * share, "total": total * share}
-        if len(tokens[0]) > 1:
-            loss = contrastive_loss(
-                torch.stack([torch.stack([self.rows[name] for name in own]) for own in tokens]), self._temperature
-            )
-            yield {"contrastive": loss, "total": contrastive_weight * loss}
+            sides = draw.flipped[chunk]
+            chosen = torch.tensor([concepts[n] for n in chunk], device=sides.device)
+            masks = self.latent_masks[sides, chosen]
+            reconstruction, maps = self._denoising_loss(draw, chunk, [prompts[n] for n in chunk], masks)
+            attention = torch.stack([self.attention(maps[at], prompts[n], names[n]) for at, n in enumerate(chunk)])
+            distance = wasserstein_distance(self.targets[sides, chosen], attention).mean()
+            yield self._weighed(reconstruction, distance, len(chunk) / count)
 
-    def _attention_of(self, maps: AttentionMaps, prompts: Sequence[str], names: Sequence[str]) -> Tensor:
-        cross = maps.cross(self._resolution).float()
-        return torch.stack([self.attention(cross[n], *each) for n, each in enumerate(zip(prompts, names, strict=True))])
+    def joint_losses(self, step: int, names: Sequence[str], share: float = 1.0) -> Losses:
+        """Losses of the prompt of all concepts, inside of the union of their masks; times ``share``."""
+        draw = self.draw(step, 1, "joint")
+        prompt, side = self.prompt(draw.templates[0], " and ".join(names)), int(draw.flipped[0])
+        union = self.latent_masks[side].amax(dim=0, keepdim=True)
+        reconstruction, maps = self._denoising_loss(draw, [0], [prompt], union)
+        attention = torch.stack([self.attention(maps[0], prompt, name) for name in names])
+        return self._weighed(reconstruction, wasserstein_distance(self.targets[side], attention).mean(), share)
+
+    def contrast(self, tokens: Sequence[Sequence[str]]) -> Iterator[Losses]:
+        """The contrastive loss of the split tokens, if there is more than one a concept."""
+        if len(tokens[0]) > 1:
+            rows = torch.stack([torch.stack([self.rows[name] for name in own]) for own in tokens])
+            loss = contrastive_loss(rows, self.settings.temperature)
+            yield {"contrastive": loss, "total": self.settings.contrastive_weight * loss}
+
+    def _denoising_loss(
+        self, draw: Draw, places: Sequence[int], prompts: Sequence[str], masks: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The mean loss inside of masks ``[B, h, w]``, and the cross-attention ``[B, L, r, r]``."""
+        maps: AttentionMaps
+        with self.backbone.capture_attention(cross=[self._resolution], places=("down", "up")) as maps:
+            prediction, target = self.denoise(self.latents[draw.flipped[list(places)]], draw, places, prompts)
+            cross = maps.cross(self._resolution).float()
+        return masked_denoising_loss(prediction, target, masks, self.settings.by_area).mean(), cross
+
+    def _weighed(self, reconstruction: Tensor, attention: Tensor, share: float) -> Losses:
+        total = reconstruction + self.settings.attention_weight * attention
+        return {"reconstruction": reconstruction * share, "attention": attention * share, "total": total * share}

@@ -3,27 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from icekit.builtin.fine_tuning import Weights
+from icekit.builtin.hints import described_row
 from icekit.builtin.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import InputError, Learned, token_names
 from icekit_neighbours.lesson import Lesson, Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings
+
+WEIGHTS_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 5e-6}
+"""AdamW's learning rate of the weights by what is trained, where none is set."""
 
 
 class DreamBoothSettings(PictureSettings, WeightsSettings):
     """Settings of ``DreamBoothLearner``; the defaults are the paper's, or are said to be ours."""
 
     steps: int = Field(1000, ge=1, description="learning steps")
-    weights_learning_rate: float = Field(
-        1e-4, gt=0, description="AdamW's learning rate of the LoRA adapter (the paper tunes all weights, at 5e-6)"
+    weights_learning_rate: float | None = Field(
+        None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 5e-6 for all (published)"
     )
     identifiers: tuple[str, ...] = Field(
         ("sks", "ohwx", "zwx", "xjy", "qlk", "vzt", "jqh", "wpd", "kfx", "ybn"),
         min_length=1,
         description="rare words, one for each concept in turn",
+    )
+    start: Literal["identifier", "hints"] = Field(
+        "identifier",
+        description="what [V] is. identifier: a rare word (published); hints: the mean of the rows of the words that "
+        "the retriever described the region with, where there are some",
     )
 
     @field_validator("identifiers")
@@ -40,11 +51,12 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
         L = || target - model(z_t, "[V] class") ||^2 + prior_weight * || target - model(z_pr, "class") ||^2
 
     z_pr are images that the untouched model drew of the class, the region's word. No embedding is trained. The instance
-    token is the rare word's row, the category token the class noun's; [V] stands for all attributes: it learns none.
-    The weights are trained as one LoRA adapter for all concepts, which is what a run can keep and diffusers reads.
+    token is the rare word's row, the category token the class noun's; no attribute is learned. One model is trained for
+    all concepts: by a LoRA adapter, or with ``weights = "all"`` as published.
     """
 
     Settings = DreamBoothSettings
+    parts = ("category", "instance")
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
@@ -62,7 +74,8 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
         phrases = []
         tokens = [token_names(region, ()) for region in regions]
         for region, names, identifier in zip(regions, tokens, settings.identifiers, strict=False):
-            rows[names["instance"]] = self.backbone.word_embedding(identifier)
+            described = described_row(region, task.attributes, self.backbone) if settings.start == "hints" else None
+            rows[names["instance"]] = self.backbone.word_embedding(identifier) if described is None else described
             rows[names["category"]] = self.backbone.word_embedding(region.word)
             phrases.append(f"{names['instance']} {names['category']}")
         lesson = Lesson(settings, self.backbone, task, rows)
@@ -75,15 +88,12 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
                 if preserved := prior.losses(step, places, len(book.concepts)):
                     yield preserved
 
-        with trainer.adapter(self.backbone.unet, settings.weights_rank) as weights:
+        rate = settings.weights_learning_rate or WEIGHTS_LEARNING_RATES[settings.weights]
+        with trainer.fine_tuned(self.backbone.unet, settings.weights, settings.weights_rank) as tuned:
             trainer.train(
                 "weights",
-                [Group(weights, settings.weights_learning_rate, "weights_learning_rate")],
+                [Group(tuned.parameters, rate, "weights_learning_rate")],
                 range(1, settings.steps + 1),
                 losses,
             )
-            return lesson.learned(
-                [lesson.rows[names["instance"]] for names in tokens],
-                [lesson.rows[names["category"]] for names in tokens],
-                lora=weights,
-            )
+            return lesson.learned(rows, tuned)

@@ -1,39 +1,70 @@
 """What the neighbouring learners share: one call of ``learn``, with what never changes in it.
 
-None of them learns an intrinsic attribute. icekit asks every learner for a category, an instance and a token for each
-attribute; they hand out the row of their one token for all of these, so that a comparison shows what it should: that
-nothing intrinsic was learned.
+Those that learn one token a concept give it out as the instance. They learn no intrinsic attribute, and have no token
+for one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from icekit.builtin.denoising import coverage, latent_mask
+from icekit.builtin.fine_tuning import Tuned, Weights
+from icekit.builtin.hints import hinted_row
 from icekit.builtin.ice import nearest_resolution
-from icekit.builtin.prior import kept_prior, prior_loss
+from icekit.builtin.prior import PriorSettings, kept_prior, prior_loss
 from icekit.builtin.training import Losses, Task, Trainer, TrainingSettings, step_generator
-from icekit.protocols import Backbone, Learned, Region, token_names
+from icekit.protocols import Attribute, Backbone, Learned, Region, token_names
+
+Start = Literal["noun", "hints"]
+START = (
+    "noun: a token starts as the row of the region's word (published); hints: as the mean of that and of the rows of "
+    "the words that the retriever described the region with, where there are some"
+)
 
 
-class WeightsSettings(TrainingSettings):
-    """Settings of those that train the noise predictor's weights too, as a LoRA adapter."""
+class LessonSettings(TrainingSettings):
+    """Settings of all learners of this plugin, by which they can be given what another learner is given."""
 
-    weights_rank: int = Field(4, ge=1, description="rank of the LoRA adapter, which stands for the weights themselves")
-    prior_images: int = Field(64, ge=0, description="images generated to preserve the prior; DreamBooth's paper: 1000")
-    prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
+    timestep_range: tuple[float, float] = Field(
+        (0.0, 1.0), description="share of the noise schedule that steps are drawn from (published: all of it)"
+    )
+    by_area: bool = Field(
+        False, description="divide a concept's denoising loss by its mask's share of the image (published: no)"
+    )
+
+    @field_validator("timestep_range")
+    @classmethod
+    def _rising_shares(cls, shares: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= shares[0] < shares[1] <= 1:
+            raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
+        return shares
+
+
+class WeightsSettings(LessonSettings, PriorSettings):
+    """Settings of those that train the noise predictor's weights too."""
+
+    weights: Weights = Field(
+        "lora",
+        description="what is trained of the noise predictor: a LoRA adapter on its attention, or all of its weights "
+        "(published), which a run then keeps as a model of its own",
+    )
+    weights_rank: int = Field(4, ge=1, description="rank of the LoRA adapter")
 
 
 @dataclass(frozen=True)
 class Draw:
     """The random choices of one step for n images; tensors on the backbone's device.
 
-    timesteps: int64 ``[n]``, uniform. noise: ``[n, c, h, w]``, Gaussian. flipped: int64 ``[n]``, 1 where mirrored.
+    timesteps: int64 ``[n]``, uniform in ``timestep_range``. noise: ``[n, c, h, w]``, Gaussian.
+    flipped: int64 ``[n]``, 1 where mirrored.
     templates: indices into the templates.
     """
 
@@ -43,9 +74,21 @@ class Draw:
     templates: list[int]
 
 
-def word_rows(regions: Sequence[Region], backbone: Backbone) -> dict[str, Tensor]:
-    """The category tokens' names, in the regions' order, and where they start: their words' rows."""
-    return {token_names(region, ())["category"]: backbone.word_embedding(region.word) for region in regions}
+def instance_name(region: Region) -> str:
+    """The name of a concept's one token."""
+    return token_names(region, ())["instance"]
+
+
+def starting_row(region: Region, attributes: Sequence[Attribute], backbone: Backbone, start: Start) -> Tensor:
+    """Where a concept's token starts, float32 ``[embedding_dim]``: see ``START``."""
+    noun = backbone.word_embedding(region.word).float()
+    hinted = [hinted_row(region, one, backbone) for one in attributes] if start == "hints" else []
+    return torch.stack([noun, *(row for row in hinted if row is not None)]).mean(dim=0)
+
+
+def instance_rows(task: Task, backbone: Backbone, start: Start) -> dict[str, Tensor]:
+    """The concepts' tokens by name, in the regions' order, and where they start."""
+    return {instance_name(region): starting_row(region, task.attributes, backbone, start) for region in task.regions}
 
 
 class Lesson:
@@ -55,7 +98,7 @@ class Lesson:
     latent_masks: ``[2, C, h, w]``, 0 or 1.
     """
 
-    def __init__(self, settings: TrainingSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]) -> None:
+    def __init__(self, settings: LessonSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]) -> None:
         """Look at everything once."""
         self.settings, self.backbone, self.task = settings, backbone, task
         image, regions = task.image, task.regions
@@ -83,11 +126,12 @@ class Lesson:
         side = side or nearest_resolution(self.backbone.attention_resolutions)
         return side, torch.stack([coverage(masks, side) for masks in self.masks])
 
-    def draw(self, step: int, count: int) -> Draw:
+    def draw(self, step: int, count: int, purpose: str = "learn") -> Draw:
         """One step's random choices for ``count`` images."""
-        generator, device = step_generator(self.seed, "learn", step), self.backbone.device
+        generator, device = step_generator(self.seed, purpose, step), self.backbone.device
+        first, last = (math.ceil(share * self.backbone.num_timesteps) for share in self.settings.timestep_range)
         return Draw(
-            timesteps=torch.randint(self.backbone.num_timesteps, (count,), generator=generator).to(device),
+            timesteps=torch.randint(first, max(last, first + 1), (count,), generator=generator).to(device),
             noise=torch.randn((count, *self.backbone.latent_shape), generator=generator).to(device),
             flipped=(torch.rand(count, generator=generator) < self.settings.flip_probability).long().to(device),
             templates=torch.randint(len(self.settings.templates), (count,), generator=generator).tolist(),
@@ -117,34 +161,18 @@ class Lesson:
         size = self.settings.max_batch
         return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
-    def learned(
-        self,
-        rows: Sequence[Tensor],
-        categories: Sequence[Tensor] | None = None,
-        lora: Mapping[str, Tensor] | None = None,
-    ) -> Learned:
-        """Hand out each region's row under all of its names.
-
-        rows: one ``[embedding_dim]`` for each region.
-        categories: for the categories, where these are not the rows too.
-        lora: weights of an adapter.
-        """
-        tokens: dict[str, Tensor] = {}
-        for place, region in enumerate(self.regions):
-            for kind, name in token_names(region, self.task.attributes).items():
-                row = categories[place] if categories is not None and kind == "category" else rows[place]
-                tokens[name] = row.detach().float().cpu().clone()
-        return Learned(tokens, {key: weight.detach().float().cpu().clone() for key, weight in (lora or {}).items()})
+    def learned(self, names: Iterable[str], tuned: Tuned | None = None) -> Learned:
+        """Hand out the rows of these tokens; tuned: the noise predictor, if it was trained."""
+        tokens = {name: self.rows[name].detach().float().cpu().clone() for name in names}
+        return tuned.learned(tokens) if tuned else Learned(tokens)
 
 
 class Prior:
-    """Images of the concepts' plain words, from the model before it is trained; kept in the trainer's checkpoint."""
+    """Images that the model drew before it was trained; kept in the trainer's checkpoint."""
 
     def __init__(self, lesson: Lesson, settings: WeightsSettings, trainer: Trainer) -> None:
         self._backbone, self._seed, self._weight = lesson.backbone, lesson.seed, settings.prior_weight
-        self.latents, self.prompts = kept_prior(
-            lesson.backbone, lesson.regions, settings.templates, settings.prior_images, settings.max_batch, trainer
-        )
+        self.latents, self.prompts = kept_prior(lesson.backbone, settings, lesson.regions, trainer)
 
     def losses(self, step: int, places: Sequence[int], total: int) -> Losses:
         """The loss at some of a step's ``total`` places, their share of a mean. Empty without prior images."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from scipy import ndimage
+from scipy import ndimage, sparse
 from torch import Tensor
 
 from icekit.builtin.attention_segmentor import Timesteps, upsample
@@ -24,7 +24,17 @@ from icekit.protocols import (
     InputError,
     Proposal,
 )
-from icekit_neighbours.finch import Array, Labels, finch, means, renumbered
+from icekit_neighbours.finch import (
+    Array,
+    Labels,
+    clusters_touching,
+    finch,
+    grid_touching,
+    longest_link,
+    means,
+    renumbered,
+)
+from icekit_neighbours.looking import look
 
 
 class ConceptExpressSegmentor:
@@ -35,7 +45,7 @@ class ConceptExpressSegmentor:
     """
 
     class Settings(ComponentSettings):
-        """Settings of the ``conceptexpress`` segmentor; the numbers are ours, the paper's are for its own maps."""
+        """Settings of the ``conceptexpress`` segmentor; the defaults are the published ones, or are said to be ours."""
 
         caption: str = Field("", description="prompt under which the attention is looked at; by default no word at all")
         salient_by: Literal["end_token", "last_word"] = Field(
@@ -44,23 +54,35 @@ class ConceptExpressSegmentor:
             "or the caption's last word's, for a model that hides the end token from its noise predictor",
         )
         salience: float = Field(
-            1.0, gt=0, description="a cluster is background if its attention is below this many times the image's mean"
-        )
-        timestep: Timesteps = Field(
-            (0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged"
-        )
-        draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each timestep")
-        noise_seed: int = Field(0, ge=0, description="seed of the noise")
-        resolution: int | None = Field(
-            None, ge=1, description="attention grid that is clustered; none: the model's largest up to 32"
-        )
-        clusters: int = Field(
-            10, ge=1, description="background is removed in the coarsest partition with this many clusters or more"
-        )
-        merge_below: float = Field(
             1.0,
             gt=0,
-            description="what is left is merged further where its symmetric KL divergence is below this, nats",
+            description="a cluster is background if its attention is below this many times the mean (our choice)",
+        )
+        timestep: Timesteps = Field(
+            (0.0,), description="where the model is asked, 0 to 1 of the noise schedule; several are averaged"
+        )
+        noise: bool = Field(False, description="add that timestep's noise to the image; published: a clean latent")
+        draws: int = Field(
+            4, ge=1, description="draws of the noise that are averaged, for each timestep; with noise only"
+        )
+        noise_seed: int = Field(0, ge=0, description="seed of the noise")
+        resolution: int | None = Field(
+            None,
+            ge=1,
+            description="attention grid that is clustered; none: all of them, brought to the largest (published: 64)",
+        )
+        adjacent: bool = Field(True, description="link only clusters that touch in the grid (published)")
+        clusters: int = Field(
+            10,
+            ge=1,
+            description="background is removed in the coarsest partition with this many clusters or more (our choice)",
+        )
+        merge_below: float | None = Field(
+            None,
+            gt=0,
+            description="what is left is merged further where its symmetric KL divergence is below this, nats; none: "
+            "the limit adapts, no two clusters are linked that are further apart than places were in the first round "
+            "(published)",
         )
         apart: bool = Field(
             False, description="each connected part is a region of its own: for scenes of separate things"
@@ -77,8 +99,9 @@ class ConceptExpressSegmentor:
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
         self.settings = settings
         self._backbone = backbone
-        offered = backbone.attention_resolutions
-        self._grid = settings.resolution or max((r for r in offered if r <= 32), default=min(offered))
+        offered = tuple(backbone.attention_resolutions)
+        self._resolutions = (settings.resolution,) if settings.resolution else offered
+        self._grid = max(self._resolutions)
         if self._grid not in offered:
             choices = ", ".join(str(one) for one in offered)
             raise InputError(f"segmentor.resolution: {self._grid} is none of the backbone's grids: {choices}")
@@ -98,6 +121,7 @@ class ConceptExpressSegmentor:
             clusters=settings.clusters,
             salience=settings.salience,
             merge_below=settings.merge_below,
+            touching=grid_touching(grid) if settings.adjacent else None,
         ).reshape(grid, grid)
         if settings.apart:
             labels = connected_parts(labels)
@@ -126,33 +150,27 @@ class ConceptExpressSegmentor:
         return masks
 
     def _attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention at the image, mean over timesteps and draws of the noise; float32 on the CPU.
-
-        Returns:
-            self_attention: ``[r * r, r * r]``, each row sums to one.
-            salience: the cross-attention of the token that stands for the whole caption, ``[r, r]``.
+        """Self-attention ``[r * r, r * r]``, each row sums to one, and how much the token that stands for the whole
+        caption looks at each place, ``[r, r]``; float32 on the CPU.
         """
-        backbone, settings, grid = self._backbone, self.settings, self._grid
-        last, generator = self._summary_position(), torch.Generator().manual_seed(settings.noise_seed)
-        conditioning = backbone.encode_prompts([settings.caption])
-        latents = backbone.encode_images(image[None].to(backbone.device))
-        self_attention, salience, passes = torch.zeros(grid**2, grid**2), torch.zeros(grid, grid), 0
-        with backbone.capture_attention(cross=(grid,), self_=(grid,)) as maps:
-            for share in settings.timestep:
-                step = min(round(share * backbone.num_timesteps), backbone.num_timesteps - 1)
-                timesteps = torch.tensor([step], device=backbone.device)
-                for _ in range(settings.draws):
-                    noise = torch.randn(latents.shape, generator=generator).to(latents)
-                    backbone.predict(backbone.add_noise(latents, noise, timesteps), timesteps, conditioning)
-                    self_attention += maps.self_(grid)[0].float().cpu()
-                    salience += maps.cross(grid)[0, last].float().cpu()
-                    passes += 1
+        settings = self.settings
+        self_attention, cross = look(
+            self._backbone,
+            image,
+            settings.caption,
+            resolutions=self._resolutions,
+            timestep=settings.timestep,
+            noise=settings.noise,
+            draws=settings.draws,
+            noise_seed=settings.noise_seed,
+        )
+        salience = cross[self._summary_position()]
         if not bool((salience > 0).any()):
             raise InputError(
                 "segmentor.salient_by: this model hides the end token from its noise predictor; use last_word and a"
                 " caption, as in --set segmentor.salient_by=last_word --set 'segmentor.caption=a photo of things'"
             )
-        return self_attention / passes, salience / passes
+        return self_attention, salience
 
     def _summary_position(self) -> int:
         """The position that has read the whole caption (the encoder is causal): its last word, or the end after it."""
@@ -163,7 +181,13 @@ class ConceptExpressSegmentor:
 
 
 def salient_clusters(
-    self_attention: Array, attention: Array, *, clusters: int, salience: float, merge_below: float
+    self_attention: Array,
+    attention: Array,
+    *,
+    clusters: int,
+    salience: float,
+    merge_below: float | None,
+    touching: sparse.spmatrix | None = None,
 ) -> Labels:
     """FINCH on the attention distributions, background removed, FINCH on what is left.
 
@@ -172,12 +196,15 @@ def salient_clusters(
         attention: ``[n]``, how much the summarising token looks at each place.
         clusters: background is removed in the coarsest partition with this many clusters or more (or the finest).
         salience: a cluster is background if its mean attention is below this many times the mean of all places.
-        merge_below: symmetric KL divergence under which salient clusters are merged further, nats.
+        merge_below: symmetric KL divergence under which salient clusters are merged further, nats; the first clustering
+            has no limit. None: both have that of ``longest_link``.
+        touching: ``[n, n]``, nonzero where places are neighbours: only what touches is linked. None: anything may be.
 
     Returns:
         int64 ``[n]``: the cluster of each place, -1 for background.
     """
-    partitions = finch(self_attention)
+    adapted = longest_link(self_attention, touching) if merge_below is None else None
+    partitions = finch(self_attention, np.inf if adapted is None else adapted, touching)
     fine = [labels for labels in partitions if labels.max() + 1 >= clusters]
     labels = fine[-1] if fine else partitions[0]
     looked_at = np.bincount(labels, weights=attention) / np.bincount(labels)
@@ -185,7 +212,12 @@ def salient_clusters(
     found = np.full(len(labels), -1, dtype=np.int64)
     if not len(salient):
         return found
-    merged = finch(means(self_attention, labels)[salient], merge_below)[-1]
+    near = None
+    if touching is not None:
+        near = sparse.csr_matrix(clusters_touching(touching, labels)[np.ix_(salient, salient)])
+    limit = adapted if adapted is not None else merge_below
+    assert limit is not None
+    merged = finch(means(self_attention, labels)[salient], limit, near)[-1]
     for cluster, target in zip(salient, merged, strict=True):
         found[labels == cluster] = target
     return found

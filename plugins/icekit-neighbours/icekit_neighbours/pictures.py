@@ -14,13 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.training import Losses, TrainingSettings, step_generator
-from icekit_neighbours.lesson import Lesson
+from icekit.builtin.training import Losses, step_generator
+from icekit_neighbours.lesson import Lesson, LessonSettings
 
 Shown = Literal["alone", "image"]
 
 
-class PictureSettings(TrainingSettings):
+class PictureSettings(LessonSettings):
     """Settings of learners without masks of their own."""
 
     shown: Shown = Field(
@@ -66,6 +66,7 @@ class PictureBook:
     def __init__(self, lesson: Lesson, settings: PictureSettings) -> None:
         self._lesson, self._seed = lesson, lesson.seed
         self._latents = picture_latents(lesson, settings)
+        self._by_area = settings.by_area and settings.shown == "alone"
         self.concepts = [concept for concept in range(len(lesson.regions)) for _ in range(settings.batch_size)]
         """The concept at each place of a step."""
 
@@ -86,5 +87,8 @@ class PictureBook:
         for places in lesson.chunks(count):
             prompts = [lesson.prompt(draw.templates[place], phrases[self.concepts[place]]) for place in places]
             prediction, target = lesson.denoise(pictures[places], draw, places, prompts)
-            loss = (prediction - target).square().mean() * (len(places) / count)
+            each = (prediction - target).square().mean(dim=(1, 2, 3))
+            if self._by_area:
+                each = each / lesson.latent_masks[0, [self.concepts[place] for place in places]].mean(dim=(1, 2))
+            loss = each.mean() * (len(places) / count)
             yield places, {"reconstruction": loss, "total": loss}

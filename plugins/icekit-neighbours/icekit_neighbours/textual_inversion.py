@@ -6,7 +6,7 @@ from pydantic import Field
 
 from icekit.builtin.training import Group, Task, TaskLearner
 from icekit.protocols import Learned
-from icekit_neighbours.lesson import Lesson, word_rows
+from icekit_neighbours.lesson import START, Lesson, Start, instance_rows
 from icekit_neighbours.pictures import PictureBook, PictureSettings
 
 
@@ -17,6 +17,7 @@ class TextualInversionSettings(PictureSettings):
     learning_rate: float = Field(
         5e-4, gt=0, description="AdamW's learning rate for the tokens, constant; it is multiplied by batch_size"
     )
+    start: Start = Field("noun", description=START)
 
 
 class TextualInversionLearner(TaskLearner[TextualInversionSettings]):
@@ -25,15 +26,16 @@ class TextualInversionLearner(TaskLearner[TextualInversionSettings]):
         v* = argmin_v E || eps - eps_theta(z_t, t, c(v)) ||^2
 
     in prompts of "a photo of a <v>", from the embedding of the region's word on. All concepts are learned together,
-    each as if it were alone. The row stands for the category, the instance and all attributes: it learns no attribute.
+    each as if it were alone. The token is the instance: neither a category nor an attribute is learned.
     """
 
     Settings = TextualInversionSettings
+    parts = ("instance",)
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``."""
         settings = self.settings
-        rows = word_rows(task.regions, self.backbone)
+        rows = instance_rows(task, self.backbone, settings.start)
         lesson = Lesson(settings, self.backbone, task, rows)
         book = PictureBook(lesson, settings)
 
@@ -44,4 +46,4 @@ class TextualInversionLearner(TaskLearner[TextualInversionSettings]):
             lambda step: (losses for _, losses in book.losses(step, list(rows))),
             loss_scale=len(task.regions),
         )
-        return lesson.learned([lesson.rows[name] for name in rows])
+        return lesson.learned(rows)

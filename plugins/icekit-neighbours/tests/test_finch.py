@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from icekit_neighbours.finch import finch, first_neighbours, means, renumbered, symmetric_kl
+from icekit_neighbours.finch import (
+    clusters_touching,
+    finch,
+    first_neighbours,
+    grid_touching,
+    longest_link,
+    means,
+    renumbered,
+    symmetric_kl,
+)
 from scipy.stats import entropy
 
 
@@ -54,3 +63,32 @@ def test_means_and_numbers() -> None:
     rows = np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]])
     assert means(rows, np.array([0, 1, 0])).tolist() == [[0.75, 0.25], [0.0, 1.0]]
     assert renumbered(np.array([5, 2, 5, 9])).tolist() == [0, 1, 0, 2]
+
+
+def test_only_what_touches_is_linked() -> None:
+    """A grid of 3 x 3 whose left and right columns are alike and whose middle is not: two clusters become three."""
+    a, b = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
+    rows = np.array([a, b, a] * 3)
+    assert finch(rows)[0].tolist() == [0, 1, 0] * 3
+    touching = grid_touching(3)
+    assert touching.toarray()[4].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]  # the middle has four neighbours
+    assert touching.toarray()[0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0]
+    apart = finch(rows, touching=touching)[0]
+    assert apart.tolist() == [0, 1, 2] * 3
+    assert clusters_touching(touching, apart).tolist() == [[True, True, False], [True, True, True], [False, True, True]]
+    assert finch(rows, touching=touching)[-1].max() == 0  # at last neighbours are linked, however far apart
+    assert finch(rows, 0.5, touching)[-1].tolist() == [0, 1, 2] * 3
+
+
+def test_a_row_that_touches_none_stays_alone() -> None:
+    distances = np.abs(np.subtract.outer([0.0, 1.0, 2.0], [0.0, 1.0, 2.0]))
+    touching = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0]], dtype=np.bool_)
+    assert first_neighbours(distances, touching=touching).tolist() == [0, 0, 1]
+
+
+def test_the_longest_link_by_hand() -> None:
+    # As above: 0.137326 between the first two; the third is the second's twin.
+    rows = np.array([[0.5, 0.5], [0.75, 0.25], [0.75, 0.25]])
+    assert longest_link(rows) == pytest.approx((0.143841 + 0.130812) / 2, abs=1e-6)
+    assert longest_link(rows[1:]) == pytest.approx(0, abs=1e-9)
+    assert longest_link(rows[:1]) == 0

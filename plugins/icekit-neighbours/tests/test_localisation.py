@@ -34,6 +34,7 @@ class PlantedBackbone:
 
     def __init__(self, things: Tensor, seen: dict[int, Tensor]) -> None:
         self.things, self.seen = things, seen
+        self.noised = 0
         self.prompts: list[str] = []
 
     def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
@@ -47,6 +48,7 @@ class PlantedBackbone:
         return torch.zeros(len(images), *self.latent_shape)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        self.noised += 1
         return latents + noise
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
@@ -119,8 +121,9 @@ def test_a_model_that_hides_the_end_token_is_named() -> None:
 def test_alike_things_that_do_not_touch_are_apart_if_asked_for() -> None:
     things = (two_squares() > 0).long()
     backbone = PlantedBackbone(things, {1: 0.1 + things.float()})
-    assert len(proposals(backbone, clusters=2)) == 1
-    assert len(proposals(backbone, clusters=2, apart=True)) == 2
+    assert len(proposals(backbone, clusters=2, adjacent=False)) == 1
+    assert len(proposals(backbone, clusters=2, adjacent=False, apart=True)) == 2
+    assert len(proposals(backbone, clusters=2)) == 2  # linked only where they touch
 
 
 def test_salient_clusters_are_merged_below_the_limit_only() -> None:
@@ -135,6 +138,26 @@ def test_salient_clusters_are_merged_below_the_limit_only() -> None:
     assert clusters(1e-3) == [0, 1, 2, -1]
     assert clusters(0.2) == [0, 0, 1, -1]
     assert clusters(9.0) == [0, 0, 0, -1]
+
+
+def test_the_limit_adapts() -> None:
+    """Places of a sort differ a little, and sorts more than their places: no round links them."""
+    sorts = np.array([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1]])
+    little = 0.02 * np.array([[0, 1, 0, -1], [0, -1, 0, 1], [1, 0, -1, 0], [-1, 0, 1, 0]])
+    rows, attention = (sorts[:, None] + little[None]).reshape(8, 4), np.ones(8)
+    options = {"clusters": 1, "salience": 0.5}
+    adapted = salient_clusters(rows, attention, merge_below=None, **options)
+    assert adapted.tolist() == [0] * 4 + [1] * 4
+    assert salient_clusters(rows, attention, merge_below=9.0, **options).tolist() == [0] * 8
+
+
+def test_published_is_a_clean_latent_on_all_grids() -> None:
+    things = two_squares()
+    backbone = PlantedBackbone(things, {1: 0.1 + 0.5 * (things > 0).float()})
+    proposals(backbone, clusters=2)
+    assert backbone.noised == 0
+    proposals(backbone, clusters=2, noise=True, timestep=[0.1, 0.2], draws=3)
+    assert backbone.noised == 6
 
 
 def test_connected_parts() -> None:
