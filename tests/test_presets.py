@@ -254,7 +254,7 @@ def test_a_broken_preset_is_named_and_left_out(tmp_path: Path) -> None:
 
     found = builtins()
     found.add(Origin("odd", "odd", "1"), Plugin)
-    assert list(found.offered("preset")) == ["published", "paper"]
+    assert list(found.offered("preset")) == ["published", "paper", "weighed"]
     assert "did you mean 'min_visible'?" in str(found.broken[0])
 
 
