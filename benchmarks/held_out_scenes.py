@@ -146,7 +146,7 @@ def main(
     }.items():
         click.echo(f"  {label:32s} {share(rows, key)}")
     click.echo(f"  {'concepts beyond the objects':32s} {extra / scenes:.2f} a scene")
-    click.echo(f"  {'time':32s} {np.mean(seconds):.1f} s a scene")
+    click.echo(f"  {'time':32s} {f'{np.mean(seconds):.1f} s a scene' if seconds else '-'}")
     click.echo(f"  (chance: colour {100 / len(COLOURS):.1f} %, material {100 / len(MATERIALS):.1f} %)")
     if out:
         out.write_text(json.dumps({"given": given, "settings": chosen, "rows": rows}, indent=1))

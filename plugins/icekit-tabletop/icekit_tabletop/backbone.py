@@ -57,6 +57,7 @@ class Tabletop(StableDiffusion):
             "retriever.vocabulary": list(SHAPES),
             "retriever.background": ["an empty table"],
             "retriever.top": len(SHAPES),
+            "retriever.splice.l1_penalty": 0.1,
             "retriever.splice.image_mean": "none",
             "retriever.splice.rerank_model": f"local-dir:{_own(clip_dir)}",
             "segmentor.prompt": "a {word}",

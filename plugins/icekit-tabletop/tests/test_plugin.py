@@ -120,7 +120,7 @@ class TestOwnModel:
 
 
 def test_the_published_method_with_the_models_own_numbers():
-    """The preset lies above the model's suggestions, changes three numbers of ``published``, and finds objects."""
+    """The preset lies above the model's suggestions, changes four numbers of ``published``, and finds objects."""
     from icekit import plugins
 
     found = plugins.installed()
@@ -133,7 +133,8 @@ def test_the_published_method_with_the_models_own_numbers():
     published, own = settings("published"), settings("published-tabletop")
     theirs, ours = flatten(published.model_dump()), flatten(own.model_dump())
     changed = {key for key in theirs if theirs[key] != ours[key]} - {"preset"}
-    assert changed == {"segmentor.kl_threshold", "segmentor.prompt", "segmentor.cross_resolutions"}
+    numbers = {"retriever.l1_penalty", "segmentor.kl_threshold", "segmentor.prompt", "segmentor.cross_resolutions"}
+    assert changed == numbers
     assert published.segmentor["kl_threshold"] == 1.1  # a preset wins over what a model suggests
     assert own.retriever["rerank_model"].startswith("local-dir:")  # what it does not say is the model's
     scenes = [render_scene(seed, n_objects=1) for seed in range(6)]
