@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
-from icekit.protocols import Region
+from icekit.protocols import Attribute, Backbone, Checkpoint, Learned, Learner, Region, Step
 
 
 class Killed(BaseException):
@@ -42,3 +43,44 @@ def assert_same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> No
     assert list(first) == list(second)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def noise_image() -> Tensor:
+    """An image of 128 pixels that is the same each time: float32 ``[3, 128, 128]``."""
+    return torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
+
+
+def learn_watched(
+    learner: Learner,
+    regions: Sequence[Region],
+    attributes: Sequence[Attribute],
+    *,
+    checkpoint: Checkpoint | None = None,
+    kill_at: int | None = None,
+    seed: int = 0,
+) -> tuple[Learned, list[Step]]:
+    """Learn from ``noise_image``: what was learned, and the steps that were reported. ``Killed`` after a step."""
+    steps: list[Step] = []
+
+    def on_step(step: Step) -> None:
+        steps.append(step)
+        if step.step == kill_at:
+            raise Killed
+
+    learned = learner.learn(
+        noise_image(), regions, attributes, seed=seed, checkpoint=checkpoint or Memory(), on_step=on_step
+    )
+    return learned, steps
+
+
+def recorded_generation(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The calls of the backbone's ``generate`` from now on: prompts and options."""
+    calls: list[dict[str, Any]] = []
+    generate = backbone.generate
+
+    def recorded(prompts: Sequence[str], **options: Any) -> Any:
+        calls.append({"prompts": list(prompts)} | options)
+        return generate(prompts, **options)
+
+    monkeypatch.setattr(backbone, "generate", recorded)
+    return calls

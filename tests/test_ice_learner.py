@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning import Killed, Memory, assert_same, two_regions
+from learning import Killed, Memory, assert_same, learn_watched, noise_image, two_regions
 from torch import Tensor
 
 from icekit.builtin.ice import IceLearner, IceSettings, Lesson, nearest_resolution, step_generator
@@ -28,7 +28,7 @@ def backbone(sd_folder: Path) -> StableDiffusion:
 
 @pytest.fixture(scope="module")
 def image() -> Tensor:
-    return torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
+    return noise_image()
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ Learn = Callable[..., tuple[Learned, list[Step]]]
 
 
 @pytest.fixture
-def learn(backbone: StableDiffusion, image: Tensor, regions: list[Region]) -> Learn:
+def learn(backbone: StableDiffusion, regions: list[Region]) -> Learn:
     def run(
         attributes: tuple[Attribute, ...] = (COLOUR, MATERIAL),
         checkpoint: Memory | None = None,
@@ -49,18 +49,8 @@ def learn(backbone: StableDiffusion, image: Tensor, regions: list[Region]) -> Le
         only: list[Region] | None = None,
         **settings: Any,
     ) -> tuple[Learned, list[Step]]:
-        steps: list[Step] = []
-
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            if step.step == kill_at:
-                raise Killed
-
         learner = IceLearner(IceSettings(**({"steps": 4} | settings)), backbone)
-        learned = learner.learn(
-            image, only or regions, attributes, seed=seed, checkpoint=checkpoint or Memory(), on_step=on_step
-        )
-        return learned, steps
+        return learn_watched(learner, only or regions, attributes, checkpoint=checkpoint, kill_at=kill_at, seed=seed)
 
     return run
 

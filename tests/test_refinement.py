@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from learning import Killed, Memory, assert_same, two_regions
+from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
 from torch import Tensor, nn
 
 from icekit.builtin.fine_tuning import replaced_weights, whole_weights
@@ -39,16 +39,11 @@ def backbone(sd_folder: Path) -> StableDiffusion:
     return StableDiffusion(StableDiffusion.Settings(model=str(sd_folder)), "cpu")
 
 
-@pytest.fixture(scope="module")
-def image() -> Tensor:
-    return torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
-
-
 Learn = Callable[..., tuple[Learned, list[Step]]]
 
 
 @pytest.fixture
-def learn(backbone: StableDiffusion, image: Tensor) -> Learn:
+def learn(backbone: StableDiffusion) -> Learn:
     def run(
         attributes: tuple[Attribute, ...] = (COLOUR, MATERIAL),
         checkpoint: Checkpoint | None = None,
@@ -56,18 +51,8 @@ def learn(backbone: StableDiffusion, image: Tensor) -> Learn:
         on: StableDiffusion = backbone,
         **settings: Any,
     ) -> tuple[Learned, list[Step]]:
-        steps: list[Step] = []
-
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            if step.step == kill_at:
-                raise Killed
-
         learner = IceLearner(IceSettings(**(QUICK | settings)), on)
-        learned = learner.learn(
-            image, two_regions(), attributes, seed=0, checkpoint=checkpoint or Memory(), on_step=on_step
-        )
-        return learned, steps
+        return learn_watched(learner, two_regions(), attributes, checkpoint=checkpoint, kill_at=kill_at)
 
     return run
 
@@ -314,14 +299,7 @@ def test_one_concept_a_step(learn: Learn, backbone: StableDiffusion, monkeypatch
 def test_prior_images_are_sampled_as_asked_for(
     learn: Learn, backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
-    generate = backbone.generate
-
-    def recorded(prompts: Sequence[str], **options: Any) -> Any:
-        calls.append({"prompts": list(prompts)} | options)
-        return generate(prompts, **options)
-
-    monkeypatch.setattr(backbone, "generate", recorded)
+    calls = recorded_generation(backbone, monkeypatch)
     learn(**PUBLISHED, prior_images=3, prior_steps=2, prior_guidance=4.0, max_batch=2)
     assert [call["prompts"] for call in calls] == [["a photo at the beach"] * 2, ["a photo at the beach"]]
     assert {(call["steps"], call["guidance_scale"]) for call in calls} == {(2, 4.0)}

@@ -24,14 +24,15 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import AfterValidator, Field, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from icekit.builtin.close_ups import close_ups
 from icekit.builtin.denoising import (
+    Shares,
     coverage,
     latent_mask,
     masked_denoising_loss,
@@ -45,7 +46,7 @@ from icekit.builtin.prior import PriorSettings, kept_prior, prior_loss
 from icekit.builtin.training import Group, Losses, Task, TaskLearner, Trainer, step_generator
 from icekit.builtin.triplet import IntrinsicForm, intrinsic_triplet, object_triplet
 from icekit.builtin.wasserstein import wasserstein_distance
-from icekit.builtin.word_posterior import WordPosterior, signal_to_noise
+from icekit.builtin.word_posterior import Mixture, WordPosterior, signal_to_noise
 from icekit.protocols import (
     AttentionMaps,
     Attribute,
@@ -57,15 +58,6 @@ from icekit.protocols import (
     token_names,
 )
 
-
-def _rising_shares(shares: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= shares[0] < shares[1] <= 1:
-        raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
-    return shares
-
-
-Shares = Annotated[tuple[float, float], AfterValidator(_rising_shares)]
-"""The type of a setting that is a part of the noise schedule, as shares of it."""
 REFINE_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 2e-6}
 """AdamW's learning rate of refinement by what is fine-tuned, where none is set."""
 LEAST_HINT = 1e-3
@@ -253,24 +245,6 @@ class Draw:
     concepts: list[int]
     views: Tensor
     spread: Tensor | None = None
-
-
-class Mixture:
-    """A row that is a weighted mean of words' rows: softmax(logits) @ rows.
-
-    Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
-
-    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``,
-    above zero.
-    """
-
-    def __init__(self, rows: Tensor, weights: Tensor) -> None:
-        self.rows = rows
-        self.logits = nn.Parameter(weights.to(rows.device).log(), requires_grad=False)
-
-    def row(self) -> Tensor:
-        """``[D]``; gradients flow to the logits."""
-        return self.logits.softmax(dim=0) @ self.rows
 
 
 def tried_token(attribute: str, word: int) -> str:

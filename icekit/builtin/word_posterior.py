@@ -8,7 +8,7 @@ by step as a distribution over words, which is where an attribute's token starts
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from icekit.protocols import Backbone
 
@@ -28,7 +28,25 @@ def signal_to_noise(backbone: Backbone, timesteps: Tensor) -> Tensor:
     return signal[:, 0, 0, 0].float() / noise[:, 0, 0, 0].float().clamp_min(1e-6)
 
 
-class WordPosterior:
+class Mixture:
+    """A row that is a weighted mean of words' rows: softmax(logits) @ rows.
+
+    Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
+
+    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``,
+    above zero.
+    """
+
+    def __init__(self, rows: Tensor, weights: Tensor) -> None:
+        self.rows = rows
+        self.logits = nn.Parameter(weights.to(rows.device, torch.float32).log(), requires_grad=False)
+
+    def row(self) -> Tensor:
+        """``[D]``; gradients flow to the logits."""
+        return self.logits.softmax(dim=0) @ self.rows
+
+
+class WordPosterior(Mixture):
     """A distribution q over words, learned by mirror descent on the mean of the words' losses, E_q[L(w)]:
 
         log q(w) <- log q(w) - rate * (L(w) - mean L) / s
@@ -37,13 +55,11 @@ class WordPosterior:
     of it are a product of likelihoods. A token's loss at the words' mean row is another thing, for a mean of rows is
     no word.
 
-    rows: float32 ``[W, D]``, the words' rows. logits: ``[W]``, at first the logarithms of ``prior``, above zero.
-    squares, count: float32 scalars, what s is made of.
+    The weights that it starts with are the prior. squares, count: float32 scalars, what s is made of.
     """
 
     def __init__(self, rows: Tensor, prior: Tensor) -> None:
-        self.rows = rows
-        self.logits = prior.to(rows.device, torch.float32).log()
+        super().__init__(rows, prior)
         self.squares = torch.zeros((), device=rows.device)
         self.count = torch.zeros((), device=rows.device)
 
@@ -55,10 +71,6 @@ class WordPosterior:
     def sharpened(self, sharpness: float) -> Tensor:
         """The power ``sharpness`` of q, normalised: ``[W]``. The likeliest word stays so."""
         return (sharpness * self.logits).softmax(dim=0)
-
-    def row(self) -> Tensor:
-        """The mean of the words' rows under q: ``[D]``."""
-        return self.probabilities @ self.rows
 
     def tried(self) -> list[int]:
         """The words that are still in question, in order."""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import coverage, latent_mask
+from icekit.builtin.denoising import Shares, coverage, latent_mask
 from icekit.builtin.fine_tuning import Tuned, Weights
 from icekit.builtin.hints import hinted_row
 from icekit.builtin.ice import nearest_resolution
@@ -33,19 +33,12 @@ START = (
 class LessonSettings(TrainingSettings):
     """Settings of all learners of this plugin, by which they can be given what another learner is given."""
 
-    timestep_range: tuple[float, float] = Field(
+    timestep_range: Shares = Field(
         (0.0, 1.0), description="share of the noise schedule that steps are drawn from (published: all of it)"
     )
     by_area: bool = Field(
         False, description="divide a concept's denoising loss by its mask's share of the image (published: no)"
     )
-
-    @field_validator("timestep_range")
-    @classmethod
-    def _rising_shares(cls, shares: tuple[float, float]) -> tuple[float, float]:
-        if not 0 <= shares[0] < shares[1] <= 1:
-            raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
-        return shares
 
 
 class WeightsSettings(LessonSettings, PriorSettings):

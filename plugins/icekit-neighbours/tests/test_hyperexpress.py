@@ -23,7 +23,7 @@ from icekit_neighbours.hyperexpress import (
     entailment_loss,
     object_triplet,
 )
-from learning import Killed, Memory, assert_same, two_regions
+from learning import Killed, Memory, assert_same, learn_watched, two_regions
 from torch import Tensor
 
 from icekit.builtin.stable_diffusion import StableDiffusion
@@ -130,18 +130,8 @@ def learn(backbone: StableDiffusion, regions: list[Region]) -> Learn:
         seed: int = 0,
         **settings: Any,
     ) -> tuple[Learned, list[Step]]:
-        steps: list[Step] = []
-
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            if step.step == kill_at:
-                raise Killed
-
         learner = HyperExpressLearner(HyperExpressSettings(**({"steps": 4} | settings)), backbone)
-        learned = learner.learn(
-            IMAGE, only or regions, attributes, seed=seed, checkpoint=checkpoint or Memory(), on_step=on_step
-        )
-        return learned, steps
+        return learn_watched(learner, only or regions, attributes, checkpoint=checkpoint, kill_at=kill_at, seed=seed)
 
     return run
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from icekit_neighbours import break_a_scene, conceptexpress, dreambooth, looking, pictures, textual_inversion
-from learning import Killed, Memory, assert_same, two_regions
+from learning import Killed, Memory, assert_same, learn_watched, two_regions
 
 from icekit.builtin.clip import read_vocabulary
 from icekit.builtin.stable_diffusion import StableDiffusion
@@ -130,7 +130,6 @@ Learn = Callable[..., tuple[Learned, list[Step]]]
 
 @pytest.fixture
 def learn(backbone: StableDiffusion, regions: list[Region], monkeypatch: pytest.MonkeyPatch) -> Learn:
-    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
 
     def run(
         name: str,
@@ -139,17 +138,9 @@ def learn(backbone: StableDiffusion, regions: list[Region], monkeypatch: pytest.
         only: Sequence[Region] | None = None,
         **settings: Any,
     ) -> tuple[Learned, list[Step]]:
-        steps: list[Step] = []
-
-        def on_step(step: Step) -> None:
-            steps.append(step)
-            if step.step == kill_at:
-                raise Killed
-
         cls: Any = LEARNERS[name]
         learner = cls(cls.Settings(**({"steps": 2} | QUICK[name] | settings)), backbone)
-        given = only or regions
-        return learner.learn(image, given, (COLOUR,), seed=0, checkpoint=checkpoint or Memory(), on_step=on_step), steps
+        return learn_watched(learner, only or regions, (COLOUR,), checkpoint=checkpoint, kill_at=kill_at)
 
     return run
 

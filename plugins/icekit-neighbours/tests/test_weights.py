@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from icekit_neighbours import break_a_scene, dreambooth
-from learning import Killed, Memory, assert_same, two_regions
+from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
 
 from icekit.builtin.stable_diffusion import StableDiffusion
 from icekit.protocols import Learned, Step
@@ -28,19 +28,10 @@ def backbone(sd_folder: Path) -> StableDiffusion:
 def learn(
     backbone: StableDiffusion, name: str, memory: Memory, kill_at: int | None = None, **settings: Any
 ) -> tuple[Learned, list[Step]]:
-    steps: list[Step] = []
-
-    def on_step(step: Step) -> None:
-        steps.append(step)
-        if step.step == kill_at:
-            raise Killed
-
-    image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
     cls: Any = LEARNERS[name]
     quick = {"steps": 2, "prior_images": 1, "prior_steps": 1, "weights": "all", "weight_decay": 0}
     learner = cls(cls.Settings(**(quick | settings)), backbone)
-    learned = learner.learn(image, two_regions(), (), seed=0, checkpoint=memory, on_step=on_step)
-    return learned, steps
+    return learn_watched(learner, two_regions(), (), checkpoint=memory, kill_at=kill_at)
 
 
 @pytest.mark.parametrize("name", LEARNERS)
@@ -74,14 +65,7 @@ def test_a_killed_run_goes_on_bit_for_bit(backbone: StableDiffusion, name: str) 
 def test_the_prior_is_sampled_as_asked_for(
     backbone: StableDiffusion, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls: list[dict[str, Any]] = []
-    generate = backbone.generate
-
-    def recorded(prompts: list[str], **options: Any) -> Any:
-        calls.append({"prompts": list(prompts)} | options)
-        return generate(prompts, **options)
-
-    monkeypatch.setattr(backbone, "generate", recorded)
+    calls = recorded_generation(backbone, monkeypatch)
     prior = {"prior_images": 2, "prior_prompt": "a beach", "prior_steps": 2, "prior_guidance": 3.0}
     learn(backbone, name, Memory(), **prior)
     [call] = calls
