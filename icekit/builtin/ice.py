@@ -456,7 +456,7 @@ class Lesson:
                 losses = self._losses_of_words(concept, attribute, words, generator)
                 likeliest.append(losses[:, int(posterior.logits[words].argmax())].mean())
                 posterior.update(words, losses, self.settings.word_rate)
-        return {"reconstruction": torch.stack(likeliest).mean()}
+        return {"words": torch.stack(likeliest).mean()}  # by noise level: not to be drawn with the other phases'
 
     def _losses_of_words(
         self, concept: int, attribute: Attribute, words: list[int], generator: torch.Generator
