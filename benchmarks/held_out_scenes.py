@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from icekit import Extraction, InputError, RunError, Settings, extract
 from icekit.bench.bootstrap import bootstrap
-from icekit.matching import match_masks
+from icekit.bench.matching import match_masks
 
 FIRST_SEED = 2_000_000_000
 """Scenes of this benchmark start here: beyond the training's seeds and the models' own evaluation."""

@@ -23,8 +23,8 @@ import click
 import torch
 from torch import Tensor, nn
 
-from icekit.builtin.ice import IceLearner, IceSettings
-from icekit.builtin.stable_diffusion import StableDiffusion
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.builtin.learners.ice import IceLearner, IceSettings
 from icekit.protocols import Attribute, InputError, Region, Step
 
 GOAL = 1.25

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 from icekit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from icekit.extraction import extract
-    from icekit.library import Concept, ConceptLibrary, Extraction
     from icekit.protocols import (
         Attribute,
         Candidate,
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
         Step,
         View,
     )
+    from icekit.run.directory import Concept, ConceptLibrary, Extraction
+    from icekit.run.orchestrator import extract
     from icekit.settings import Settings, load_settings
 
 _HOMES = {

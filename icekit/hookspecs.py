@@ -15,8 +15,8 @@ import pluggy
 if TYPE_CHECKING:
     import click
 
-    from icekit.library import Extraction
     from icekit.protocols import Attribute, Region, Step
+    from icekit.run.directory import Extraction
     from icekit.settings import Settings
 
 hookspec = pluggy.HookspecMarker("icekit")

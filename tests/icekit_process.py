@@ -12,7 +12,7 @@ from pathlib import Path
 import plain_components as plain
 import pytest
 
-from icekit.cli import main
+from icekit.cli.program import main
 from icekit.plugins import Origin, Plugins
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,7 +61,7 @@ def in_this_process(
     found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
     found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
     monkeypatch.setattr("icekit.plugins.installed", lambda: found)
-    monkeypatch.setattr("icekit.cli.quieten", lambda: None)
+    monkeypatch.setattr("icekit.cli.program.quieten", lambda: None)
     monkeypatch.chdir(place)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:

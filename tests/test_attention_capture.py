@@ -10,7 +10,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
 
-from icekit.builtin.attention_capture import (
+from icekit.backbones.attention_capture import (
     CapturingProcessor,
     attention_layers,
     attention_weights,

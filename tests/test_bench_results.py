@@ -18,7 +18,7 @@ def test_folders_of_packages_are_named_from_the_package_on() -> None:
     elsewhere = Path(inside.anchor, "models", "mine")
     settings = {"clip": {"model": f"local-dir:{inside}", "files": (str(elsewhere), 3)}, "steps": 4, "word": "and/or"}
     assert portable(settings) == {
-        "clip": {"model": "local-dir:icekit/builtin/vocabulary", "files": [str(elsewhere), 3]},
+        "clip": {"model": "local-dir:icekit/vocabulary", "files": [str(elsewhere), 3]},
         "steps": 4,
         "word": "and/or",
     }

@@ -160,8 +160,8 @@ def test_help(run: Run) -> None:
 
 
 def test_help_does_not_wait_for_torch(place: Path) -> None:
-    help_ = "try: icekit.cli.main(['--help'])\nexcept SystemExit: pass"
-    code = f"import sys, icekit.cli\n{help_}\nsys.exit('torch' in sys.modules)"
+    help_ = "try: icekit.cli.program.main(['--help'])\nexcept SystemExit: pass"
+    code = f"import sys, icekit.cli.program\n{help_}\nsys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment(), stdout=subprocess.DEVNULL)
     assert done.returncode == 0
 

@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from icekit.builtin import clip
-from icekit.builtin.clip import ClipRetriever, read_vocabulary, visible_square
+from icekit.builtin.retrievers import clip
+from icekit.builtin.retrievers.clip import ClipRetriever
+from icekit.clip import visible_square
 from icekit.protocols import InputError, View
+from icekit.words import read_vocabulary
 
 BACKBONE: Any = SimpleNamespace(device=torch.device("cpu"), knows=lambda word: word != "zyx")
 WORDS = ("cup", "ball", "cube", "bowl", "bottle", "vase")

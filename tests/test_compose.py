@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from icekit import Extraction, InputError, extract
-from icekit.compose import bind, compose, expand, split_reference
 from icekit.plugins import Origin, Plugins
+from icekit.run.compose import bind, compose, expand, split_reference
 from icekit.settings import load_settings
 
 TOKENS = {

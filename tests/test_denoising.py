@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from icekit.builtin.denoising import (
+from icekit.learning.denoising import (
     coverage,
     latent_mask,
     masked_denoising_loss,

@@ -15,8 +15,8 @@ from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from icekit.builtin.attention_segmentor import upsample
-from icekit.builtin.diffseg import (
+from icekit.attention.segmentor import upsample
+from icekit.builtin.segmentors.diffseg import (
     DiffSegSegmentor,
     aggregate,
     anchor_cells,

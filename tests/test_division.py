@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icekit.division import divisions
+from icekit.run.division import divisions
 
 
 def disc(x: float, y: float, radius: float, side: int = 64) -> Tensor:

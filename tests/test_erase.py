@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icekit.erase import erase, isolate
+from icekit.pixels import erase, isolate
 
 
 def test_fillings() -> None:

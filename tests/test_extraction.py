@@ -20,10 +20,11 @@ from safetensors.torch import load_file
 import icekit as icekit_api
 from icekit import Candidate, InputError, RunError, View, extract, hookimpl
 from icekit.builtin.attributes import COLOUR, MATERIAL
-from icekit.extraction import derived_seed, localise, resolve_device, sample_prompts, word_prompts
-from icekit.library import Located, RunDirectory
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import Attribute, Learned, Region, token_names
+from icekit.randomness import derived_seed
+from icekit.run.directory import Located, RunDirectory
+from icekit.run.orchestrator import localise, resolve_device, sample_prompts, word_prompts
 from icekit.settings import Settings, load_settings, merge
 
 NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}

@@ -17,10 +17,10 @@ from torch import Tensor
 from icekit import InputError, RunError, extract, hookimpl
 from icekit.bench.directory import BenchDirectory
 from icekit.bench.outcome import MeasuredOutcome
-from icekit.compose import compose
-from icekit.library import FileCheckpoint, RunDirectory, write_tensors_atomically
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import BenchImage, Learned
+from icekit.run.compose import compose
+from icekit.run.directory import FileCheckpoint, RunDirectory, write_tensors_atomically
 from icekit.settings import Settings, load_settings
 
 CONFIG = {"_class_name": "UNet2DConditionModel", "sample_size": 8}

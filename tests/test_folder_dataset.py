@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from icekit import InputError
-from icekit.builtin.folder import FolderDataset, word_of
+from icekit.builtin.datasets.folder import FolderDataset, word_of
 
 
 def picture(path: Path, size: tuple[int, int] = (48, 40)) -> None:

@@ -12,10 +12,11 @@ import torch
 from learning import Killed, Memory, assert_same, learn_watched, noise_image, two_regions
 from torch import Tensor
 
-from icekit.builtin.ice import IceLearner, IceSettings, Lesson, nearest_resolution, step_generator
-from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.builtin.training import Task
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.builtin.learners.ice import IceLearner, IceSettings, Lesson, nearest_resolution
+from icekit.learning.training import Task
 from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
+from icekit.randomness import seeded_generator
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
 MATERIAL = Attribute("material", anchor="material", vocabulary=("metal", "wood"))
@@ -265,7 +266,7 @@ def test_refinement_gives_a_lora_that_diffusers_loads(learn: Learn, sd_folder: P
 
 
 def test_a_broken_loss_names_itself(learn: Learn, monkeypatch: pytest.MonkeyPatch) -> None:
-    import icekit.builtin.ice as ice
+    import icekit.builtin.learners.ice as ice
 
     monkeypatch.setattr(ice, "object_triplet", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(
@@ -559,8 +560,8 @@ def test_nearest_resolution() -> None:
 
 
 def test_a_step_draws_the_same_whatever_came_before() -> None:
-    first = torch.rand(3, generator=step_generator(1, "learn", 7))
-    step_generator(1, "learn", 6)
-    assert torch.equal(first, torch.rand(3, generator=step_generator(1, "learn", 7)))
-    assert not torch.equal(first, torch.rand(3, generator=step_generator(2, "learn", 7)))
-    assert not torch.equal(first, torch.rand(3, generator=step_generator(1, "refine", 7)))
+    first = torch.rand(3, generator=seeded_generator(1, "learn", 7))
+    seeded_generator(1, "learn", 6)
+    assert torch.equal(first, torch.rand(3, generator=seeded_generator(1, "learn", 7)))
+    assert not torch.equal(first, torch.rand(3, generator=seeded_generator(2, "learn", 7)))
+    assert not torch.equal(first, torch.rand(3, generator=seeded_generator(1, "refine", 7)))

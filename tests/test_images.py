@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from icekit.images import MAX_PIXELS, MIN_SIDE, load_image, to_tensor
+from icekit.pixels import to_tensor
 from icekit.protocols import InputError
+from icekit.run.images import MAX_PIXELS, MIN_SIDE, load_image
 
 
 def gradient(width: int = 96, height: int = 64) -> Image.Image:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from icekit import ConceptLibrary, Extraction, InputError, extract
-from icekit.library import FileCheckpoint, Located, RunDirectory, StepLog, write_atomically
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import Region, Step
+from icekit.run.directory import FileCheckpoint, Located, RunDirectory, StepLog, write_atomically
 from icekit.settings import Settings, load_settings
 
 

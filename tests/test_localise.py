@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from icekit import Candidate, Region, RunError, Segmentation, View
-from icekit.extraction import localise
-from icekit.library import Located, RunDirectory
+from icekit.run.directory import Located, RunDirectory
+from icekit.run.orchestrator import localise
 from icekit.settings import Settings
 
 IMAGE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icekit.builtin.mask_refinement import log_likelihood, random_walker_with_prior, refine, without_islands
+from icekit.attention.refinement import log_likelihood, random_walker_with_prior, refine, without_islands
 
 
 def iou(one: Tensor, other: Tensor) -> float:

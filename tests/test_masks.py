@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from icekit.builtin.masks import MaskFilesSegmentor
-from icekit.builtin.words import WordsRetriever
+from icekit.builtin.retrievers.words import WordsRetriever
+from icekit.builtin.segmentors.masks import MaskFilesSegmentor
 from icekit.protocols import Candidate, InputError, Proposer, View
 
 BACKBONE: Any = SimpleNamespace(image_size=32, knows=lambda word: word != "zyx")

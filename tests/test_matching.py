@@ -2,7 +2,7 @@
 
 import torch
 
-from icekit.matching import iou, match_masks
+from icekit.bench.matching import iou, match_masks
 
 
 def row(*cells: int) -> torch.Tensor:

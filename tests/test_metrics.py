@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from icekit import InputError, Region
-from icekit.builtin import image_encoders, mask_metrics, similarity
-from icekit.builtin.image_encoders import ImageEncoder
+from icekit.builtin.metrics import image_encoders, mask_metrics, similarity
+from icekit.builtin.metrics.image_encoders import ImageEncoder
 from icekit.protocols import BenchImage, FoundConcept, Match, TrueConcept
 
 CPU = SimpleNamespace(device=torch.device("cpu"))

@@ -3,8 +3,8 @@
 import plain_components as plain
 import torch
 
-from icekit.naming import TEMPLATES, name_attribute, nearest_words
 from icekit.protocols import Attribute
+from icekit.run.naming import TEMPLATES, name_attribute, nearest_words
 
 
 def test_mean_centred_cosine_by_hand() -> None:

@@ -12,13 +12,13 @@ import torch
 from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
 from torch import Tensor, nn
 
-from icekit.builtin.fine_tuning import replaced_weights, whole_weights
-from icekit.builtin.ice import IceLearner, IceSettings
-from icekit.builtin.prior import prior_prompts
-from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.builtin.training import step_generator
-from icekit.library import FileCheckpoint, RunDirectory
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.builtin.learners.ice import IceLearner, IceSettings
+from icekit.learning.fine_tuning import replaced_weights, whole_weights
+from icekit.learning.prior import prior_prompts
 from icekit.protocols import Attribute, Checkpoint, InputError, Learned, Step
+from icekit.randomness import seeded_generator
+from icekit.run.directory import FileCheckpoint, RunDirectory
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
 MATERIAL = Attribute("material", anchor="material", vocabulary=("metal", "wood"))
@@ -311,10 +311,10 @@ def test_prior_images_are_sampled_as_asked_for(
 
 def test_prior_of_the_regions_words_by_default() -> None:
     settings = IceSettings(prior_images=4, templates=("a photo of {}", "the {}"))
-    prompts, seeds = prior_prompts(settings, two_regions(), step_generator(0, "prior"))
+    prompts, seeds = prior_prompts(settings, two_regions(), seeded_generator(0, "prior"))
     assert [prompt.removeprefix("a photo of ").removeprefix("the ") for prompt in prompts] == ["cup", "metal ball"] * 2
     assert len(set(seeds)) == 4
-    again = prior_prompts(settings.model_copy(update={"prior_prompt": "a beach"}), [], step_generator(0, "prior"))
+    again = prior_prompts(settings.model_copy(update={"prior_prompt": "a beach"}), [], seeded_generator(0, "prior"))
     assert again == (["a beach"] * 4, seeds)
 
 

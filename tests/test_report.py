@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from icekit import loss_chart, report
-from icekit.library import RunDirectory
 from icekit.protocols import InputError, Learned
+from icekit.report import loss_chart
+from icekit.report import page as report
+from icekit.run.directory import RunDirectory
 
 PARTS = ("category", "instance", "colour", "material")
 

@@ -18,8 +18,8 @@ from sklearn.linear_model import LassoLars
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from icekit.builtin import clip
-from icekit.builtin.splice import SAMPLE_PHOTOGRAPHS, SpliceRetriever, centred, sparse_weights
+from icekit.builtin.retrievers import clip
+from icekit.builtin.retrievers.splice import SAMPLE_PHOTOGRAPHS, SpliceRetriever, centred, sparse_weights
 from icekit.protocols import InputError, View
 
 BACKBONE: Any = SimpleNamespace(device=torch.device("cpu"), knows=lambda word: word != "zyx")

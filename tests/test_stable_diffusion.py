@@ -15,7 +15,7 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from icekit.builtin.stable_diffusion import StableDiffusion, diffuse, velocity
+from icekit.backbones.stable_diffusion import StableDiffusion, diffuse, velocity
 from icekit.protocols import Backbone, InputError, PosteriorBackbone
 
 

@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from icekit.builtin.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end, pool_at_highest
+from icekit.backbones.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end, pool_at_highest
 from icekit.protocols import InputError
 
 

@@ -10,7 +10,7 @@ import torch
 from learning import Killed, Memory
 from torch import Tensor, nn
 
-from icekit.builtin.training import Group, Losses, Task, Trainer, TrainingSettings
+from icekit.learning.training import Group, Losses, Task, Trainer, TrainingSettings
 from icekit.protocols import Step
 
 NAMES = ("<a>", "<b>", "<c>")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from icekit.builtin.triplet import intrinsic_triplet, object_triplet
+from icekit.learning.triplet import intrinsic_triplet, object_triplet
 
 
 def test_object_triplet_by_hand() -> None:

@@ -6,7 +6,7 @@ import torch
 from scipy.optimize import linprog
 from scipy.stats import wasserstein_distance as wasserstein_1d
 
-from icekit.builtin.wasserstein import ground_cost, wasserstein_distance
+from icekit.learning.wasserstein import ground_cost, wasserstein_distance
 
 
 def point(side: int, *cells: tuple[int, int, float]) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.builtin.word_posterior import LEAST_SHARE, WordPosterior, signal_to_noise
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.learning.word_posterior import LEAST_SHARE, WordPosterior, signal_to_noise
 
 ROWS = torch.eye(3)
 

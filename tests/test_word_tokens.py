@@ -8,7 +8,7 @@ import torch
 
 from icekit import InputError, Region
 from icekit.builtin.attributes import COLOUR, MATERIAL
-from icekit.builtin.word_tokens import RandomTokens, WordTokens
+from icekit.builtin.learners.word_tokens import RandomTokens, WordTokens
 
 BACKBONE = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
 REGIONS = [Region(0, "cup", 1.0, plain.quadrant("cup")), Region(1, "ball", 1.0, plain.quadrant("ball"))]

@@ -12,9 +12,9 @@ import torch
 from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
 from torch import Tensor
 
-from icekit.builtin.attention_segmentor import normalise_over_space, upsample
-from icekit.builtin.mask_refinement import Joining, colour_distance, heaviest_part
-from icekit.builtin.xattn import CrossAttentionSegmentor, compete, otsu, propagate
+from icekit.attention.refinement import Joining, colour_distance, heaviest_part
+from icekit.attention.segmentor import normalise_over_space, upsample
+from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor, compete, otsu, propagate
 from icekit.protocols import InputError, View
 
 ALL = torch.ones(4, dtype=torch.bool)

@@ -19,13 +19,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from icekit import images, plugins
+from icekit import plugins
 from icekit.bench import page, results
 from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
 from icekit.bench.outcome import PLAIN, MeasuredOutcome, found_concepts
 from icekit.bench.results import CEILING, FLOOR
 from icekit.bench.rows import read_rows, stage_one_key, stage_one_name
-from icekit.extraction import (
+from icekit.pixels import to_tensor
+from icekit.plugins import Plugins
+from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError, parts_of
+from icekit.randomness import seeded_generator
+from icekit.run import images
+from icekit.run.atomic import write_image_atomically
+from icekit.run.directory import Extraction, Located
+from icekit.run.orchestrator import (
     UNNAMED,
     build_component,
     extract,
@@ -33,11 +40,7 @@ from icekit.extraction import (
     localise,
     reproducible,
     resolve_device,
-    seeded_generator,
 )
-from icekit.library import Extraction, Located, write_image_atomically
-from icekit.plugins import Plugins
-from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError, parts_of
 from icekit.settings import BENCH_TABLES, NONE, ROLES, Components, Role, Settings, merge, nearest, nest, validate
 
 OWN_TABLES = ("dataset", "rows", *BENCH_TABLES)
@@ -180,7 +183,7 @@ class _Bench:
         }
 
         self.images = [
-            BenchImage(one.name, images.to_tensor(images.load_image(one.picture).resized(side)), one.concepts)
+            BenchImage(one.name, to_tensor(images.load_image(one.picture).resized(side)), one.concepts)
             for side in [self.backbone.image_size]
             for one in self.dataset.pictures(count, seed, side)
         ]

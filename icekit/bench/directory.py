@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from icekit.library import RunDirectory, write_atomically, write_image_atomically, write_json_atomically
 from icekit.protocols import InputError
+from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically
+from icekit.run.directory import RunDirectory
 from icekit.settings import flatten
 
 _FOLDERS = ("data", "located", "runs", "images", "values")

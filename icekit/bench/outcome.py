@@ -9,10 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from icekit.bench.directory import BenchDirectory, load_strip, save_strip
-from icekit.extraction import derived_seed
-from icekit.library import Extraction
-from icekit.matching import match_masks
+from icekit.bench.matching import match_masks
 from icekit.protocols import Backbone, BenchImage, FoundConcept, InputError, Match, Region
+from icekit.randomness import derived_seed
+from icekit.run.directory import Extraction
 from icekit.settings import Settings
 
 PLAIN = "plain"

@@ -18,7 +18,7 @@ from PIL import Image
 
 from icekit.bench import results
 from icekit.bench.directory import BenchDirectory
-from icekit.report import COLOURS, Picture, duration, mask_outline, to_picture
+from icekit.report.page import COLOURS, Picture, duration, mask_outline, to_picture
 from icekit.settings import flatten
 
 SHOWN_IMAGES = 4
@@ -67,7 +67,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
         made: the results, as ``results.summarise`` gives them.
     """
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("icekit"),
+        loader=jinja2.PackageLoader("icekit.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -76,7 +76,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
     environment.filters["duration"] = duration
     environment.filters["cell"] = results.cell
     environment.filters["settings"] = _settings
-    folder = Path(__file__).parents[1] / "templates"
+    folder = Path(__file__).parents[1] / "report" / "templates"
     style = Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in ("report.css", "bench.css")))
     columns = [
         {

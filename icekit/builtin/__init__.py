@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @hookimpl
 def register_backbones(register: Callable[[str, type], None]) -> None:
     """Stable Diffusion 1.x and 2.x."""
-    from icekit.builtin.stable_diffusion import StableDiffusion
+    from icekit.backbones.stable_diffusion import StableDiffusion
 
     register("sd21", StableDiffusion)
 
@@ -26,9 +26,9 @@ def register_backbones(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_retrievers(register: Callable[[str, type], None]) -> None:
     """CLIP alone, its sparse decomposition, and the user's own words."""
-    from icekit.builtin.clip import ClipRetriever
-    from icekit.builtin.splice import SpliceRetriever
-    from icekit.builtin.words import WordsRetriever
+    from icekit.builtin.retrievers.clip import ClipRetriever
+    from icekit.builtin.retrievers.splice import SpliceRetriever
+    from icekit.builtin.retrievers.words import WordsRetriever
 
     register("clip", ClipRetriever)
     register("splice", SpliceRetriever)
@@ -38,9 +38,9 @@ def register_retrievers(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_segmentors(register: Callable[[str, type], None]) -> None:
     """Cross-attention, clustered self-attention, and the user's own masks."""
-    from icekit.builtin.diffseg import DiffSegSegmentor
-    from icekit.builtin.masks import MaskFilesSegmentor
-    from icekit.builtin.xattn import CrossAttentionSegmentor
+    from icekit.builtin.segmentors.diffseg import DiffSegSegmentor
+    from icekit.builtin.segmentors.masks import MaskFilesSegmentor
+    from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor
 
     register("xattn", CrossAttentionSegmentor)
     register("diffseg", DiffSegSegmentor)
@@ -50,8 +50,8 @@ def register_segmentors(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_learners(register: Callable[[str, type], None]) -> None:
     """ICE's structured concept learning; described and plain words and random rows, which learn nothing."""
-    from icekit.builtin.ice import IceLearner
-    from icekit.builtin.word_tokens import DescribedTokens, RandomTokens, WordTokens
+    from icekit.builtin.learners.ice import IceLearner
+    from icekit.builtin.learners.word_tokens import DescribedTokens, RandomTokens, WordTokens
 
     register("ice", IceLearner)
     register("described", DescribedTokens)
@@ -79,7 +79,7 @@ def register_presets(register: Callable[[str, Path], None]) -> None:
 @hookimpl
 def register_datasets(register: Callable[[str, type], None]) -> None:
     """The user's own pictures."""
-    from icekit.builtin.folder import FolderDataset
+    from icekit.builtin.datasets.folder import FolderDataset
 
     register("folder", FolderDataset)
 
@@ -87,7 +87,7 @@ def register_datasets(register: Callable[[str, type], None]) -> None:
 @hookimpl
 def register_metrics(register: Callable[[str, type], None]) -> None:
     """The UCE protocol's metrics, with CLIP and with DINO, and those of masks and words."""
-    from icekit.builtin import mask_metrics, similarity
+    from icekit.builtin.metrics import mask_metrics, similarity
 
     register("sim_i", similarity.Identity)
     register("sim_c", similarity.Composition)

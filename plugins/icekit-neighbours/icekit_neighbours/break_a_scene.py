@@ -8,11 +8,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.denoising import masked_denoising_loss
-from icekit.builtin.fine_tuning import Weights
-from icekit.builtin.templates import Templates
-from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
+from icekit.learning.denoising import masked_denoising_loss
+from icekit.learning.fine_tuning import Weights
+from icekit.learning.templates import Templates
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import AttentionMaps, Backbone, Learned
+from icekit.randomness import seeded_generator
 from icekit_neighbours.lesson import START, Draw, Lesson, Prior, Start, WeightsSettings, instance_rows
 
 WEIGHTS_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 2e-6}
@@ -129,7 +130,7 @@ class Scene(Lesson):
 
     def losses(self, step: int, names: Sequence[str], prior: Prior | None = None) -> Iterator[Losses]:
         """One step's losses, chunk by chunk."""
-        count, generator = self._batch_size, step_generator(self.seed, "union", step)
+        count, generator = self._batch_size, seeded_generator(self.seed, "union", step)
         draw = self.draw(step, count)
         subsets = [union_sample(len(names), generator) for _ in range(count)]
         for places in self.chunks(count):

@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.clip import read_vocabulary
-from icekit.builtin.denoising import latent_mask, masked_denoising_loss
-from icekit.builtin.templates import Templates
-from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
-from icekit.builtin.wasserstein import wasserstein_distance
+from icekit.learning.denoising import latent_mask, masked_denoising_loss
+from icekit.learning.templates import Templates
+from icekit.learning.training import Group, Losses, Task, TaskLearner
+from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import AttentionMaps, Backbone, InputError, Learned
+from icekit.randomness import seeded_generator
+from icekit.words import read_vocabulary
 from icekit_neighbours.lesson import Draw, Lesson, LessonSettings, instance_name, starting_row
 from icekit_neighbours.looking import look, mean_self_attention
 
@@ -156,7 +157,7 @@ class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
     def _starting_rows(self, task: Task, merged: Sequence[str], split: Sequence[Sequence[str]]) -> dict[str, Tensor]:
         """Where all tokens start; the merged ones get their rows by the merge."""
         settings, backbone = self.settings, self.backbone
-        generator = step_generator(task.seed, "split")
+        generator = seeded_generator(task.seed, "split")
         rows: dict[str, Tensor] = {}
         words = known_words(task, backbone) if settings.start == "random" else []
         for region, own in zip(task.regions, split, strict=True):
@@ -214,7 +215,7 @@ class Express(Lesson):
 
     def draw_tokens(self, step: int, tokens: Sequence[Sequence[str]]) -> list[str]:
         """One of each concept's tokens."""
-        generator = step_generator(self.seed, "token", step)
+        generator = seeded_generator(self.seed, "token", step)
         chosen = torch.randint(len(tokens[0]), (len(tokens),), generator=generator).tolist()
         return [own[k] for own, k in zip(tokens, chosen, strict=True)]
 

@@ -8,9 +8,9 @@ from typing import Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.builtin.fine_tuning import Weights
-from icekit.builtin.hints import described_row
-from icekit.builtin.training import Group, Losses, Task, TaskLearner
+from icekit.learning.fine_tuning import Weights
+from icekit.learning.hints import described_row
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import InputError, Learned, token_names
 from icekit_neighbours.lesson import Lesson, Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings

@@ -28,11 +28,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import masked_denoising_loss, offset_noise, timestep_density
-from icekit.builtin.hints import hinted_row
-from icekit.builtin.training import Group, Losses, Task, TaskLearner, step_generator
-from icekit.builtin.wasserstein import wasserstein_distance
+from icekit.learning.denoising import masked_denoising_loss, offset_noise, timestep_density
+from icekit.learning.hints import hinted_row
+from icekit.learning.training import Group, Losses, Task, TaskLearner
+from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import AttentionMaps, Backbone, InputError, Learned, token_names
+from icekit.randomness import seeded_generator
 from icekit_neighbours.hyperbolic import (
     aperture_sine,
     busemann,
@@ -367,7 +368,7 @@ class Hierarchy(Lesson):
 
     def draw(self, step: int, count: int, purpose: str = "learn") -> Draw:
         """One step's random choices, with ICE's timesteps and noise."""
-        generator, device = step_generator(self.seed, purpose, step), self.backbone.device
+        generator, device = seeded_generator(self.seed, purpose, step), self.backbone.device
         shape = (count, *self.backbone.latent_shape)
         return Draw(
             timesteps=torch.multinomial(self.density, count, replacement=True, generator=generator).to(device),

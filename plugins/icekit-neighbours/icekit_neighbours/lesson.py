@@ -15,13 +15,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.builtin.denoising import Shares, coverage, latent_mask
-from icekit.builtin.fine_tuning import Tuned, Weights
-from icekit.builtin.hints import hinted_row
-from icekit.builtin.ice import nearest_resolution
-from icekit.builtin.prior import PriorSettings, kept_prior, prior_loss
-from icekit.builtin.training import Losses, Task, Trainer, TrainingSettings, step_generator
+from icekit.builtin.learners.ice import nearest_resolution
+from icekit.learning.denoising import Shares, coverage, latent_mask
+from icekit.learning.fine_tuning import Tuned, Weights
+from icekit.learning.hints import hinted_row
+from icekit.learning.prior import PriorSettings, kept_prior, prior_loss
+from icekit.learning.training import Losses, Task, Trainer, TrainingSettings
 from icekit.protocols import Attribute, Backbone, Learned, Region, token_names
+from icekit.randomness import seeded_generator
 
 Start = Literal["noun", "hints"]
 START = (
@@ -121,7 +122,7 @@ class Lesson:
 
     def draw(self, step: int, count: int, purpose: str = "learn") -> Draw:
         """One step's random choices for ``count`` images."""
-        generator, device = step_generator(self.seed, purpose, step), self.backbone.device
+        generator, device = seeded_generator(self.seed, purpose, step), self.backbone.device
         first, last = (math.ceil(share * self.backbone.num_timesteps) for share in self.settings.timestep_range)
         return Draw(
             timesteps=torch.randint(first, max(last, first + 1), (count,), generator=generator).to(device),
@@ -171,7 +172,7 @@ class Prior:
         """The loss at some of a step's ``total`` places, their share of a mean. Empty without prior images."""
         if not len(self.latents):
             return {}
-        generator, device = step_generator(self._seed, "prior-step", step), self._backbone.device
+        generator, device = seeded_generator(self._seed, "prior-step", step), self._backbone.device
         chosen = torch.randint(len(self.latents), (total,), generator=generator)[list(places)]
         timesteps = torch.randint(self._backbone.num_timesteps, (total,), generator=generator)[list(places)]
         noise = torch.randn((total, *self._backbone.latent_shape), generator=generator)[list(places)]

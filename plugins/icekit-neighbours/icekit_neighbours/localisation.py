@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 from torch import Tensor
 
-from icekit.builtin.attention_segmentor import Timesteps, upsample
-from icekit.builtin.mask_refinement import refine, without_islands
+from icekit.attention.refinement import refine, without_islands
+from icekit.attention.segmentor import Timesteps, upsample
 from icekit.protocols import (
     Backbone,
     ComponentSettings,

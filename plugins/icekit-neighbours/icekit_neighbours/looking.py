@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from icekit.builtin.attention_segmentor import upsample
-from icekit.builtin.diffseg import aggregate
+from icekit.attention.segmentor import upsample
+from icekit.builtin.segmentors.diffseg import aggregate
 from icekit.protocols import Backbone
 
 

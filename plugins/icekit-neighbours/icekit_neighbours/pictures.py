@@ -14,7 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.training import Losses, step_generator
+from icekit.learning.training import Losses
+from icekit.randomness import seeded_generator
 from icekit_neighbours.lesson import Lesson, LessonSettings
 
 Shown = Literal["alone", "image"]
@@ -51,7 +52,7 @@ def picture_latents(lesson: Lesson, settings: PictureSettings) -> Tensor:
         return lesson.latents[None, :, None].expand(len(lesson.regions), -1, 1, -1, -1, -1)
     encoded = []
     for region in lesson.regions:
-        generator = step_generator(lesson.seed, "backgrounds", region.index)
+        generator = seeded_generator(lesson.seed, "backgrounds", region.index)
         colours = torch.rand(settings.backgrounds, 3, generator=generator)
         pictures = alone(lesson.task.image, region.mask, colours)
         both = torch.cat([pictures, pictures.flip(-1)]).split(settings.max_batch)
@@ -72,7 +73,7 @@ class PictureBook:
 
     def open(self, step: int, flipped: Tensor) -> Tensor:
         """One step's pictures as latents, ``[n, c, h, w]``; flipped: int64 ``[n]``, 1 where mirrored."""
-        generator = step_generator(self._seed, "pictures", step)
+        generator = seeded_generator(self._seed, "pictures", step)
         shown = torch.randint(self._latents.shape[2], (len(self.concepts),), generator=generator)
         return self._latents[torch.tensor(self.concepts, device=flipped.device), flipped, shown.to(flipped.device)]
 

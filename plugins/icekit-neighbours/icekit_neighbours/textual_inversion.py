@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from icekit.builtin.training import Group, Task, TaskLearner
+from icekit.learning.training import Group, Task, TaskLearner
 from icekit.protocols import Learned
 from icekit_neighbours.lesson import START, Lesson, Start, instance_rows
 from icekit_neighbours.pictures import PictureBook, PictureSettings

@@ -26,8 +26,8 @@ from icekit_neighbours.hyperexpress import (
 from learning import Killed, Memory, assert_same, learn_watched, two_regions
 from torch import Tensor
 
-from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.builtin.training import Task
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.learning.training import Task
 from icekit.plugins import installed
 from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
 

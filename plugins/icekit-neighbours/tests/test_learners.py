@@ -14,10 +14,10 @@ import torch
 from icekit_neighbours import break_a_scene, conceptexpress, dreambooth, looking, pictures, textual_inversion
 from learning import Killed, Memory, assert_same, learn_watched, two_regions
 
-from icekit.builtin.clip import read_vocabulary
-from icekit.builtin.stable_diffusion import StableDiffusion
-from icekit.builtin.training import Task
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.learning.training import Task
 from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step, parts_of
+from icekit.words import read_vocabulary
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
 LEARNERS: dict[str, type] = {

@@ -10,7 +10,7 @@ import torch
 from icekit_neighbours import break_a_scene, dreambooth
 from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
 
-from icekit.builtin.stable_diffusion import StableDiffusion
+from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.protocols import Learned, Step
 
 LEARNERS: dict[str, type] = {

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
-from icekit.builtin.stable_diffusion import StableDiffusion
+from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.protocols import InputError
 from icekit_tabletop.captions import WORDS
 from icekit_tabletop.weights import clip_dir, model_dir

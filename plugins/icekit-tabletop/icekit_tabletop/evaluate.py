@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from icekit.builtin.pixels import to_tensor
+from icekit.pixels import to_tensor
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.probe import shipped_probe

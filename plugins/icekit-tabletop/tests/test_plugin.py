@@ -14,11 +14,11 @@ from icekit_tabletop.backbone import OWN_MODEL, Tabletop
 from PIL import Image
 from torch import nn
 
-from icekit.extraction import attention_maps, build_component, localise
-from icekit.images import to_tensor
-from icekit.library import Located
-from icekit.matching import match_masks
+from icekit.bench.matching import match_masks
+from icekit.pixels import to_tensor
 from icekit.protocols import InputError
+from icekit.run.directory import Located
+from icekit.run.orchestrator import attention_maps, build_component, localise
 from icekit.settings import flatten, load_settings
 
 

@@ -14,7 +14,7 @@ from icekit_tabletop.train.regions import SHARD, Finder, distinct, load_regions,
 from icekit_tabletop.weights import clip_dir
 from icekit_tabletop.world import ObjectSpec
 
-from icekit.images import to_tensor
+from icekit.pixels import to_tensor
 
 RED_BALL = ObjectSpec("ball", "red", "metal", "plain")
 BLUE_CUP = ObjectSpec("cup", "blue", "wood", "striped")

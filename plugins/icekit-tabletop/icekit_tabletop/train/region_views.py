@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from icekit.erase import erase, isolate
+from icekit.pixels import erase, isolate
 from icekit_tabletop.train.data import NO_OBJECT_CODE, TrainingScenes
 
 EMPTY_SHARE = 0.1

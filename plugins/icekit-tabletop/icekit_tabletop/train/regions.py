@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 import icekit
 from icekit import plugins
-from icekit.builtin.clip import ClipModel
-from icekit.erase import isolate
-from icekit.extraction import build_component
+from icekit.clip import ClipModel
+from icekit.pixels import isolate
 from icekit.protocols import View
+from icekit.run.orchestrator import build_component
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.train.checkpoint import append_log

@@ -1,0 +1,93 @@
+"""The data set that is a folder of the user's own pictures, with masks where there are some."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from icekit.builtin.segmentors.masks import SUFFIXES, load_mask, natural_order
+from icekit.protocols import BenchPicture, ComponentSettings, InputError, TrueConcept
+
+
+class FolderDataset:
+    """The user's own pictures from a folder, with their masks where there are some.
+
+    Either pictures side by side, the masks of ``photo.jpg`` in ``masks/photo/``; or a folder for each picture, the
+    masks beside it (``mask0.png``, ...) or in its ``masks/``. White is the object. A mask ``0-red-bowl.png`` says its
+    word, ``mask0.png`` does not.
+    """
+
+    class Settings(ComponentSettings):
+        """Settings of the ``folder`` data set."""
+
+        path: Path | None = Field(None, description="the folder of pictures")
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.path is None:
+            raise InputError("data set 'folder' has no folder: give one, as in --path FOLDER")
+        if not settings.path.is_dir():
+            raise InputError(f"dataset.path: no such folder: {settings.path}")
+        self._path = settings.path
+
+    @property
+    def suggestions(self) -> Mapping[str, Any]:
+        """None: any picture may be in it."""
+        return {}
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Those that need no truth, and those that need masks or words."""
+        return ("sim_i", "sim_c", "acc1", "acc3", "miou", "recall", "word_accuracy")
+
+    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
+        """The pictures in the natural order of their names, whatever the seed; see ``protocols.Dataset``."""
+        entries = find_pictures(self._path)
+        if not entries:
+            raise InputError(f"no picture in {self._path}: it needs image files, or folders with one each")
+        if count is not None and count > len(entries):
+            raise InputError(f"--n {count}: {self._path} has {len(entries)} pictures")
+        return [
+            BenchPicture(
+                re.sub(r"[^\w.-]+", "-", name),
+                picture,
+                tuple(TrueConcept(load_mask(mask, size), word_of(mask)) for mask in masks),
+            )
+            for name, picture, masks in entries[:count]
+        ]
+
+
+def find_pictures(folder: Path) -> list[tuple[str, Path, list[Path]]]:
+    """The pictures of a folder: (name, file, mask files in their order)."""
+    found = []
+    for path in sorted(folder.iterdir(), key=natural_order):
+        if path.is_dir() and path.name != "masks":
+            files = _image_files(path)
+            pictures = [file for file in files if not file.stem.startswith("mask")]
+            beside = [file for file in files if file.stem.startswith("mask")]
+            if len(pictures) > 1:  # a run directory, say: image.png is the picture
+                pictures = [file for file in pictures if file.stem in ("image", "img")]
+            if pictures:
+                found.append((path.name, pictures[0], beside or _image_files(path / "masks")))
+        elif path.suffix.lower() in SUFFIXES:
+            found.append((path.stem, path, _image_files(folder / "masks" / path.stem)))
+    names = [name for name, _, _ in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"{folder} has several pictures called {twice!r}: names must differ")
+    return found
+
+
+def _image_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=natural_order)
+
+
+def word_of(mask: Path) -> str | None:
+    """``0-red-bowl.png`` -> ``"red bowl"``; None where the name says no word."""
+    match = re.fullmatch(r"\d+-(.+)", mask.stem)
+    return match[1].replace("-", " ") if match else None

@@ -1,0 +1,1 @@
+"""Image, regions, attributes -> tokens."""

@@ -1,0 +1,97 @@
+"""Image encoders that metrics compare pictures with: CLIP through open_clip, DINO through transformers."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from icekit.clip import load_clip, preprocess
+from icekit.protocols import InputError
+
+REMEMBERED = 4096
+"""Embeddings kept: several metrics look at the same pictures."""
+BATCH = 32
+
+
+class ImageEncoder:
+    """Pictures -> embeddings. ``encode``: float32 ``[B, 3, S, S]`` in [0, 1] -> ``[B, D]``."""
+
+    def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
+        self._encode = encode
+        self._known: OrderedDict[bytes, Tensor] = OrderedDict()
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Tensor]) -> Tensor:
+        """Pictures, float32 ``[3, S, S]`` in [0, 1] each -> float32 ``[N, D]`` on the CPU, each of length one."""
+        keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
+        embedded = dict(self._known)
+        for start in range(0, len(new), BATCH):
+            part = list(new)[start : start + BATCH]
+            rows = F.normalize(self._encode(torch.stack([new[key] for key in part])).float(), dim=-1).cpu()
+            embedded |= dict(zip(part, rows, strict=True))
+        for key in new:
+            self._known[key] = embedded[key]
+        while len(self._known) > REMEMBERED:
+            self._known.popitem(last=False)
+        return torch.stack([embedded[key] for key in keys])
+
+
+@functools.lru_cache(maxsize=4)
+def clip_encoder(model: str, pretrained: str, device: torch.device) -> ImageEncoder:
+    """CLIP's image encoder (Radford et al., 2021), loaded once for all metrics.
+
+    Raises:
+        InputError: no such model, weights or folder.
+        RunError: the weights cannot be fetched.
+    """
+    try:
+        clip, _ = load_clip(model, pretrained, device)
+    except InputError as error:  # the retriever calls these settings by other names
+        message = str(error).replace("retriever.model", "metric.clip")
+        raise InputError(message.replace("retriever.pretrained", "metric.pretrained")) from error
+
+    def encode(images: Tensor) -> Tensor:
+        batch = torch.stack([preprocess(image, clip) for image in images])
+        embedded: Tensor = clip.encode_image(batch.to(device))
+        return embedded
+
+    return ImageEncoder(encode)
+
+
+@functools.lru_cache(maxsize=4)
+def dino_encoder(model: str, device: torch.device) -> ImageEncoder:
+    """A DINO vision transformer's class token (Caron et al., 2021; Oquab et al., 2023), loaded once for all metrics.
+
+    Args:
+        model: an id of the hub or a folder in transformers' format, with safetensors weights.
+        device: where it runs.
+
+    Raises:
+        InputError: it cannot be loaded.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(model)
+        loaded: Any = AutoModel.from_pretrained(model, use_safetensors=True)
+    except Exception as error:  # transformers, the hub, the file system: each fails in its own way
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"metric.dino: {model} is no vision transformer's folder or hub id that can be loaded: {reason}"
+        ) from error
+    loaded = loaded.to(device).requires_grad_(False).eval()
+
+    def encode(images: Tensor) -> Tensor:
+        inputs = processor(images=list(images), do_rescale=False, return_tensors="pt")
+        embedded: Tensor = loaded(pixel_values=inputs["pixel_values"].to(device)).last_hidden_state[:, 0]
+        return embedded
+
+    return ImageEncoder(encode)

@@ -1,0 +1,156 @@
+"""The retriever of stage one: CLIP compares what is still visible with every word of a vocabulary.
+
+ICE (Cendra and Han, CVPR 2025) decomposes CLIP's image embedding sparsely and re-ranks with a second CLIP (``splice``);
+here the words are ranked by one CLIP alone, against words for the background, which end the loop when they win.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from icekit.clip import ClipModel
+from icekit.protocols import Backbone, Candidate, ComponentSettings, InputError, View
+from icekit.words import WordList, one_or_more, read_vocabulary
+
+
+class ClipRetriever:
+    """Ranks words by the cosine similarity of CLIP's embeddings of image and prompt (Radford et al., 2021).
+
+    Raises:
+        InputError: no such model, weights, folder or vocabulary file, or a vocabulary without a usable word.
+        RunError: the weights cannot be fetched.
+    """
+
+    class Settings(ComponentSettings):
+        """Settings of the ``clip`` retriever."""
+
+        model: str = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
+        pretrained: str = Field(
+            "laion2b_s34b_b79k", description="open_clip's name of the weights, or a .safetensors file; not for folders"
+        )
+        vocabulary: str | tuple[str, ...] | None = Field(
+            None, description="words to choose from: a list, or a text file with one a line; none: the built-in nouns"
+        )
+        templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+            ("a photo of a {}",),
+            min_length=1,
+            description="prompts a word is put into, their embeddings averaged; each costs a pass over the vocabulary",
+        )
+        # No "table" or "wall" by default: they are in most photographs, and would win while objects are still there.
+        background: WordList = Field(
+            ("background", "blurred background", "nothing"),
+            description="words for what is no object; when one of them describes the rest best, the search ends",
+        )
+        stop_words: WordList = Field(
+            (),
+            description="words of the vocabulary that are never proposed: those that name pictures rather than what is "
+            "in them, say",
+        )
+        max_similarity: float = Field(
+            0.85,
+            gt=0,
+            le=1,
+            description="a word whose text similarity to a used one is this or more is dropped; which count as used "
+            "is the run's to say (reuse)",
+        )
+        min_score: float = Field(
+            -1.0,
+            ge=-1,
+            le=1,
+            description="a word whose score is not above this is not proposed, whatever else there is",
+        )
+        crop: bool = Field(True, description="look at the bounding box of a small visible part as well as at the whole")
+        crop_below: float = Field(
+            0.5, ge=0, le=1, description="small: the visible part's square covers less than this share of the image"
+        )
+        top: int = Field(5, ge=1, description="words returned at most")
+
+    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+        self.settings = settings
+        check_templates("templates", settings.templates)
+        background = [word.lower() for word in settings.background]
+        self._stop_words = frozenset(word.lower() for word in settings.stop_words)
+        words = read_vocabulary(settings.vocabulary)
+        known = [word for word in words if backbone.knows(word) and word not in background]
+        if not known:
+            raise InputError(
+                f"retriever.vocabulary: the backbone knows none of its {len(words)} words"
+                f" (they begin {', '.join(words[:3])})"
+            )
+        self._clip = ClipModel(settings.model, settings.pretrained, backbone.device)
+        self._words, self._background = known, background
+        self._knows = backbone.knows
+        self._plain: dict[str, Tensor] = {}
+        self._prompted = self._clip.embed_words(known + background, settings.templates)
+
+    def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+        """Words that describe the view better than any word for the background, best first, at most ``top``.
+
+        Words equal to one in ``used``, or as similar as ``max_similarity``, are not among them, nor are
+        ``stop_words``. Scores are cosine similarities of image and prompt, in [-1, 1].
+        """
+        return self._unused(self._ranked(view), used, self.settings.top)
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> dict[str, float]:
+        """Softmax over the prompts of "<word> <noun>", at CLIP's own temperature; see ``protocols.Describer``."""
+        known = [word for word in words if self._knows(word)]
+        if not known:
+            return {}
+        texts = self._clip.embed_words([f"{word} {noun}" for word in known], self.settings.templates)
+        likely = (self._clip.sharpness * (texts @ self._embed_view(view, self._clip))).softmax(dim=0)
+        return dict(zip(known, likely.tolist(), strict=True))
+
+    def _ranked(self, view: View) -> list[Candidate]:
+        """The words that outdo the background, best first."""
+        return self._above_background((self._prompted @ self._embed_view(view, self._clip)).tolist())
+
+    def _above_background(self, scores: Sequence[float], floor: float = -1.0) -> list[Candidate]:
+        """Words with a score above those of all words for the background, ``min_score`` and ``floor``; best first.
+
+        Stop-words were scored with the others, and are left out now.
+        """
+        floor = max(floor, self.settings.min_score, *scores[len(self._words) :])
+        ranked = sorted(zip(self._words, scores, strict=False), key=lambda pair: -pair[1])
+        return [Candidate(word, score) for word, score in ranked if score > floor and word not in self._stop_words]
+
+    def _unused(self, ranked: Sequence[Candidate], used: Sequence[str], count: int) -> list[Candidate]:
+        """The first ``count`` that are neither one of the words used nor too similar to one."""
+        found: list[Candidate] = []
+        for candidate in ranked:
+            if len(found) == count:
+                break
+            word = candidate.word
+            if not any(word.casefold() == one.casefold() or self._too_similar(word, one) for one in used):
+                found.append(candidate)
+        return found
+
+    def similarity(self, one: str, other: str) -> float:
+        """Cosine similarity of CLIP's text embeddings of two words, without a template, in [-1, 1]."""
+        return float(self._text(one) @ self._text(other))
+
+    def _too_similar(self, one: str, other: str) -> bool:
+        return self.similarity(one, other) >= self.settings.max_similarity
+
+    def _text(self, word: str) -> Tensor:
+        """A plain word's embedding ``[D]``, computed when first asked for: few words come into question."""
+        if word not in self._plain:
+            self._plain[word] = self._clip.embed_texts([word])[0]
+        return self._plain[word]
+
+    def _embed_view(self, view: View, model: ClipModel) -> Tensor:
+        return model.embed_view(view, self.settings.crop_below if self.settings.crop else 0.0)
+
+
+def check_templates(setting: str, templates: Sequence[str]) -> None:
+    """Whether each prompt of this setting has one place for the word.
+
+    Raises:
+        InputError: one has none, or several.
+    """
+    for template in templates:
+        if template.count("{}") != 1:
+            raise InputError(f"retriever.{setting}: {template!r} has no single {{}} for the word")

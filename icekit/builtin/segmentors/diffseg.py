@@ -1,0 +1,274 @@
+"""The segmentor of ICE's published implementation: segments of the self-attention, named by the cross-attention.
+
+Pixels of one object attend to the same places, so their self-attention maps, read as distributions over the image, lie
+close to one another. DiffSeg (Tian et al., "Diffuse, Attend, and Segment: Unsupervised Zero-Shot Segmentation using
+Stable Diffusion", CVPR 2024) merges such maps into a few, without knowing their number. Here a segment belongs to the
+word of the prompt that looks at it the most, and a word's mask is all of its segments (ICE, Cendra and Han, CVPR 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BeforeValidator, Field, model_validator
+from torch import Tensor
+
+from icekit.attention.segmentor import (
+    AttentionSegmentor,
+    Resolutions,
+    normalise_over_space,
+    on_grid,
+    one_or_more,
+    upsample,
+)
+from icekit.protocols import Backbone, Segmentation, View
+
+Distance = Literal["kl", "euclidean"]
+
+LEAST = 1e-12
+"""Probabilities are not taken to be smaller: a softmax in float32 underflows to zero, which has no logarithm."""
+
+
+class DiffSegSegmentor(AttentionSegmentor):
+    """The segments of the image that are the word's, without training.
+
+    Raises:
+        InputError: a prompt without ``{word}``, or attention resolutions that the backbone does not have.
+    """
+
+    class Settings(AttentionSegmentor.Settings):
+        """Settings of the ``diffseg`` segmentor."""
+
+        self_resolutions: Resolutions = Field(
+            None, description="grids of the self-attention that are brought to the largest and averaged; none: all"
+        )
+        anchors: int = Field(16, ge=1, description="side of the grid of maps that merging starts from")
+        kl_threshold: float = Field(1.1, gt=0, description="maps closer than this, in nats of symmetric KL, are merged")
+        rounds: int = Field(3, ge=1, description="rounds of merging")
+        rejoin: bool = Field(
+            False,
+            description="after the first round a map that was merged may be merged into later ones, too (published)",
+        )
+        foreground: float = Field(0.6, ge=0, le=1, description="refinement learns the object's colours above this")
+        background: float = Field(0.4, ge=0, le=1, description="refinement learns its surroundings' colours below this")
+        kmeans: int = Field(10, ge=0, description="rounds at most of k-means that the merged maps are refined by")
+        kmeans_distance: Distance = Field(
+            "kl", description="what k-means goes by: the divergence that merging uses, or euclidean (published)"
+        )
+        erase_with: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
+            (), description="words of the prompt whose segments are erased with each word's (published: background)"
+        )
+
+        @model_validator(mode="after")
+        def _erased_is_said(self) -> DiffSegSegmentor.Settings:
+            said = self.prompt.replace("{word}", " ").lower().split()
+            for word in self.erase_with:
+                if word.lower() not in said:
+                    raise ValueError(
+                        f"with erase_with = {word!r}, prompt must have this word, and it is {self.prompt!r}"
+                    )
+            return self
+
+    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+        super().__init__(settings, backbone)
+        self.settings = settings
+        self._self = settings.self_resolutions or tuple(backbone.attention_resolutions)
+        self._check_offered("self_resolutions", self._self)
+
+    @torch.no_grad()
+    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
+        """The word's mask, bool ``[H, W]`` on the CPU, within what is visible; all False when no segment is its own.
+
+        With ``erase_with`` the segments of those words are told as well: they are to be erased with the word's.
+        """
+        proposals, names = self._named(view, word, generator)
+        soft = self._share(proposals, names, [word], view)
+        mask = self._mask(soft, 0.5, view) if bool((soft >= 0.5).any()) else torch.zeros_like(view.visible)
+        if not self.settings.erase_with:
+            return mask
+        gone = self._share(proposals, names, [word, *self.settings.erase_with], view) >= 0.5
+        return Segmentation(mask, mask | gone)
+
+    @torch.no_grad()
+    def soft_map(self, view: View, word: str, generator: torch.Generator) -> Tensor:
+        """The share of the word's segments: float32 ``[H, W]`` in [0, 1], one half where they begin, 0 where erased."""
+        proposals, names = self._named(view, word, generator)
+        return self._share(proposals, names, [word], view)
+
+    def _named(self, view: View, word: str, generator: torch.Generator) -> tuple[Tensor, dict[int, str]]:
+        """The proposals ``[K, n]``, and for each with a visible segment its word of the prompt, in small letters."""
+        grid = max(self._self)
+        cross, self_attention = self._attention(view, word, grid, self._self, generator)
+        proposals = self._proposals(aggregate(self_attention))
+        visible = on_grid(view.visible, grid)
+        names = name_segments(proposals.argmax(dim=0), normalise_over_space(cross.flatten(1), "l2", visible), visible)
+        words = [word, *self._rivals(word)]
+        return proposals, {segment: words[index].lower() for segment, index in names.items()}
+
+    def _share(self, proposals: Tensor, names: Mapping[int, str], words: Sequence[str], view: View) -> Tensor:
+        """The share of these words' segments: ``[H, W]`` in [0, 1], one half where they begin, 0 where erased."""
+        lower = {word.lower() for word in words}
+        own = torch.tensor([names.get(segment) in lower for segment in range(len(proposals))])
+        size = (int(view.visible.shape[0]), int(view.visible.shape[1]))
+        grid = max(self._self)
+        return share_of(upsample(proposals.unflatten(1, (grid, grid)), size), own) * view.visible
+
+    def _proposals(self, maps: Tensor) -> Tensor:
+        settings = self.settings
+        anchors = anchor_cells(max(self._self), settings.anchors)
+        merged = merge_maps(maps, anchors, settings.kl_threshold, settings.rounds, settings.rejoin)
+        return k_means(maps, merged, settings.kmeans, settings.kmeans_distance)
+
+
+def aggregate(self_attention: Mapping[int, Tensor]) -> Tensor:
+    """One map a cell of the largest grid, from all grids:  A[q] = sum_r (r / sum r) up(A_r[q_r])  (Tian et al., eq. 1).
+
+    Keys are upsampled bilinearly and each map made to sum to one again; queries of a smaller grid stand for all cells
+    of the largest that they cover (q_r covers q). The larger the grid, the more it counts.
+
+    Args:
+        self_attention: side r -> A_r, ``[r * r, r * r]``, queries first, rows sum to one.
+
+    Returns:
+        ``[R * R, R * R]`` for the largest side R, rows sum to one.
+    """
+    side = max(self_attention)
+    total = torch.zeros(side * side, side * side)
+    for resolution, maps in self_attention.items():
+        keys = upsample(maps.unflatten(1, (resolution, resolution)), (side, side)).flatten(1)
+        keys = keys / keys.sum(dim=1, keepdim=True)
+        covered = torch.arange(side) * resolution // side
+        cells = (covered[:, None] * resolution + covered).flatten()
+        total += keys[cells] * (resolution / sum(self_attention))
+    return total
+
+
+def anchor_cells(side: int, count: int) -> Tensor:
+    """The cells of a ``side`` x ``side`` grid nearest to an even ``count`` x ``count`` grid, row by row: int64 ``[N]``.
+
+    N is ``count ** 2``, or all of the cells where there are no more. Of two that are as near it is the first: 16 along
+    64 are 1, 5, ..., 61 (Tian et al.).
+    """
+    count = min(side, count)
+    along = ((torch.arange(count) + 0.5) * side / count).ceil().long() - 1
+    return (along[:, None] * side + along).flatten()
+
+
+def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
+    """D(p, q) = (KL(p || q) + KL(q || p)) / 2, in nats, of every p with every q (Tian et al., eq. 2).
+
+    Args:
+        one: distributions p, ``[N, n]``, rows sum to one.
+        other: distributions q, ``[M, n]``.
+
+    Returns:
+        ``[N, M]``, not negative.
+    """
+    log_one, log_other = one.clamp_min(LEAST).log(), other.clamp_min(LEAST).log()
+    entropies = (one * log_one).sum(dim=1)[:, None] + (other * log_other).sum(dim=1)
+    crossed = one @ log_other.T + log_one @ other.T
+    return ((entropies - crossed) / 2).clamp_min(0)
+
+
+def merge_maps(maps: Tensor, anchors: Tensor, threshold: float, rounds: int, rejoin: bool = False) -> Tensor:
+    """DiffSeg's iterative merging (Tian et al., section 3.2).
+
+    In the first round every anchor becomes the mean of all maps that are closer to it than ``threshold``. In each
+    further round the first one left is joined by all that are closer to it, their mean is kept, and so on.
+
+    Args:
+        maps: ``[n, n]``, rows sum to one.
+        anchors: int64 ``[N]``, which of the maps are anchors.
+        threshold: of ``symmetric_kl``.
+        rounds: 1 or more.
+        rejoin: who may join in the further rounds: all maps, even those that joined an earlier one of the round (as
+            published), or those that are left.
+
+    Returns:
+        ``[K, n]`` with K <= N, rows sum to one.
+    """
+    near = (symmetric_kl(maps[anchors], maps) < threshold).to(maps)
+    near[torch.arange(len(anchors)), anchors] = 1  # whatever the rounding: no anchor is left without a map
+    merged = near @ maps / near.sum(dim=1, keepdim=True)
+    for _ in range(rounds - 1):
+        near_one_another = symmetric_kl(merged, merged) < threshold
+        left, groups = torch.ones(len(merged), dtype=torch.bool), []
+        for first in range(len(merged)):
+            if left[first]:
+                members = near_one_another[first] if rejoin else left & near_one_another[first]
+                members[first] = True  # whatever the rounding
+                groups.append(merged[members].mean(dim=0))
+                left &= ~members
+        if len(groups) == len(merged):
+            break
+        merged = torch.stack(groups)
+    return merged
+
+
+def k_means(maps: Tensor, means: Tensor, rounds: int, distance: Distance = "kl") -> Tensor:
+    """k-means of distributions: every map joins the mean it is nearest to, every mean becomes its maps' mean.
+
+    How far a map p is from a mean q: KL(p || q), or |p - q|^2 (``euclidean``). For both it is the arithmetic mean of
+    its maps that has the least sum of distances, so that no round makes that sum larger (Banerjee et al., "Clustering
+    with Bregman divergences", JMLR 2005). Means without a map are left out.
+
+    Args:
+        maps: ``[n, n]``, rows sum to one.
+        means: ``[K, n]``, where it begins.
+        rounds: at most; it ends when nothing changes.
+        distance: see above.
+
+    Returns:
+        ``[K', n]`` with K' <= K.
+    """
+    before = None
+    for _ in range(rounds):
+        if distance == "kl":  # what a map itself adds to its distances is left out, here and below
+            distances = -maps @ means.clamp_min(LEAST).log().T
+        else:
+            distances = means.square().sum(dim=1) - 2 * maps @ means.T
+        nearest = distances.argmin(dim=1)
+        if before is not None and torch.equal(nearest, before):
+            break
+        chosen, before = nearest.unique(return_inverse=True)
+        one_hot = F.one_hot(before, len(chosen)).to(maps)
+        means = one_hot.T @ maps / one_hot.sum(dim=0)[:, None]
+    return means
+
+
+def name_segments(segments: Tensor, cross: Tensor, visible: Tensor) -> dict[int, int]:
+    """Each segment's word: the one with the highest mean cross-attention inside the segment, where it is visible.
+
+    Args:
+        segments: int64 ``[n]``, the segment that each cell is of.
+        cross: ``[T, n]``, one normalised map a word.
+        visible: bool ``[n]``.
+
+    Returns:
+        Segment -> word in [0, T), for the segments that are visible at all.
+    """
+    return {
+        int(segment): int(cross[:, visible & (segments == segment)].mean(dim=1).argmax())
+        for segment in segments[visible].unique()
+    }
+
+
+def share_of(proposals: Tensor, own: Tensor) -> Tensor:
+    """Who has a pixel: p / (p + q), p the largest proposal among ``own``, q the largest of all others.
+
+    It is above one half exactly where the argmax of all proposals, DiffSeg's segment, is one of ``own``.
+
+    Args:
+        proposals: ``[K, H, W]``, not negative.
+        own: bool ``[K]``.
+
+    Returns:
+        ``[H, W]`` in [0, 1]; all 0 where none is ``own``.
+    """
+    none = torch.zeros_like(proposals[:1])
+    mine = torch.cat([none, proposals[own]]).amax(dim=0)
+    others = torch.cat([none, proposals[~own]]).amax(dim=0)
+    return mine / (mine + others).clamp_min(torch.finfo(proposals.dtype).tiny)

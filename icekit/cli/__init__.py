@@ -1,0 +1,5 @@
+"""The command line: ``icekit``."""
+
+from icekit.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,109 @@
+"""What a retriever, a segmentor and a learner must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict
+
+from icekit.protocols.values import Attribute, Candidate, Learned, Proposal, Region, Segmentation, Step, View
+
+if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
+    import torch
+    from torch import Tensor
+
+
+class ComponentSettings(BaseModel):
+    """Base of every component's ``Settings``: unknown keys are refused, a ``Field(description=...)`` is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Retriever(Protocol):
+    """Image -> words (ICE's T)."""
+
+    def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+        """Words for what is still visible, best first, none of them equal or too similar to a word in ``used``.
+
+        An empty list says that nothing nameable is left: the erase loop stops.
+        """
+        ...
+
+
+@runtime_checkable
+class Describer(Protocol):
+    """A retriever that can also say which words of an attribute fit: learners may start from them."""
+
+    def describe(self, view: View, noun: str, words: Sequence[str]) -> Mapping[str, float]:
+        """How likely each word is to be true of what is visible, a ``noun``. They sum to one.
+
+        Words that the backbone does not know are left out; empty when it knows none.
+        """
+        ...
+
+
+class Segmentor(Protocol):
+    """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``."""
+
+    def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
+        """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there.
+
+        A mask alone is erased when it becomes a region; a ``Segmentation`` says for itself what is to be erased.
+        """
+        ...
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """A segmentor that knows its masks without a word: the user's own files, or a clustering of the whole image.
+
+    Its masks are all the regions there are: there is no erase loop. Where a mask has no word, the retriever names it,
+    looking at that mask alone.
+    """
+
+    def propose(self, image: Tensor) -> list[Proposal]:
+        """The regions of the image ``[3, H, W]``, in the order in which they are to be numbered."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """Where a learner keeps its state, so that a killed run can go on. Saving is atomic."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the JSON-able state of the last save, or None."""
+        ...
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the last save by this one."""
+        ...
+
+
+class Learner(Protocol):
+    """Image, regions, attributes -> tokens.
+
+    A learner has a token for a concept's category, its instance and every attribute. One that learns less says so in a
+    class attribute ``parts``, a selection of ``ALL_PARTS`` with ``"instance"``, ``"category"`` or both in it: a method
+    of one token a concept has ``parts = ("instance",)``. What is not there has no name, no samples and no measured
+    value; no row is made up for it.
+    """
+
+    def learn(
+        self,
+        image: Tensor,
+        regions: Sequence[Region],
+        attributes: Sequence[Attribute],
+        *,
+        seed: int,
+        checkpoint: Checkpoint,
+        on_step: Callable[[Step], None],
+    ) -> Learned:
+        """Learn the tokens of all regions.
+
+        Resumes from ``checkpoint`` when it holds a state, and then ends with the same tokens, bit for bit on the same
+        machine, as a run that was never interrupted. Calls ``on_step`` after every step.
+
+        Raises:
+            RunError: a loss became NaN or infinite.
+        """
+        ...

@@ -1,0 +1,182 @@
+"""What a data set and a metric must offer, and the values that pass between them and the bench."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from icekit.protocols.values import Region
+
+if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
+    from pathlib import Path
+
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrueConcept:
+    """What is known of one object of a bench image.
+
+    mask: bool ``[S, S]``, its visible pixels.
+    word: what it is; None where nobody said.
+    attributes: attribute's name -> its true word (``{"colour": "red"}``), as far as known.
+    """
+
+    mask: Tensor
+    word: str | None = None
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchPicture:
+    """A picture of a data set.
+
+    name: unique in the data set, fit for a file name.
+    picture: a file or an image of any size; its centre square is used, ``S`` x ``S`` pixels of it.
+    concepts: what is in it; empty where the data set does not know.
+    """
+
+    name: str
+    picture: Image.Image | Path
+    concepts: tuple[TrueConcept, ...] = ()
+
+
+@dataclass(frozen=True)
+class BenchImage:
+    """A picture of a data set as runs and metrics see it: pixels float32 ``[3, S, S]`` in [0, 1]."""
+
+    name: str
+    pixels: Tensor
+    concepts: tuple[TrueConcept, ...] = ()
+
+
+class Dataset(Protocol):
+    """Images to measure on. Built as ``Dataset(settings)``: it is asked for suggestions before any model is loaded."""
+
+    @property
+    def suggestions(self) -> Mapping[str, Any]:
+        """Settings that suit it, by key as in ``--set`` (``"components.backbone"``, ``"metric.clip"``); the user's win.
+
+        They lie above the backbone's own suggestions.
+        """
+        ...
+
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names of the metrics that are measured on it when none are asked for, as far as its truth allows."""
+        ...
+
+    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
+        """The pictures.
+
+        Args:
+            count: how many; None for the data set's own number.
+            seed: which ones, where there is a choice. The first pictures are the same for every count.
+            size: side in pixels of the masks (S), and of pictures that are drawn to order.
+
+        Raises:
+            InputError: there are not so many, or a mask cannot be read.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FoundConcept:
+    """A concept that a run found.
+
+    region: its place and word. tokens: part -> token, as ``token_names`` gives them, of the learner's parts.
+    words: attribute's name -> words its token was named with, best first; none for an attribute without a token.
+    """
+
+    region: Region
+    tokens: Mapping[str, str]
+    words: Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """One concept of a bench image that is judged.
+
+    Where the truth is known there is one for every true concept, with the found concept that belongs to it (``found``
+    is None if it was missed, ``iou`` then 0). Where it is not, every found concept stands for itself (``true`` is
+    None).
+
+    mask: bool ``[S, S]``, the true one where known.
+    """
+
+    mask: Tensor
+    true: TrueConcept | None
+    found: FoundConcept | None
+    iou: float
+
+
+class Outcome(Protocol):
+    """What one combination of components made of one image, as a metric sees it."""
+
+    image: BenchImage
+    found: Sequence[FoundConcept]
+
+    @property
+    def matches(self) -> Sequence[Match]:
+        """The concepts that are judged: the true ones in their order, or else the found ones."""
+        ...
+
+    @property
+    def parts(self) -> Sequence[str]:
+        """What the learner gives tokens for, whether or not it found anything here: see ``parts_of``.
+
+        A concept that was missed counts against a learner only where it would have had a token for it.
+        """
+        ...
+
+    @property
+    def attributes(self) -> Sequence[str]:
+        """Names of the attributes among ``parts``."""
+        ...
+
+    def generate(self, prompt: str) -> list[Image.Image]:
+        """Images for a prompt of plain words and the concepts' tokens: as many as ``bench.images`` says.
+
+        Image i starts from the same noise for every prompt and combination. A prompt is generated once, whichever
+        metric asks first.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number that a metric gives: what it says, in one line, and whether more is better."""
+
+    meaning: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True)
+class Score:
+    """A column's value for one image (None: it does not apply), and the prompts whose images it was read from."""
+
+    value: float | None
+    prompts: Sequence[str] = ()
+
+
+class Metric(Protocol):
+    """Judges what was found and learned, image by image. Built as ``Metric(settings, backbone)``.
+
+    The same metric measures a floor (random masks, random tokens) and a ceiling (the true masks, the true words in
+    place of learned tokens): a column whose ceiling is not above its floor says nothing, and is marked so.
+    """
+
+    columns: Mapping[str, Column]
+    """The numbers it gives, by name; a name is used by one metric alone."""
+    needs: Collection[str]
+    """What of the truth it cannot do without: ``"masks"``, ``"words"``, names of attributes."""
+
+    def prepare(self, images: Sequence[BenchImage]) -> None:
+        """See all images of the data set before the first is measured."""
+        ...
+
+    def measure(self, outcome: Outcome) -> Mapping[str, Score]:
+        """One image's scores by column; a column that is left out does not apply."""
+        ...

@@ -1,0 +1,1 @@
+"""``report.html``: a run, explained to people on one page."""

@@ -1,0 +1,1 @@
+"""One run's life: the orchestrator, its directory, and what is made of what it found."""

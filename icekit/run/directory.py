@@ -1,0 +1,577 @@
+"""A run directory, read and written: everything that icekit keeps on disk is in this module.
+
+Every file is written beside its place and moved there in one step, so that a killed run leaves whole files only. While
+a run is under way its state is in ``checkpoint/``; ``manifest.json`` comes last and makes it complete.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from icekit.protocols import InputError, Learned, Region, Step
+from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically, write_tensors_atomically
+from icekit.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+WORDS_ALONE = "-words"
+"""After the part in the name of a sample that was made from plain words; no part has a hyphen in it."""
+
+WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
+"""Fine-tuned weights of the noise predictor; with ``config.json`` beside them a folder in diffusers' format."""
+
+_OWN_FILES = (
+    "manifest.json",
+    "image.png",
+    "settings.toml",
+    "log.jsonl",
+    "embeddings.safetensors",
+    "lora.safetensors",
+    "report.html",
+    "checkpoint/regions.json",
+    "checkpoint/learner.safetensors",
+    "checkpoint/timings.json",
+)
+_OWN_PATTERNS = {
+    "masks": r"\d+-.+\.png",
+    "embeddings": r".+-\d+(-.+)?\.safetensors",
+    "unet": r"config\.json|diffusion_pytorch_model\.safetensors",
+    "samples": r"\d+-.+-\d+\.png",
+    "attention": r"\d+-.+\.png",
+    "checkpoint": r"run\.json",
+}
+"""What icekit writes into a run directory, and so all that it ever deletes there. ``run.json`` goes last."""
+
+
+# --- Reading ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One concept of a complete run.
+
+    index, label, score, area, words: as in the manifest; ``area`` is the mask's share of the image.
+    tokens: part (``"category"``, ``"instance"``, ``"colour"``, ...) -> token (``"<cup-0-colour>"``).
+    embeddings: part -> float32 ``[dim]`` on the CPU.
+    mask_file: the mask, 0 or 255.
+    """
+
+    index: int
+    label: str
+    score: float
+    area: float
+    tokens: dict[str, str]
+    words: dict[str, list[str]]
+    embeddings: dict[str, Tensor] = field(repr=False)
+    mask_file: Path = field(repr=False)
+
+    def mask(self) -> NDArray[np.bool_]:
+        """The mask, bool ``[H, W]``, the size of the run's image."""
+        with Image.open(self.mask_file) as image:
+            return np.asarray(image.convert("L")) > 127
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A complete run: where it is, its manifest and its concepts."""
+
+    run_dir: Path
+    manifest: dict[str, Any] = field(repr=False)
+    concepts: tuple[Concept, ...]
+
+    @classmethod
+    def open(cls, run_dir: str | Path) -> Extraction:
+        """Read a run directory.
+
+        Raises:
+            InputError: there is none, it is not complete, or another version of icekit wrote it.
+        """
+        path = Path(run_dir)
+        directory = RunDirectory(path)
+        if not path.is_dir():
+            raise InputError(f"no such run directory: {path}")
+        if not directory.is_complete:
+            if directory.is_ours:
+                raise InputError(f"the run in {path} is not complete: `icekit run IMAGE --out {path} --resume` goes on")
+            raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
+        manifest = directory.read_manifest()
+        if manifest["schema_version"] != SCHEMA_VERSION:
+            raise InputError(
+                f"{path} has schema version {manifest['schema_version']} (icekit {manifest['icekit_version']});"
+                f" this icekit reads version {SCHEMA_VERSION}"
+            )
+        try:
+            rows = directory.load_tokens() or {}
+            concepts = tuple(
+                Concept(
+                    index=entry["index"],
+                    label=entry["label"],
+                    score=entry["score"],
+                    area=entry["area"],
+                    tokens=entry["tokens"],
+                    words=entry["words"],
+                    embeddings={part: rows[token] for part, token in entry["tokens"].items()},
+                    mask_file=path / entry["mask"],
+                )
+                for entry in manifest["concepts"]
+            )
+        except KeyError as error:
+            raise InputError(f"the run in {path} is damaged: {error} is missing") from error
+        return cls(path, manifest, concepts)
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        """Every token of the run -> float32 ``[dim]``."""
+        return {token: concept.embeddings[part] for concept in self.concepts for part, token in concept.tokens.items()}
+
+    def settings(self) -> Settings:
+        """The settings of the run, complete."""
+        return load_settings(self.run_dir / "settings.toml")
+
+    @property
+    def is_fine_tuned(self) -> bool:
+        """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
+        return any((self.run_dir / name).is_file() for name in ("lora.safetensors", WEIGHTS_FILE))
+
+    def lora(self) -> dict[str, Tensor]:
+        """Weights of the run's LoRA adapter by diffusers' key; empty if none was trained."""
+        return RunDirectory(self.run_dir).load_lora()
+
+    def weights(self) -> dict[str, Tensor]:
+        """Weights of the run's fine-tuned noise predictor by diffusers' key; empty if they were not trained."""
+        return RunDirectory(self.run_dir).load_weights()
+
+    def concept(self, reference: str | int | None = None) -> Concept:
+        """A concept by its index or label; the first one for None.
+
+        Raises:
+            InputError: there is none, or several have the label.
+        """
+        key = str(0 if reference is None else reference)
+        choices = ", ".join(f"{concept.index} ({concept.label})" for concept in self.concepts)
+        by_index = [concept for concept in self.concepts if str(concept.index) == key]
+        found = by_index or [concept for concept in self.concepts if concept.label == key]
+        if len(found) != 1:
+            problem = "has no concept" if not found else "has several concepts"
+            raise InputError(f"{self.run_dir} {problem} {key!r}: choose from {choices}")
+        return found[0]
+
+
+class ConceptLibrary:
+    """The concepts of one or several complete runs.
+
+    Raises:
+        InputError: one of the directories is not a complete run.
+    """
+
+    def __init__(self, *run_dirs: str | Path) -> None:
+        self.runs = tuple(Extraction.open(run_dir) for run_dir in run_dirs)
+
+    @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """All concepts, run by run."""
+        return tuple(concept for run in self.runs for concept in run.concepts)
+
+    def __iter__(self) -> Iterator[Concept]:
+        return iter(self.concepts)
+
+    def __len__(self) -> int:
+        return len(self.concepts)
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Started:
+    """What a run began with: the source image's sha256 and the complete settings (nested, JSON types)."""
+
+    sha256: str
+    source: str
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Located:
+    """Stage one so far.
+
+    regions: those found. refused: the words that led nowhere. finished: whether that is all.
+    rounds: how many words were tried. last: the last of them.
+    erased: bool ``[H, W]``, what was erased with the words, regions or not; None: the regions alone.
+    """
+
+    regions: tuple[Region, ...] = ()
+    refused: tuple[str, ...] = ()
+    finished: bool = False
+    rounds: int = 0
+    last: str | None = None
+    erased: Tensor | None = None
+
+
+class RunDirectory:
+    """One run directory under way: what is in it, and how things get into it."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoint = FileCheckpoint(self.path / "checkpoint" / "learner.safetensors")
+
+    # --- Whose it is, and how far it got -----------------------------------------------------------------------------
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the manifest is there."""
+        return bool(self.read_manifest())
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether icekit made this directory."""
+        return self.is_complete or (self.path / "checkpoint" / "run.json").is_file()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest; empty if there is none, or somebody else's."""
+        manifest = _read_json(self.path / "manifest.json")
+        ours = isinstance(manifest, dict) and {"schema_version", "icekit_version"} <= manifest.keys()
+        return manifest if ours else {}
+
+    def started(self) -> Started | None:
+        """What the run under way here began with; None if there is none."""
+        record = _read_json(self.path / "checkpoint" / "run.json")
+        if not record or not record.get("ready"):
+            return None
+        return Started(record["sha256"], record["source"], record["settings"])
+
+    def check_usable(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may be written here.
+
+        Raises:
+            InputError: a file is in the way, the folder is somebody else's, or holds a run and neither ``resume`` nor
+                ``overwrite`` was asked for.
+        """
+        if resume and overwrite:
+            raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise InputError(f"{self.path} is a file: --out takes a folder")
+        if self.is_ours:
+            if not (resume or overwrite):
+                kind = "a complete run" if self.is_complete else "an interrupted run (--resume goes on with it)"
+                raise InputError(f"{self.path} already holds {kind}: --overwrite replaces it, or choose another --out")
+        elif any(path.is_file() for path in self.path.rglob("*") if _becomes(path) != "run.json"):
+            raise InputError(f"{self.path} is not empty and no run of icekit's: choose another --out")
+
+    def begin(self, settings: Settings, source: str, sha256: str, image: Image.Image) -> None:
+        """Start afresh, replacing what icekit wrote here before (and nothing else).
+
+        Raises:
+            InputError: the directory cannot be made.
+        """
+        record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "ready": False}
+        try:
+            # First of all: from here on the directory is icekit's, whenever the process may be killed.
+            self._write_json("checkpoint/run.json", record)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {(error.strerror or str(error)).lower()}") from error
+        self._delete_own(keep="run.json")
+        self._write("settings.toml", settings.to_toml().encode())
+        self._write_image("image.png", image)
+        record |= {"ready": True, "source": source, "sha256": sha256, "settings": settings.model_dump(mode="json")}
+        self._write_json("checkpoint/run.json", record)
+
+    def clear_leftovers(self) -> None:
+        """Delete what a killed process had half-written."""
+        for path in self._own_files():
+            if _becomes(path):
+                _delete(path)
+
+    def _delete_own(self, keep: str) -> None:
+        for path in self._own_files():
+            if (_becomes(path) or path.name) != keep:
+                _delete(path)
+                if path.parent != self.path and not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+
+    def _own_files(self) -> list[Path]:
+        """The files that icekit wrote here, half-written ones among them, and folders of such."""
+        folders = [self.path / name for name in _OWN_PATTERNS if not (self.path / name).is_symlink()]
+        paths = [path for folder in [self.path, *folders] if folder.is_dir() for path in folder.iterdir()]
+        return [path for path in paths if (path.is_file() or _becomes(path)) and self._is_own(path)]
+
+    def _is_own(self, path: Path) -> bool:
+        name = path.with_name(_becomes(path) or path.name).relative_to(self.path).as_posix()
+        folder, _, file = name.rpartition("/")
+        return name in _OWN_FILES or (folder in _OWN_PATTERNS and bool(re.fullmatch(_OWN_PATTERNS[folder], file)))
+
+    # --- Stage one ---------------------------------------------------------------------------------------------------
+
+    def load_image(self) -> Image.Image:
+        """The image as the run saw it."""
+        with Image.open(self.path / "image.png") as image:
+            return image.convert("RGB")
+
+    def save_located(self, located: Located) -> None:
+        """Keep the regions found so far."""
+        for region in located.regions:
+            self._write_image(mask_name(region), Image.fromarray(region.mask.numpy().astype(np.uint8) * 255))
+        regions = [
+            {
+                "index": region.index,
+                "word": region.word,
+                "score": region.score,
+                "mask": mask_name(region),
+                "hints": {attribute: dict(words) for attribute, words in region.hints.items()},
+            }
+            for region in located.regions
+        ]
+        self._write_json(
+            "checkpoint/regions.json",
+            {
+                "regions": regions,
+                "refused": list(located.refused),
+                "finished": located.finished,
+                "rounds": located.rounds,
+                "last": located.last,
+                "erased": None if located.erased is None else _mask_to_text(located.erased),
+            },
+        )
+        current = {region["mask"] for region in regions}
+        for path in (self.path / "masks").glob("*.png"):  # a region that was renamed left its mask's old name
+            if re.fullmatch(_OWN_PATTERNS["masks"], path.name) and f"masks/{path.name}" not in current:
+                path.unlink()
+
+    def load_located(self) -> Located:
+        """The regions found so far."""
+        import torch
+
+        record = _read_json(self.path / "checkpoint" / "regions.json")
+        if not record:
+            return Located()
+        regions = []
+        for entry in record["regions"]:
+            with Image.open(self.path / entry["mask"]) as image:
+                mask = torch.from_numpy(np.asarray(image.convert("L")) > 127)
+            regions.append(Region(entry["index"], entry["word"], entry["score"], mask, entry.get("hints", {})))
+        erased = record.get("erased")
+        return Located(
+            tuple(regions),
+            tuple(record["refused"]),
+            record["finished"],
+            record.get("rounds", len(record["regions"]) + len(record["refused"])),
+            record.get("last"),
+            None if erased is None else _mask_from_text(erased),
+        )
+
+    # --- Stage two ---------------------------------------------------------------------------------------------------
+
+    def open_log(self) -> StepLog:
+        """``log.jsonl``, to append to."""
+        return StepLog(self.path / "log.jsonl")
+
+    def save_learned(self, learned: Learned) -> None:
+        """Keep the learned tokens in both forms, and the LoRA adapter or the noise predictor's weights if trained.
+
+        ``embeddings.safetensors`` comes last: it says that all of them are there.
+        """
+        from safetensors.torch import save
+
+        if learned.lora:
+            self._write("lora.safetensors", save({key: _plain(value) for key, value in learned.lora.items()}))
+        if learned.weights:
+            if learned.weights_config:
+                self._write_json("unet/config.json", learned.weights_config, indent=2)
+            # diffusers does not read a file that does not say which framework it is of.
+            write_tensors_atomically(self.path / WEIGHTS_FILE, learned.weights, {"format": "pt"})
+        for token, row in learned.tokens.items():
+            self._write(f"embeddings/{token.strip('<>')}.safetensors", save({token: _plain(row)}))
+        self._write("embeddings.safetensors", save({token: _plain(row) for token, row in learned.tokens.items()}))
+
+    def load_tokens(self) -> dict[str, Tensor] | None:
+        """The learned tokens, float32 ``[dim]`` each; None before they are there."""
+        from safetensors.torch import load_file
+
+        path = self.path / "embeddings.safetensors"
+        return load_file(path) if path.is_file() else None
+
+    def load_lora(self) -> dict[str, Tensor]:
+        """The LoRA weights; empty if there are none."""
+        from safetensors.torch import load_file
+
+        path = self.path / "lora.safetensors"
+        return load_file(path) if path.is_file() else {}
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """The noise predictor's fine-tuned weights; empty if there are none."""
+        from safetensors.torch import load_file
+
+        path = self.path / WEIGHTS_FILE
+        return load_file(path) if path.is_file() else {}
+
+    # --- What is made of it ------------------------------------------------------------------------------------------
+
+    def has_sample(self, index: int, part: str, number: int, *, words_alone: bool = False) -> bool:
+        """Whether this sample was generated already."""
+        return (self.path / sample_name(index, part, number, words_alone=words_alone)).is_file()
+
+    def save_sample(self, index: int, part: str, number: int, image: Image.Image, *, words_alone: bool = False) -> None:
+        """Keep a generated image; ``part`` is ``"object"`` or an attribute, ``words_alone`` as in ``sample_name``."""
+        self._write_image(sample_name(index, part, number, words_alone=words_alone), image)
+
+    def save_attention(self, index: int, part: str, image: Image.Image) -> None:
+        """Keep the attention map of one token, 8-bit grey."""
+        self._write_image(f"attention/{index}-{part}.png", image)
+
+    def save_timings(self, timings: Mapping[str, float]) -> None:
+        """Keep the seconds spent so far, over all sittings."""
+        self._write_json("checkpoint/timings.json", dict(timings))
+
+    def load_timings(self) -> dict[str, float]:
+        """The seconds spent so far."""
+        return dict(_read_json(self.path / "checkpoint" / "timings.json") or {})
+
+    def save_report(self, html: str) -> None:
+        """Keep the report."""
+        self._write("report.html", html.encode())
+
+    def finish(self, manifest: Mapping[str, Any]) -> None:
+        """Write the manifest: the run is complete. Its checkpoint is no longer needed."""
+        self._write_json("manifest.json", manifest, indent=1)
+        for name in ("learner.safetensors", "regions.json", "timings.json", "run.json"):
+            (self.path / "checkpoint" / name).unlink(missing_ok=True)
+        folder = self.path / "checkpoint"
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    # --- Files -------------------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, data: bytes) -> None:
+        write_atomically(self.path / name, data)
+
+    def _write_json(self, name: str, value: object, indent: int | None = None) -> None:
+        write_json_atomically(self.path / name, value, indent)
+
+    def _write_image(self, name: str, image: Image.Image) -> None:
+        write_image_atomically(self.path / name, image)
+
+
+class FileCheckpoint:
+    """A learner's state in one file: tensors, and the JSON state in its metadata. See ``protocols.Checkpoint``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The tensors and the state of the last save, or None."""
+        from safetensors import safe_open
+
+        if not self.path.is_file():
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+            return tensors, json.loads(file.metadata()["state"])
+
+    def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Replace the last save by this one, in one step."""
+        write_tensors_atomically(self.path, tensors, {"state": json.dumps(dict(state))})
+
+
+class StepLog:
+    """``log.jsonl``: one line a step. A resumed run repeats the steps after its checkpoint; their old lines go."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: IO[str] | None = None
+
+    def write(self, step: Step) -> None:
+        """Append a step's line."""
+        if self._file is None:
+            self._drop_from(step.step)
+            self._file = self.path.open("a", encoding="utf-8")
+        line = {"step": step.step, "total": step.total, "phase": step.phase, "losses": dict(step.losses)}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _drop_from(self, first: int) -> None:
+        if not self.path.is_file():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] < first:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that was being written when the process was killed
+        write_atomically(self.path, "".join(kept).encode())
+
+    def __enter__(self) -> StepLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _mask_to_text(mask: Tensor) -> str:
+    """A mask as a PNG in base64: what belongs to a JSON file is written with it, in one step."""
+    png = io.BytesIO()
+    Image.fromarray(mask.numpy().astype(np.uint8) * 255).save(png, "PNG")
+    return base64.b64encode(png.getvalue()).decode()
+
+
+def _mask_from_text(text: str) -> Tensor:
+    import torch
+
+    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+        return torch.from_numpy(np.asarray(image.convert("L")) > 127)
+
+
+def mask_name(region: Region) -> str:
+    """Where a region's mask is, relative to the run directory."""
+    return f"masks/{region.index}-{region.label}.png"
+
+
+def sample_name(index: int, part: str, number: int, *, words_alone: bool = False) -> str:
+    """Where a sample is, relative to the run directory; ``words_alone``: its counterpart without a learned token."""
+    return f"samples/{index}-{part}{WORDS_ALONE if words_alone else ''}-{number}.png"
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _becomes(path: Path) -> str | None:
+    """The name of the file that a temporary one was to become; None if it is none."""
+    match = re.fullmatch(r"\.(.+?)(\.\d+)?\.part", path.name)
+    return match[1] if match else None
+
+
+def _read_json(path: Path) -> Any:
+    """The file's content; None if it is not there or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().float().contiguous().clone()

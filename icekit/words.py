@@ -1,0 +1,49 @@
+"""Words that users give: lists in settings, vocabularies in files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
+
+from icekit.protocols import InputError
+
+
+def one_or_more(value: Any) -> Any:
+    """``"a {}"`` -> ``["a {}"]``: a setting that takes a list takes a single value, too."""
+    return [value] if isinstance(value, str) else value
+
+
+def split_commas(value: Any) -> Any:
+    """``"cup, ball"`` -> ``["cup", "ball"]``, so that ``--set retriever.words=cup,ball`` needs no brackets."""
+    return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+
+WordList = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
+
+
+def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
+    """The words of a list, of a text file (one a line, ``#`` begins a comment), or the built-in nouns; each once.
+
+    Raises:
+        InputError: no such file, not text, or no word in it.
+    """
+    if vocabulary is None:
+        lines = files("icekit").joinpath("vocabulary", "nouns.txt").read_text(encoding="utf-8").splitlines()
+    elif isinstance(vocabulary, str):
+        try:
+            lines = Path(vocabulary).expanduser().read_text(encoding="utf-8").splitlines()
+        except FileNotFoundError as error:
+            raise InputError(f"retriever.vocabulary: no such file: {vocabulary}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"retriever.vocabulary: {vocabulary} is not a text file with one word a line") from error
+    else:
+        lines = list(vocabulary)
+    words = list(dict.fromkeys(word for line in lines if (word := line.partition("#")[0].strip().lower())))
+    if not words:
+        source = vocabulary if isinstance(vocabulary, str) else "the list"
+        raise InputError(f"retriever.vocabulary: no word in {source}: it needs one or more, one a line")
+    return words
