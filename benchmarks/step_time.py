@@ -147,7 +147,7 @@ class BareUNet:
         self.processors = dict(backbone.unet.attn_processors)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            sequence = backbone.encode_prompts(["a photo of a cup"] * batch).sequence
+            sequence = backbone.encode_prompts(["a photo of a cup"] * batch).parts["sequence"]
         self.sequence = nn.Parameter(sequence)
         self.noisy, self.target = (
             torch.randn(batch, *backbone.latent_shape, generator=generator).to(self.device) for _ in range(2)
@@ -182,11 +182,11 @@ def main(model: str, concepts: int | None, repeats: int | None, threads: int, de
     backbone, weights = load_backbone(model, torch.device(device))
     bare = BareUNet(backbone, concepts)
 
-    size = backbone.image_size
+    height, width = backbone.image_size
     regions = []
     for index in range(concepts):  # side by side, a third of the height
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        mask[size // 3 : 2 * size // 3, index * size // concepts : (index + 1) * size // concepts] = True
+        mask = torch.zeros(height, width, dtype=torch.bool)
+        mask[height // 3 : 2 * height // 3, index * width // concepts : (index + 1) * width // concepts] = True
         regions.append(Region(index, "cup", 1.0, mask))
 
     # Pairs of (step, bare), each (clock, CPU).
@@ -206,7 +206,7 @@ def main(model: str, concepts: int | None, repeats: int | None, threads: int, de
     )
     bare.seconds()
     settings = IceSettings(steps=2 * repeats, max_batch=concepts, checkpoint_every=10**9)
-    image = torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, height, width, generator=torch.Generator().manual_seed(0))
     IceLearner(settings, backbone).learn(image, regions, ATTRIBUTES, seed=0, checkpoint=NoCheckpoint(), on_step=on_step)
     for phase, pairs in times.items():
         pairs = pairs[1:]  # the first step of a phase also holds what is made once

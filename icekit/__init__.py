@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Candidate,
         ComponentSettings,
         Conditioning,
+        FineTuning,
         InputError,
         Learned,
         Proposal,
@@ -25,29 +26,39 @@ if TYPE_CHECKING:
         Step,
         View,
     )
-    from icekit.run.directory import Concept, ConceptLibrary, Extraction
+    from icekit.run.directory import Concept, ConceptLibrary, Extraction, Located
+    from icekit.run.learning import learn
+    from icekit.run.locating import locate
     from icekit.run.orchestrator import extract
+    from icekit.run.showing import Sample, Shown, show
     from icekit.settings import Settings, load_settings
 
 _HOMES = {
     "Attribute": "protocols",
     "Candidate": "protocols",
     "ComponentSettings": "protocols",
-    "Concept": "library",
-    "ConceptLibrary": "library",
+    "Concept": "run.directory",
+    "ConceptLibrary": "run.directory",
     "Conditioning": "protocols",
-    "Extraction": "library",
+    "Extraction": "run.directory",
+    "FineTuning": "protocols",
     "InputError": "protocols",
     "Learned": "protocols",
+    "Located": "run.directory",
     "Proposal": "protocols",
     "Region": "protocols",
     "RunError": "protocols",
+    "Sample": "run.showing",
     "Segmentation": "protocols",
     "Settings": "settings",
+    "Shown": "run.showing",
     "Step": "protocols",
     "View": "protocols",
-    "extract": "extraction",
+    "extract": "run.orchestrator",
+    "learn": "run.learning",
     "load_settings": "settings",
+    "locate": "run.locating",
+    "show": "run.showing",
 }
 
 __all__ = [
@@ -58,18 +69,25 @@ __all__ = [
     "ConceptLibrary",
     "Conditioning",
     "Extraction",
+    "FineTuning",
     "InputError",
     "Learned",
+    "Located",
     "Proposal",
     "Region",
     "RunError",
+    "Sample",
     "Segmentation",
     "Settings",
+    "Shown",
     "Step",
     "View",
     "extract",
     "hookimpl",
+    "learn",
     "load_settings",
+    "locate",
+    "show",
 ]
 
 

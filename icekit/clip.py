@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icekit.package_paths import PREFIX, package_path
 from icekit.protocols import InputError, RunError, View
 
 TEXT_BATCH = 256
@@ -57,45 +58,52 @@ class ClipModel:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
-        """Square images ``[3, S, S]`` in [0, 1], of any sizes -> ``[N, D]``."""
+        """Images ``[3, H, W]`` in [0, 1], of any sizes -> ``[N, D]``; see ``preprocess``."""
         batch = torch.stack([preprocess(image, self._model) for image in images])
         return F.normalize(self._model.encode_image(batch.to(self._device)).float(), dim=-1).cpu()
 
     def embed_view(self, view: View, crop_below: float) -> Tensor:
         """Mean of the whole view's embedding and, if what is visible is small, of its crop's: ``[D]``.
 
-        Small is a bounding square of less than ``crop_below`` of the image.
+        Small is a window around it (``visible_window``) of less than ``crop_below`` of the image.
         """
         images = [view.pixels]
         if crop_below > 0 and bool(view.visible.any()):
-            top, left, side = visible_square(view.visible, CROP_MARGIN)
-            if side * side < crop_below * view.visible.numel():
-                images.append(view.pixels[:, top : top + side, left : left + side])
+            top, left, height, width = visible_window(view.visible, CROP_MARGIN)
+            if height * width < crop_below * view.visible.numel():
+                images.append(view.pixels[:, top : top + height, left : left + width])
         return F.normalize(self.embed_images(images).mean(dim=0), dim=-1)
 
 
-def visible_square(visible: Tensor, margin: float) -> tuple[int, int, int]:
+def visible_window(visible: Tensor, margin: float) -> tuple[int, int, int, int]:
     """The smallest square around what is visible, wider by ``margin`` of its side all around, inside the image.
 
+    Where the image is too narrow for it, it is a rectangle of the image's own side.
+
     Args:
-        visible: bool ``[S, S]``, not all False.
+        visible: bool ``[H, W]``, not all False.
         margin: share of the side.
 
     Returns:
-        top, left, side: pixels.
+        top, left, height, width: pixels.
     """
-    size = visible.shape[-1]
-    rows, columns = visible.any(dim=1).nonzero()[:, 0], visible.any(dim=0).nonzero()[:, 0]
-    first_row, last_row, first_column, last_column = (int(i) for i in (rows[0], rows[-1], columns[0], columns[-1]))
-    extent = max(last_row - first_row, last_column - first_column) + 1
-    side = min(size, round(extent * (1 + 2 * margin)))
-    top = (first_row + last_row + 1 - side) // 2
-    left = (first_column + last_column + 1 - side) // 2
-    return min(max(top, 0), size - side), min(max(left, 0), size - side), side
+    ends = [places.aminmax() for places in (visible.any(dim=one).nonzero() for one in (1, 0))]
+    extent = max(int(last - first) for first, last in ends) + 1
+    side = round(extent * (1 + 2 * margin))
+    starts, lengths = [], []
+    for (first, last), size in zip(ends, visible.shape, strict=True):
+        length = min(size, side)
+        start = (int(first + last) + 1 - length) // 2
+        starts.append(min(max(start, 0), size - length))
+        lengths.append(length)
+    return starts[0], starts[1], lengths[0], lengths[1]
 
 
 def preprocess(image: Tensor, model: Any) -> Tensor:
-    """A square image ``[3, S, S]`` in [0, 1] as the CLIP model expects it: resized (antialiased) and normalised."""
+    """An image ``[3, H, W]`` in [0, 1] as the CLIP model expects it: resized (antialiased) and normalised.
+
+    Of an image that is not as wide as it is high nothing is cut off: it is squeezed.
+    """
     from open_clip import get_model_preprocess_cfg
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as transform
@@ -113,7 +121,8 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
     """A frozen open_clip model and its tokenizer. Weights are read as tensors only, never as pickled programs.
 
     Args:
-        model: a name of ``open_clip.list_models()``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH`` or a folder.
+        model: a name of ``open_clip.list_models()``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``, a folder or
+            ``package:NAME/FOLDER``, a folder inside an installed package.
         pretrained: a tag of that name's weights, or a ``.safetensors`` file; ignored for folders and the hub.
         device: where it runs.
         prefix: of the settings ``model`` and ``pretrained`` in messages.
@@ -125,8 +134,8 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
     import open_clip
 
     setting = f"retriever.{prefix}"
-    folder = Path(model.removeprefix("local-dir:")).expanduser()
-    local = model.startswith("local-dir:") or (folder.is_dir() and model not in open_clip.list_models())
+    folder = Path(package_path(model.removeprefix("local-dir:"), f"{setting}model")).expanduser()
+    local = model.startswith(("local-dir:", PREFIX)) or (folder.is_dir() and model not in open_clip.list_models())
     if local:
         _check_folder(f"{setting}model", model, folder)
         name, weights = f"local-dir:{folder}", None

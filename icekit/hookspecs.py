@@ -52,9 +52,9 @@ def register_attributes(register: Callable[[Attribute], None]) -> None:
 def register_presets(register: Callable[[str, Path], None]) -> None:
     """Offer named sets of settings, TOML files: ``register("thorough", Path(__file__).parent / "thorough.toml")``.
 
-    As a settings file (``icekit.settings``), with the tables ``[metric]`` and ``[bench]`` for ``icekit bench`` if need
-    be. Its first line, a comment, is its summary. Settings in a table of their component's name (``[learner.ice]``)
-    are for that component alone.
+    As a settings file (``icekit.settings``), but that the settings of components and metrics are in tables of their
+    names (``[learner.ice]``, ``[metric.sim_i]``). The first line, a comment, is its summary. The class of a backbone or
+    a data set can name one that it works best with: ``preset = "thorough"``.
     """
 
 

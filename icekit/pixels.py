@@ -1,4 +1,4 @@
-"""Pictures as tensors, and what is seen of them: concepts erased, or one shown alone."""
+"""Pictures in a model's shape and as tensors, and what is seen of them: concepts erased, or one shown alone."""
 
 from __future__ import annotations
 
@@ -16,12 +16,38 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
+def middle(picture: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest box in the middle of a picture that has the proportions of a shape.
+
+    Args:
+        picture: its (width, height), pixels.
+        shape: (height, width) of which the proportions are taken.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the picture, right and bottom excluded.
+    """
+    width, height = picture
+    if width * shape[0] > height * shape[1]:
+        width = max(1, round(height * shape[1] / shape[0]))
+    else:
+        height = max(1, round(width * shape[0] / shape[1]))
+    left, top = (picture[0] - width) // 2, (picture[1] - height) // 2
+    return left, top, left + width, top + height
+
+
+def fit(
+    picture: Image.Image, shape: tuple[int, int], resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Image.Image:
+    """A picture in another shape, (height, width): its ``middle`` is cut out and resized, antialiased."""
+    return picture.crop(middle(picture.size, shape)).resize((shape[1], shape[0]), resample)
+
+
 def erase(image: Tensor, visible: Tensor, how: Literal["inpaint", "black", "mean"]) -> Tensor:
     """Fill what is not visible.
 
     ``black`` is the paper's x * (1 - m). ``mean`` fills with the mean colour of what is visible. ``inpaint`` continues
     the surroundings smoothly into the hole, so that neither a black silhouette nor a hard edge is there to be named;
-    the hole is widened by 1/64 of the side first, lest the object's own rim bleed back into it.
+    the hole is widened by 1/64 of the shorter side first, lest the object's own rim bleed back into it.
 
     Args:
         image: float32 ``[3, H, W]`` in [0, 1].
@@ -38,7 +64,7 @@ def erase(image: Tensor, visible: Tensor, how: Literal["inpaint", "black", "mean
     if how == "mean":
         mean = image[:, visible].mean(dim=1)[:, None, None]
         return torch.where(visible, image, mean)
-    side = image.shape[-1]
+    side = min(image.shape[1:])
     known = visible.numpy()
     hole = ndimage.binary_dilation(~known, iterations=max(1, side // 64))
     if hole.all():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import pluggy
+from pydantic import ValidationError
 
 from icekit import hookspecs, protocols
-from icekit.protocols import Attribute, ComponentSettings, InputError
-from icekit.settings import BENCH_TABLES, ROLES, Preset, Role, Settings, merge, nearest, nest, validate
+from icekit.protocols import Attribute, Capability, ComponentSettings, InputError
+from icekit.settings import BENCH_TABLES, ROLES, Components, Preset, Role, Settings, merge, nearest, validate
 
 GROUP = "icekit"
 BUILTIN = "icekit.builtin"
@@ -38,6 +39,13 @@ _PROTOCOLS: dict[str, type] = {
 KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
 """All that plugins can register by name."""
 RESERVED_TOKENS = ("category", "instance")
+CAPABILITIES: dict[Capability, str] = {
+    "attention": "maps of words over the picture",
+    "similarity": "maps of places over places",
+    "fine_tuning": "weights that can be trained",
+    "posterior": "the autoencoder's spread",
+}
+"""What a component may need of its backbone, in words."""
 
 log = logging.getLogger(__name__)
 
@@ -230,63 +238,102 @@ class Plugins:
         Raises:
             InputError: no such component, an unknown key or a wrong value.
         """
-        model: type[ComponentSettings] = self.component(role, name).Settings  # type: ignore[attr-defined]
-        return validate(model, values, prefix=f"{role}.")
+        return validate(self._settings_model(role, name), values, prefix=f"{role}.")
 
-    def with_preset(self, settings: Settings) -> Settings:
-        """The settings with those of their preset below what was given: components, and all that these have.
+    def resolve(self, settings: Settings, dataset: str | None = None) -> Settings:
+        """Complete settings: presets put below what was given, aliases of attributes replaced, every component's
+        settings checked and filled in. No model is loaded for it.
 
-        What the preset says of a component that was not chosen is passed over.
+        What was given for a role is for the component that is chosen, whichever it is; a table of its name
+        (``segmentor.diffseg.prompt``) is for that one alone, and is put over the rest. What a preset says of components
+        that are not chosen is passed over.
 
-        Raises:
-            InputError: there is no such preset or component, or a key names a component that is not chosen.
-        """
-        values = self.preset(settings.preset).values if settings.preset else {}
-        given = settings.given()
-        components = merge(values.get("components", {}), given.get("components", {}))
-        chosen = validate(Settings, given | {"components": components})
-        given |= {role: self._of_the_chosen(role, chosen) for role in ROLES if role in given}
-        lower = {key: value for key, value in values.items() if key not in BENCH_TABLES}
-        lower |= {role: self.fitting(role, chosen.name_of(role), values.get(role, {})) for role in ROLES}
-        return validate(Settings, merge(lower, given))
-
-    def resolve(self, settings: Settings, suggestions: Mapping[str, Any] | None = None) -> Settings:
-        """Complete settings: attribute aliases replaced, every component's settings checked and filled in.
-
-        ``suggestions`` (key as in ``--set`` -> value) come below what was given, the preset among it. One for a setting
-        that the chosen component does not have is passed over: it was made for another component. A key that names the
-        component (``segmentor.diffseg.prompt``) is for that one alone, and wins over one for whichever has the role; it
-        may be given, too.
+        Args:
+            settings: what was given.
+            dataset: name of the data set that a bench runs on: its preset counts, too.
 
         Raises:
-            InputError: a preset, component, attribute, key or value is wrong, or a key names a component that is not
-                chosen.
+            InputError: a preset, component, attribute, key or value is wrong, a given key names a component that is not
+                chosen, or a component needs what the backbone lacks.
         """
-        settings = self.with_preset(settings)
-        suggested = nest(suggestions or {})
-        suggested |= {role: self.fitting(role, settings.name_of(role), suggested.get(role, {})) for role in ROLES}
-        full = validate(Settings, merge(suggested, settings.given()))
+        presets = self.presets_of(settings, dataset)
+        components = self._components(settings, presets)
+        chosen = settings.model_copy(update={"components": components})
+        runs_own = [{key: one for key, one in layer.values.items() if key not in BENCH_TABLES} for layer in presets]
+        values = merge(*runs_own, settings.given()) | {"components": components.model_dump()}
+        own: dict[Role, ComponentSettings] = {}
+        for role in ROLES:
+            tables = [self._table(layer, role, chosen.name_of(role)) for layer in presets]
+            merged = merge(*tables, self._of_the_chosen(role, chosen))
+            own[role] = self.component_settings(role, chosen.name_of(role), merged)
+            values[role] = own[role].model_dump(mode="json")
+        full = validate(Settings, values)
+        self._check_needs(components, own)
         attributes = tuple(dict.fromkeys(self.attribute(name).name for name in full.attributes))
-        components = {
-            role: self.component_settings(role, full.name_of(role), full.values_of(role)).model_dump(mode="json")
-            for role in ROLES
-        }
-        return validate(Settings, full.model_dump() | {"attributes": attributes} | components)
+        return validate(Settings, full.model_dump() | {"attributes": attributes})
 
-    def fitting(self, role: str, name: str, table: Mapping[str, Any]) -> dict[str, Any]:
-        """What a table of settings holds for one component: those that it has, its own table put over the rest.
+    def presets_of(self, settings: Settings, dataset: str | None = None) -> list[Preset]:
+        """The presets below what was given, the lowest first: the backbone's own, the data set's, the one chosen.
 
         Raises:
-            InputError: there is no such component.
+            InputError: there is no such preset, backbone or data set.
         """
-        known = self.component(role, name).Settings.model_fields  # type: ignore[attr-defined]
-        values = {key: value for key, value in table.items() if key in known}
-        own = table.get(name) if name not in known else None
-        return values | ({key: value for key, value in own.items() if key in known} if isinstance(own, Mapping) else {})
+        upper = [] if dataset is None else self._preset_of("dataset", dataset)
+        upper += [self.preset(settings.preset)] if settings.preset else []
+        return [*self._preset_of("backbone", self._components(settings, upper).backbone), *upper]
+
+    def chosen(self, settings: Settings, dataset: str | None = None) -> Components:
+        """Which components a run with these settings has; see ``resolve``.
+
+        Raises:
+            InputError: there is no such preset, backbone or data set.
+        """
+        return self._components(settings, self.presets_of(settings, dataset))
+
+    def _components(self, settings: Settings, presets: Sequence[Preset]) -> Components:
+        layers = [*(layer.values for layer in presets), settings.given()]
+        return validate(Components, merge(*(one.get("components", {}) for one in layers)))
+
+    def _preset_of(self, role: str, name: str) -> list[Preset]:
+        """The preset that a backbone or a data set works best with; of most there is none."""
+        preset: str | None = getattr(self.component(role, name), "preset", None)
+        try:
+            return [] if preset is None else [self.preset(preset)]
+        except InputError as error:
+            raise InputError(f"{role} {name!r} comes with a preset that is not there: {error}") from None
+
+    def _table(self, preset: Preset, role: str, name: str) -> dict[str, Any]:
+        """What a preset says of one component.
+
+        Raises:
+            InputError: an unknown key or a wrong value.
+        """
+        table: dict[str, Any] = preset.values.get(role, {}).get(name, {})
+        try:
+            validate(self._settings_model(role, name), table, prefix=f"{role}.{name}.")
+        except InputError as error:
+            raise InputError(f"preset {preset.name!r}: {error}") from error
+        return table
+
+    def check_preset(self, name: str) -> None:
+        """Whether every setting of a preset is one of the component that it names, all of which must be installed.
+
+        A run looks at the tables of the components that it has alone.
+
+        Raises:
+            InputError: no such preset or component, an unknown key or a wrong value.
+        """
+        preset = self.preset(name)
+        for role, component in preset.values.get("components", {}).items():
+            self.component(role, component)
+        for role in (*ROLES, "metric"):
+            for component in preset.values.get(role, {}):
+                self._table(preset, role, component)
 
     def _of_the_chosen(self, role: Role, settings: Settings) -> dict[str, Any]:
         """What was given for a role, with the table of the chosen component taken out and put over the rest."""
-        values, chosen, known = settings.values_of(role), settings.name_of(role), self._settings_model(role, settings)
+        values, chosen = settings.values_of(role), settings.name_of(role)
+        known = self._settings_model(role, chosen)
         own: Any = {}
         for name in values.keys() & self.offered(role) - known.model_fields.keys():
             if name != chosen:
@@ -296,8 +343,36 @@ class Plugins:
                 raise InputError(f"setting '{role}.{name}' cannot be {own!r}: it should be a table of settings")
         return merge(values, own)
 
-    def _settings_model(self, role: Role, settings: Settings) -> type[ComponentSettings]:
-        return self.component(role, settings.name_of(role)).Settings  # type: ignore[attr-defined]
+    def _settings_model(self, role: str, name: str) -> type[ComponentSettings]:
+        return self.component(role, name).Settings  # type: ignore[attr-defined]
+
+    def _check_needs(self, components: Components, settings: Mapping[Role, ComponentSettings]) -> None:
+        """Whether the backbone can do what each component needs.
+
+        Raises:
+            InputError: it cannot; the message names what is missing, and components that do without.
+        """
+        lacks: Collection[Capability] = getattr(self.component("backbone", components.backbone), "lacks", ())
+        for role in ROLES[1:]:
+            name: str = getattr(components, role)
+            missing = [one for one in needs_of(self.component(role, name), settings[role]) if one in lacks]
+            if not missing:
+                continue
+            instead = [other for other in self.offered(role) if not set(self._usual_needs(role, other)) & set(lacks)]
+            others = ", ".join(other for other in instead if other != name)
+            ways = ["set it otherwise"] * (name in instead) + [f"choose {others}"] * bool(others)
+            needed = " and ".join(f"{one} ({CAPABILITIES[one]})" for one in missing)
+            raise InputError(
+                f"{role} {name!r} needs {needed}, which backbone {components.backbone!r} does not have: "
+                f"{' or '.join([*ways, 'take another backbone'])}"
+            )
+
+    def _usual_needs(self, role: Role, name: str) -> Collection[Capability]:
+        """What a component needs with its settings as they are by default; all there is where it has no default."""
+        try:
+            return needs_of(self.component(role, name), self._settings_model(role, name)())
+        except ValidationError:
+            return tuple(CAPABILITIES)
 
     # --- Observers ---------------------------------------------------------------------------------------------------
 
@@ -345,6 +420,13 @@ class Observers:
         return self._callers[hook]
 
 
+def needs_of(component: type, settings: ComponentSettings) -> Collection[Capability]:
+    """What a component with these settings needs of its backbone: see ``protocols.Capability``."""
+    depending: Callable[[ComponentSettings], Collection[Capability]] | None = getattr(component, "needs_with", None)
+    needs: Collection[Capability] = getattr(component, "needs", ()) if depending is None else depending(settings)
+    return needs
+
+
 def check_component(role: str, name: str, component: object) -> None:
     """Whether this can be a component: a class, a nested ``Settings``, every method of the protocol.
 
@@ -365,6 +447,10 @@ def check_component(role: str, name: str, component: object) -> None:
     missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
     if missing:
         raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
+    said = "lacks" if role == "backbone" else "needs"
+    for capability in getattr(component, said, ()) if role in ROLES else ():
+        if capability not in CAPABILITIES:
+            raise PluginError(f"{where} {said} {capability!r}: {nearest(capability, CAPABILITIES)}")
 
 
 def check_attribute(attribute: object) -> None:

@@ -1,7 +1,9 @@
 """A run's settings: unknown keys are refused, wrong values explained, and they come in layers.
 
-Later layers win: defaults, the backbone's suggestions, a preset, a settings file, ``--set KEY=VALUE``, command-line
-options. A preset is a settings file that has a name: ``--preset published``, or ``preset = "published"`` in a file.
+Later layers win: defaults, the backbone's own preset, the one that was chosen, a settings file, ``--set KEY=VALUE``,
+command-line options. A preset is a settings file that has a name: ``--preset published``, or ``preset = "published"``
+in a file. In a preset the settings of a component are in a table of its name (``[learner.ice]``), for it does not know
+which one will be chosen.
 
 A settings file has icekit's own settings as top-level keys, the components' names in the table ``[components]`` and
 each component's settings in a table of its own::
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from icekit.protocols import InputError
 
@@ -69,18 +71,12 @@ class Settings(BaseModel):
         "never",
         description="whether a word, or one like it, may come again: never, or later, after another word (published)",
     )
-    describe: bool = Field(
-        False,
-        description="let the retriever look at each region alone for the attributes' words, if it can; learners may "
-        "start from them (paper: no)",
-    )
-    rename: bool = Field(
-        False, description="ask the retriever again for each region's word, looking at the region alone"
-    )
-    divide: bool = Field(
-        False,
-        description="cut a region at a narrow place when the retriever has two words that fit its parts better than "
-        "one fits the whole",
+    naming: Literal["retrieved", "alone", "described"] = Field(
+        "described",
+        description="retrieved: a region keeps the word by which it was found (paper); alone: the retriever looks at "
+        "each region alone, names it anew, and cuts it at a narrow place where two words fit its parts better than one "
+        "fits the whole; described: that, and it says which words of each attribute fit, if it can: learners may start "
+        "from them",
     )
     erase: Literal["inpaint", "black", "mean"] = Field(
         "inpaint", description="what retrievers and segmentors see where a concept was erased"
@@ -90,8 +86,12 @@ class Settings(BaseModel):
         True,
         description="generate as many from the plain words alone and the same noise, to see what learning added",
     )
-    sample_steps: int = Field(25, ge=1, description="denoising steps of a generated image")
-    guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance of generated images")
+    sample_steps: int | None = Field(
+        None, ge=1, description="denoising steps of a generated image; none: the backbone's own"
+    )
+    guidance_scale: float | None = Field(
+        None, ge=0, description="how strongly a generated image follows its prompt; none: the backbone's own"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="every random choice follows from it")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the models run")
     preset: str | None = Field(None, description="a named set of settings, below those that are given")
@@ -100,6 +100,19 @@ class Settings(BaseModel):
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")
     segmentor: dict[str, Any] = Field({}, description="settings of the segmentor")
     learner: dict[str, Any] = Field({}, description="settings of the learner")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _says_naming(cls, values: Any) -> Any:
+        """Settings files of earlier versions had three flags; which of the three values they mean is for a person."""
+        gone = [key for key in ("rename", "divide", "describe") if isinstance(values, Mapping) and key in values]
+        if gone:
+            keys = " and ".join(repr(key) for key in gone)
+            raise ValueError(
+                f"there is no setting {keys} any more: set naming to retrieved (a region keeps its first word), "
+                "alone (named anew and divided, looking at it alone) or described (and its attributes' words sought)"
+            )
+        return values
 
     def name_of(self, role: Role) -> str:
         """The registered name of the component that plays this role."""
@@ -130,7 +143,8 @@ class Preset:
     """A named set of settings.
 
     text: the file. summary: its first line, a comment. values: nested, as in a settings file; besides a run's settings
-        it may have the tables ``BENCH_TABLES``. One with ``preset = "other"`` is that one with its own put over it.
+        it may have the tables ``BENCH_TABLES``. Settings of components are in tables of their names. One with
+        ``preset = "other"`` is that one with its own put over it.
     """
 
     name: str
@@ -143,10 +157,19 @@ class Preset:
         """A preset from its TOML file.
 
         Raises:
-            InputError: the file cannot be read, or one of its own keys is unknown. The components' are not looked at.
+            InputError: the file cannot be read, one of its own keys is unknown, or it does not say which component a
+                setting is for. The components' own keys are not looked at.
         """
         values = read_settings_file(file)
         validate(Settings, {key: value for key, value in values.items() if key not in BENCH_TABLES})
+        for role in (*ROLES, "metric"):
+            table = values.get(role, {})
+            for key, value in table.items() if isinstance(table, Mapping) else [("", table)]:
+                if not isinstance(value, Mapping):
+                    raise InputError(
+                        f"preset {name!r} does not say which {role} its setting {f'{role}.{key}'!r} is for: "
+                        f"put it under [{role}.NAME]"
+                    )
         text = file.read_text(encoding="utf-8")
         summary = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
         return cls(name, text, summary, values)
@@ -198,15 +221,19 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
         value = text.strip()
     if not isinstance(value, (bool, int, float, str, list, dict)):  # a folder named like a date is still a folder
         value = text.strip()
-    return nest({".".join(parts): value})
+    nested: Any = value
+    for part in reversed(parts):
+        nested = {part: nested}
+    return dict(nested)
 
 
-def merge(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries put over one another; ``upper`` wins."""
-    merged = dict(lower)
-    for key, value in upper.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries put over one another, the lowest first."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
@@ -216,16 +243,6 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def nest(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"learner.steps": 400}`` -> ``{"learner": {"steps": 400}}``."""
-    nested: dict[str, Any] = {}
-    for key, value in values.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
-    return nested
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -257,6 +274,9 @@ def _may_be_none(model: type[BaseModel], key: str) -> bool:
 
 def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     location = [str(part) for part in problem["loc"]]
+    if not location:  # of several settings together
+        whose = f"{prefix.removesuffix('.')} settings: " if prefix else ""
+        return whose + str(problem["msg"]).removeprefix("Value error, ")
     key = prefix + ".".join(location)
     if problem["type"] == "extra_forbidden":
         holder: Any = model

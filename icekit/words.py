@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from icekit.package_paths import package_path
 from icekit.protocols import InputError
 
 
@@ -34,8 +35,9 @@ def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
     if vocabulary is None:
         lines = files("icekit").joinpath("vocabulary", "nouns.txt").read_text(encoding="utf-8").splitlines()
     elif isinstance(vocabulary, str):
+        file = Path(package_path(vocabulary, "retriever.vocabulary")).expanduser()
         try:
-            lines = Path(vocabulary).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError as error:
             raise InputError(f"retriever.vocabulary: no such file: {vocabulary}") from error
         except (OSError, UnicodeDecodeError) as error:

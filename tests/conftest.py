@@ -45,6 +45,14 @@ def sd_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def joint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3 folder: 64-pixel images, latents ``[4, 16, 16]``, joint attention at 8."""
+    import tiny_models
+
+    return tiny_models.write_joint(tmp_path_factory.mktemp("models") / "joint", seed=3)
+
+
+@pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder: ``open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")``, 64-pixel images."""
     import tiny_models

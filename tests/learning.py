@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -50,6 +51,43 @@ def noise_image() -> Tensor:
     return torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What was learned with a backbone of one text encoder: each token's one row, and the rest of ``Learned``."""
+
+    learned: Learned
+
+    @property
+    def tokens(self) -> dict[str, Tensor]:
+        return rows_of(self.learned.tokens)
+
+    @property
+    def lora(self) -> Mapping[str, Tensor]:
+        return self.learned.tuning.lora
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        return self.learned.tuning.weights
+
+    @property
+    def weights_config(self) -> Mapping[str, Any]:
+        return self.learned.tuning.weights_config
+
+
+def rows_of(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each token's row, of tokens with one."""
+    rows = {}
+    for name, token in tokens.items():
+        [rows[name]] = token.values()
+    return rows
+
+
+def row_of(backbone: Backbone, word: str) -> Tensor:
+    """A word's row, of a backbone with one text encoder."""
+    [row] = backbone.word_rows(word).values()
+    return row
+
+
 def learn_watched(
     learner: Learner,
     regions: Sequence[Region],
@@ -58,7 +96,7 @@ def learn_watched(
     checkpoint: Checkpoint | None = None,
     kill_at: int | None = None,
     seed: int = 0,
-) -> tuple[Learned, list[Step]]:
+) -> tuple[Taught, list[Step]]:
     """Learn from ``noise_image``: what was learned, and the steps that were reported. ``Killed`` after a step."""
     steps: list[Step] = []
 
@@ -70,7 +108,7 @@ def learn_watched(
     learned = learner.learn(
         noise_image(), regions, attributes, seed=seed, checkpoint=checkpoint or Memory(), on_step=on_step
     )
-    return learned, steps
+    return Taught(learned), steps
 
 
 def recorded_generation(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:

@@ -1,14 +1,14 @@
 """The plainest components that satisfy the protocols, as a plugin: they make runs of milliseconds for tests.
 
-The world they know: an image of 32 x 32 pixels is four quadrants, each one thing of one word.
+The world they know: an image is four quadrants, each one thing of one word.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from icekit import hookimpl
 from icekit.protocols import (
+    NO_TOKENS,
+    Attention,
     Attribute,
     BenchImage,
     Candidate,
@@ -26,17 +28,27 @@ from icekit.protocols import (
     Column,
     ComponentSettings,
     Conditioning,
+    FineTuning,
+    InputError,
     Learned,
+    Look,
     Outcome,
+    Prediction,
     Proposal,
     Region,
     Score,
     Step,
+    Tokens,
+    Trained,
+    Tuned,
     View,
+    nearest_grids,
     token_names,
 )
 
 SIDE, DIM = 32, 8
+ENCODER = "clip_l"
+"""The one text encoder that the plain backbone has."""
 WORDS = ("cup", "red bowl", "vase", "ball")
 
 
@@ -46,53 +58,48 @@ def embedding_of(text: str) -> Tensor:
     return torch.randn(DIM, generator=torch.Generator().manual_seed(seed))
 
 
-class PlainMaps:
-    def cross(self, resolution: int) -> Tensor:
-        maps = torch.rand(1, 16, resolution, resolution, generator=torch.Generator().manual_seed(0))
-        return maps / maps.sum(dim=1, keepdim=True)
-
-
 class PlainBackbone:
     """Words are vectors, images are latents."""
 
     class Settings(ComponentSettings):
-        """Which model."""
+        """Which model, and how its images are made."""
 
-        model: str = Field("plain", description="its name")
+        model: str = Field("plain", description="its name, or a folder of that name")
+        image_size: tuple[int, int] = Field((SIDE, SIDE), description="height and width of its images")
+        images_at_once: int = Field(1, ge=1, description="images made as one batch")
 
-    image_size = SIDE
-    latent_shape = (3, SIDE, SIDE)
-    embedding_dim = DIM
-    num_timesteps = 100
-    attention_resolutions = (16, 8, 4)
-    suggestions: Mapping[str, Any] = {"min_visible": 0.05, "learner.rate": 0.5, "retriever.strange": 1}
+    preset = "plain"
+    lacks: Collection[str] = ("fine_tuning",)
+    rows: Mapping[str, int] = {ENCODER: DIM}
 
     def __init__(self, settings: Settings, device: torch.device) -> None:
-        self.settings, self.device, self.rows = settings, device, {}
-        self.unet = torch.nn.Identity()
+        self.settings, self.device = settings, device
+        self.identity = f"the words of {Path(settings.model).name}"
+        self.image_size = height, width = settings.image_size
+        self.latent_shape = (3, height, width)
+        self.word_grids = self.pixel_grids = tuple((height // cell, width // cell) for cell in (2, 4, 8))
 
     def knows(self, word: str) -> bool:
         return word != "maroon"
 
-    def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
-        self.rows = dict(rows)
+    def word_rows(self, word: str, pieces: str = "mean") -> dict[str, Tensor]:
+        return {ENCODER: embedding_of(word)}
 
-    def word_embedding(self, word: str, pieces: str = "mean") -> Tensor:
-        return embedding_of(word)
+    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
+        return Conditioning({"pooled": torch.stack([self._pooled(prompt, tokens) for prompt in prompts])})
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        pooled = []
-        for prompt in prompts:
-            words = prompt.split()
-            assert all(word in self.rows for word in words if word.startswith("<")), prompt
-            pooled.append(sum(self.rows[word] if word in self.rows else embedding_of(word) for word in words))
-        stacked = torch.nn.functional.normalize(torch.stack(pooled), dim=-1)
-        return Conditioning(stacked[:, None], stacked)
+    def _pooled(self, prompt: str, tokens: Tokens) -> Tensor:
+        words = prompt.split()
+        for word in words:
+            if word.startswith("<") and word not in tokens:
+                raise InputError(f"prompt {prompt!r} has the token {word}, which was not handed in")
+        vectors = [tokens[word][ENCODER] if word in tokens else embedding_of(word) for word in words]
+        return torch.nn.functional.normalize(torch.stack([*vectors, torch.zeros(DIM)]).sum(dim=0), dim=-1)
 
-    def embed_texts(self, texts: Sequence[str], pool: str = "end") -> Tensor:
-        return self.encode_prompts(texts).pooled
+    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
+        return self.encode_prompts(texts, tokens).parts["pooled"]
 
-    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
         return [[prompt.split().index(word)] for word in words]
 
     def encode_images(self, images: Tensor) -> Tensor:
@@ -101,27 +108,54 @@ class PlainBackbone:
     def decode_latents(self, latents: Tensor) -> Tensor:
         return latents
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        return latents + noise
+    def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        return latents + shares[:, None, None, None] * noise
 
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def training_target(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
         return noise
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        return noisy
+    def predict(self, noisy: Tensor, shares: Tensor, prompts: Conditioning, look: Look | None = None) -> Prediction:
+        look, batch, generator = look or Look(), len(noisy), torch.Generator().manual_seed(0)
+        grids, places = nearest_grids(self.word_grids, look.words), nearest_grids(self.pixel_grids, look.pixels)
+        words = [torch.rand(batch, 16, *grid, generator=generator) for grid in grids]
+        pixels = [torch.rand(batch, *grid, *grid, generator=generator) for grid in places]
+        return Prediction(
+            noisy,
+            Attention(
+                tuple(one / one.sum(dim=1, keepdim=True) for one in words),
+                tuple(one / one.sum(dim=(-2, -1), keepdim=True) for one in pixels),
+            ),
+        )
 
-    @contextmanager
-    def capture_attention(
-        self, cross: Collection[int] = (), self_: Collection[int] = (), places: Collection[str] = ("down", "mid", "up")
-    ) -> Iterator[PlainMaps]:
-        yield PlainMaps()
+    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
+        raise InputError("this model has no weights to train")
 
-    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], **options: Any) -> list[Image.Image]:
-        colours = (self.encode_prompts(prompts).pooled[:, :3].clamp(0, 1) * 255).int().tolist()
-        return [
-            Image.new("RGB", (SIDE, SIDE), (*colour[:2], seed % 256))
-            for colour, seed in zip(colours, seeds, strict=True)
-        ]
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        tokens: Tokens = NO_TOKENS,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        tuning: FineTuning | None = None,
+        skip: Collection[int] = (),
+        on_image: Callable[[int, Image.Image], None] | None = None,
+    ) -> list[Image.Image]:
+        """Images of the prompt's and the seed's colour; their first pixel says how many were made as one batch."""
+        colours = (self.embed_texts(prompts, tokens)[:, :2].clamp(0, 1) * 255).int().tolist()
+        images, at_once = [], self.settings.images_at_once
+        for start in range(0, len(prompts), at_once):
+            batch = range(start, min(start + at_once, len(prompts)))
+            for place in batch:
+                if place in skip:
+                    continue
+                image = Image.new("RGB", self.image_size[::-1], (*colours[place], seeds[place] % 256))
+                image.paste((len(batch),) * 3, (0, 0, 1, 1))
+                images.append(image)
+                if on_image:
+                    on_image(place, image)
+        return images
 
 
 class PlainRetriever:
@@ -137,7 +171,7 @@ class PlainRetriever:
 
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         ghosts = [f"ghost {number}" for number in range(self.settings.ghosts)]
-        seen = [word for word in WORDS if bool((quadrant(word) & view.visible).any())]
+        seen = [word for word in WORDS if bool((quadrant(word, view.visible.shape) & view.visible).any())]
         return [Candidate(word, 0.5) for word in [*ghosts, *seen] if word not in used]
 
 
@@ -148,12 +182,13 @@ class DescribingRetriever(PlainRetriever):
         return {words[0]: 0.75, words[1]: 0.25}
 
 
-def quadrant(word: str) -> Tensor:
-    """The word's quadrant, bool ``[SIDE, SIDE]``."""
-    mask = torch.zeros(SIDE, SIDE, dtype=torch.bool)
+def quadrant(word: str, size: Sequence[int] = (SIDE, SIDE)) -> Tensor:
+    """The word's quadrant, bool, of this height and width."""
+    mask = torch.zeros(*size, dtype=torch.bool)
     if word in WORDS:
         row, column = divmod(WORDS.index(word), 2)
-        mask[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16] = True
+        height, width = size[0] // 2, size[1] // 2
+        mask[row * height : (row + 1) * height, column * width : (column + 1) * width] = True
     return mask
 
 
@@ -170,8 +205,8 @@ class PlainSegmentor:
 
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
         time.sleep(self.settings.pause)
-        kept = torch.rand(SIDE, SIDE, generator=generator) < 0.97
-        return quadrant(word) & view.visible & kept
+        kept = torch.rand(view.visible.shape, generator=generator) < 0.97
+        return quadrant(word, view.visible.shape) & view.visible & kept
 
 
 class ProposingSegmentor:
@@ -183,7 +218,8 @@ class ProposingSegmentor:
         pass
 
     def propose(self, image: Tensor) -> list[Proposal]:
-        return [Proposal(quadrant("vase")), Proposal(quadrant("ball")), Proposal(quadrant("cup"), word="mug")]
+        vase, ball, cup = (quadrant(word, image.shape[1:]) for word in ("vase", "ball", "cup"))
+        return [Proposal(vase), Proposal(ball), Proposal(cup, word="mug")]
 
 
 class PlainLearner:
@@ -230,7 +266,7 @@ class PlainLearner:
                 checkpoint.save(tokens | {"generator": generator.get_state()}, {"step": step})
             on_step(Step(step, self.settings.steps, "walk", {"total": 1 / step}))
             time.sleep(self.settings.pause)
-        return Learned(tokens)
+        return Learned({token: {ENCODER: row} for token, row in tokens.items()})
 
 
 class OneTokenLearner(PlainLearner):
@@ -264,9 +300,26 @@ class Named:
         return {"named": Score(sum(named) / len(named))}
 
 
+class Looked(Named):
+    """Whether images that are generated have the shape of the source."""
+
+    columns: Mapping[str, Column] = {"looked": Column("images of the right shape")}
+
+    def measure(self, outcome: Outcome) -> Mapping[str, Score]:
+        images = outcome.generate("a photo of a cup")
+        shape = tuple(outcome.image.pixels.shape[1:])
+        return {"looked": Score(sum(one.size[::-1] == shape for one in images) / len(images), ("a photo of a cup",))}
+
+
 @hookimpl
 def register_metrics(register: Callable[[str, type], None]) -> None:
     register("seen", Named)
+    register("looked", Looked)
+
+
+@hookimpl
+def register_presets(register: Callable[[str, Path], None]) -> None:
+    register("plain", Path(__file__).parent / "plain.toml")
 
 
 @hookimpl

@@ -15,10 +15,19 @@ from icekit.backbones.attention_capture import (
     attention_layers,
     attention_weights,
     capture_attention,
+    grids_of,
+    maps_of,
 )
-from icekit.protocols import InputError
 
-SIDE = 16
+LATENT = (16, 24)
+GRIDS = ((16, 24), (8, 12), (4, 6), (2, 3))
+"""(height, width) of the latents, and of the grids of the tiny UNet's layers."""
+
+
+def layers_of(unet, cross=(), self_=(), latent=LATENT):
+    """The layers of these grids."""
+    wanted = {"cross": cross, "self": self_}
+    return [layer for layer in attention_layers(unet, latent) if layer.grid in wanted[layer.kind]]
 
 
 @pytest.fixture(scope="module", params=[1, 2])
@@ -30,7 +39,7 @@ def unet(request):
 def inputs():
     generator = torch.Generator().manual_seed(0)
     return {
-        "sample": torch.randn(2, 4, SIDE, SIDE, generator=generator),
+        "sample": torch.randn(2, 4, *LATENT, generator=generator),
         "timestep": torch.tensor([10, 700]),
         "encoder_hidden_states": torch.randn(2, 7, 32, generator=generator),
     }
@@ -74,47 +83,49 @@ def test_processor_half_precision():
     torch.testing.assert_close(processor.weights.sum(-1), torch.ones(2, 9))
 
 
-def test_layers_have_the_sizes_they_really_work_at(unet, inputs):
-    """The sizes read off the structure are those that every layer sees, also for latents of an odd side."""
-    for side in (SIDE, 12, 20):
+def test_layers_have_the_grids_they_really_work_at(unet, inputs):
+    """The grids read off the structure are those that every layer sees, also for latents of an odd side."""
+    for latent in (LATENT, (16, 16), (12, 20), (20, 12)):
         seen: dict[str, int] = {}
+        layers = attention_layers(unet, latent)
         hooks = [
             unet.get_submodule(layer.name).to_q.register_forward_hook(
                 lambda module, args, output, name=layer.name, seen=seen: seen.update({name: args[0].shape[1]})
             )
-            for layer in attention_layers(unet, side)
+            for layer in layers
         ]
-        unet(**inputs | {"sample": torch.randn(2, 4, side, side)})
+        unet(**inputs | {"sample": torch.randn(2, 4, *latent)})
         for hook in hooks:
             hook.remove()
-        layers = attention_layers(unet, side)
         assert len(layers) == len(unet.attn_processors) == 32
-        assert {layer.name: layer.resolution**2 for layer in layers} == seen
-    assert {layer.place for layer in layers} == {"down", "mid", "up"}
+        assert {layer.name: math.prod(layer.grid) for layer in layers} == seen
+    assert grids_of(attention_layers(unet, LATENT), "cross") == GRIDS
+    assert grids_of(attention_layers(unet, (24, 16)), "self") == tuple((width, height) for height, width in GRIDS)
 
 
 def test_captured_maps_equal_an_independent_computation(unet, inputs):
     """Weights from the recorded inputs of the projections, head by head."""
-    layers = attention_layers(unet, SIDE)
     recorded: dict[tuple[str, str], Tensor] = {}
 
     def record(name: str, which: str):
         return lambda module, args, output: recorded.__setitem__((name, which), output)
 
+    layers = layers_of(unet, cross=[(8, 12)], self_=[(4, 6)])
     hooks = [
         getattr(unet.get_submodule(layer.name), which).register_forward_hook(record(layer.name, which))
         for layer in layers
         for which in ("to_q", "to_k")
     ]
-    with capture_attention(unet, layers, cross=[8], self_=[4], places=["down", "up"]) as maps:
+    with capture_attention(unet, layers) as processors:
         unet(**inputs)
+    maps = maps_of(processors)
     for hook in hooks:
         hook.remove()
 
-    def expected(kind: str, resolution: int) -> Tensor:
+    def expected(kind: str) -> Tensor:
         weights = []
         for layer in layers:
-            if (layer.kind, layer.resolution) != (kind, resolution) or layer.place == "mid":
+            if layer.kind != kind:
                 continue
             query, key = recorded[layer.name, "to_q"], recorded[layer.name, "to_k"]
             count = unet.get_submodule(layer.name).heads
@@ -125,50 +136,46 @@ def test_captured_maps_equal_an_independent_computation(unet, inputs):
         assert weights
         return torch.stack(weights).mean(0)
 
-    torch.testing.assert_close(maps.cross(8), expected("cross", 8).transpose(1, 2).reshape(2, 7, 8, 8))
-    torch.testing.assert_close(maps.self_(4), expected("self", 4))
+    [words], [pixels] = maps.words, maps.pixels
+    torch.testing.assert_close(words, expected("cross").transpose(1, 2).reshape(2, 7, 8, 12))
+    torch.testing.assert_close(pixels, expected("self").reshape(2, 4, 6, 4, 6))
 
 
 def test_prediction_is_unchanged_and_rows_sum_to_one(unet, inputs):
-    layers = attention_layers(unet, SIDE)
     expected = unet(**inputs).sample
-    with capture_attention(unet, layers, cross=[16, 8, 4, 2], self_=[16, 8, 4, 2]) as maps:
+    with capture_attention(unet, layers_of(unet, GRIDS, GRIDS)) as processors:
         actual = unet(**inputs).sample
+    maps = maps_of(processors)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    for side in (16, 8, 4, 2):
-        assert maps.cross(side).shape == (2, 7, side, side)
-        torch.testing.assert_close(maps.cross(side).sum(1), torch.ones(2, side, side))
-        assert maps.self_(side).shape == (2, side**2, side**2)
-        torch.testing.assert_close(maps.self_(side).sum(-1), torch.ones(2, side**2))
+    for grid, words, pixels in zip(GRIDS, maps.words, maps.pixels, strict=True):
+        assert words.shape == (2, 7, *grid)
+        torch.testing.assert_close(words.sum(1), torch.ones(2, *grid))
+        assert pixels.shape == (2, *grid, *grid)
+        torch.testing.assert_close(pixels.sum((-2, -1)), torch.ones(2, *grid))
 
 
 def test_only_the_requested_layers_are_exchanged(unet):
-    layers = attention_layers(unet, SIDE)
-    with capture_attention(unet, layers, cross=[16], self_=[8], places=["up"]):
+    wanted = layers_of(unet, cross=[(16, 24)], self_=[(8, 12)])
+    with capture_attention(unet, wanted):
         exchanged = {
             name.removesuffix(".processor")
             for name, processor in unet.attn_processors.items()
             if isinstance(processor, CapturingProcessor)
         }
-    wanted = {
-        layer.name
-        for layer in layers
-        if layer.place == "up" and (layer.kind, layer.resolution) in {("cross", 16), ("self", 8)}
-    }
-    assert len(wanted) == 6
-    assert exchanged == wanted
+    assert exchanged == {layer.name for layer in wanted}
+    assert len(exchanged) == 10
 
 
 def test_processors_come_back(unet):
-    layers = attention_layers(unet, SIDE)
+    layers = layers_of(unet, GRIDS, GRIDS)
     mine = AttnProcessor2_0()
     unet.get_submodule(layers[0].name).set_processor(mine)
     before = {name: id(processor) for name, processor in unet.attn_processors.items()}
-    with pytest.raises(ZeroDivisionError), capture_attention(unet, layers, cross=[16], self_=[16]):
+    with pytest.raises(ZeroDivisionError), capture_attention(unet, layers):
         raise ZeroDivisionError
     assert {name: id(processor) for name, processor in unet.attn_processors.items()} == before
-    with capture_attention(unet, layers, cross=[16]) as outer:
-        with capture_attention(unet, layers, cross=[16, 8]):
+    with capture_attention(unet, layers_of(unet, GRIDS[:1])) as outer:
+        with capture_attention(unet, layers_of(unet, GRIDS[:2])):
             pass
         assert any(isinstance(processor, CapturingProcessor) for processor in unet.attn_processors.values())
     assert outer is not None
@@ -176,39 +183,28 @@ def test_processors_come_back(unet):
 
 
 def test_a_second_prediction_replaces_the_first(unet, inputs):
-    layers = attention_layers(unet, SIDE)
-    with capture_attention(unet, layers, cross=[8]) as maps:
+    layers = layers_of(unet, [(8, 12)])
+    with capture_attention(unet, layers) as processors:
         unet(**inputs)
-        first = maps.cross(8)
+        first = maps_of(processors).words[0]
         unet(**inputs | {"timestep": torch.tensor([990, 990])})
-        second = maps.cross(8)
+        second = maps_of(processors).words[0]
     assert not torch.equal(first, second)
-    with capture_attention(unet, layers, cross=[8]) as maps:
+    with capture_attention(unet, layers) as processors:
         unet(**inputs | {"timestep": torch.tensor([990, 990])})
-    assert torch.equal(maps.cross(8), second)
+    assert torch.equal(maps_of(processors).words[0], second)
 
 
 def test_gradient_flows_through_the_maps(unet, inputs):
-    layers = attention_layers(unet, SIDE)
     context = inputs["encoder_hidden_states"].requires_grad_()
-    with capture_attention(unet, layers, cross=[16]) as maps:
+    with capture_attention(unet, layers_of(unet, GRIDS[:1])) as processors:
         unet(**inputs | {"encoder_hidden_states": context})
-    maps.cross(16)[0, 3].sum().backward()
+    maps_of(processors).words[0][0, 3].sum().backward()
     assert context.grad[0].abs().sum() > 0
     assert context.grad[1].abs().sum() == 0
 
 
-def test_wrong_requests(unet):
-    layers = attention_layers(unet, SIDE)
-    with pytest.raises(InputError, match=r"resolution 32.*only 16, 8, 4, 2"), capture_attention(unet, layers, [32]):
-        pass
-    with (
-        pytest.raises(InputError, match=r"resolution 2.*down/up.*only 16, 8, 4$"),
-        capture_attention(unet, layers, self_=[2], places=["down", "up"]),
-    ):
-        pass
-    with capture_attention(unet, layers, cross=[16]) as maps:
-        with pytest.raises(LookupError, match="nothing was predicted"):
-            maps.cross(16)
-        with pytest.raises(LookupError, match="self-attention at 16x16 was not captured"):
-            maps.self_(16)
+def test_nothing_is_captured_where_nothing_is_asked_for(unet, inputs):
+    with capture_attention(unet, []) as processors:
+        unet(**inputs)
+    assert maps_of(processors).words == maps_of(processors).pixels == ()

@@ -16,6 +16,7 @@ from PIL import Image
 
 from icekit import ComponentSettings
 from icekit.plugins import PluginError, check_component
+from icekit.protocols import Outcome, Score
 
 Run = Callable[..., tuple[int, str, str]]
 PLAIN = ["--backbone=plain", "--retriever=plain", "--segmentor=plain"]
@@ -185,6 +186,46 @@ def test_parts_make_the_whole(place: Path, run: Run) -> None:
     assert run(*arguments, "--out", "alone")[1].splitlines()[:-1] == shared.splitlines()[:-1]
 
 
+def test_what_is_no_number_is_not_measured(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And results.json is JSON."""
+
+    def measure(self: object, outcome: Outcome) -> dict[str, Score]:
+        return {"named": Score(float("nan") if outcome.image.name == "one" else 0.5)}
+
+    monkeypatch.setattr(plain.Named, "measure", measure)
+    arguments = ["bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "seen", *QUICK]
+    status, out, err = run(*arguments, "--out", "nan", "--json")
+    assert status == 0, err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    for text in (out, (place / "nan" / "results.json").read_text()):
+        made = json.loads(text, parse_constant=refuse)
+        assert {image: table["named"] for image, table in made["rows"][0]["images"].items()} == {
+            "one": None,
+            "two": 0.5,
+        }
+        assert made["rows"][0]["values"]["named"] == {"mean": 0.5, "low": 0.5, "high": 0.5, "n": 1}
+
+
+def test_pictures_of_two_sides(place: Path, run: Run) -> None:
+    """Masks, random masks, runs and generated images are of the backbone's shape."""
+    arguments = ["bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "miou", *QUICK]
+    arguments += ["--metric", "word_accuracy", "--metric", "looked", "--set", "backbone.image_size=[32,64]"]
+    status, out, err = run(*arguments, "--out", "wide", "--json")
+    assert status == 0, err
+    rows = {row["name"]: row["values"] for row in json.loads(out)["rows"]}
+    assert rows["ceiling"]["miou"]["mean"] == 1
+    assert 0.8 < rows["plain-plain"]["miou"]["mean"] < 1
+    assert rows["plain-plain"]["looked"]["mean"] == 1
+    for name in ("data/one/image.png", "data/one/masks/0-cup.png", "located/floor/one/masks/0-cup.png"):
+        if (place / "wide" / name).is_file():
+            with Image.open(place / "wide" / name) as picture:
+                assert picture.size == (64, 32)
+    assert len(Pictures((place / "wide" / "bench.html").read_text()).sources) > 2
+
+
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text()
     names: dict = {}
@@ -192,7 +233,7 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     check_component("dataset", "mine", names["MyPictures"])
     check_component("metric", "found", names["Found"])
     Image.new("RGB", (40, 40)).save(tmp_path / "one.jpg")
-    [picture] = names["MyPictures"](names["MyPictures"].Settings(folder=str(tmp_path))).pictures(4, 0, 32)
+    [picture] = names["MyPictures"](names["MyPictures"].Settings(folder=str(tmp_path))).pictures(4, 0, (32, 32))
     assert (picture.name, picture.concepts) == ("one", ())
 
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 Run = Callable[..., tuple[int, str, str]]
 ROWS = """
 sample_steps = 1
-describe = true
 
 [components]
 backbone = "plain"
@@ -32,7 +31,7 @@ components.learner = "plain"
 
 [rows.bare]
 components.learner = "plain"
-describe = false
+naming = "alone"
 
 [rows.longer]
 components.learner = "plain"
@@ -132,13 +131,13 @@ def test_rows_go_on_and_are_shared_out(place: Path, run: Run) -> None:
 @pytest.mark.parametrize(
     ("assignment", "hint"),
     [
-        ("rows.floor.describe=true", "row 'floor' cannot have this name: another row is called so"),
+        ("rows.floor.naming=alone", "row 'floor' cannot have this name: another row is called so"),
         ("rows.x={seed=3}", "row 'x' cannot have its own seed: all rows share it"),
         ("rows.x.metric={clip='y'}", "row 'x' cannot have its own metric"),
         ("rows.x.components={backbone='y'}", "row 'x' cannot have its own components.backbone"),
         ("rows.x=3", "setting 'rows.x' cannot be 3: it should be a table of settings"),
         ("rows=3", "setting 'rows' cannot be 3"),
-        ("rows.x.describ=true", "row 'x': unknown setting 'describ': did you mean 'describe'?"),
+        ("rows.x.namin=alone", "row 'x': unknown setting 'namin': did you mean 'naming'?"),
         ("rows.x.learner.stps=3", "row 'x': unknown setting 'learner.stps': did you mean 'learner.steps'?"),
         ("rows.x.components.learner=plian", "no learner 'plian': did you mean 'plain'?"),
         ("rows.x.preset=publishd", "no preset 'publishd': did you mean 'published'?"),
@@ -155,7 +154,9 @@ def test_wrong_rows(run: Run, assignment: str, hint: str) -> None:
 
 def test_described_needs_somebody_who_describes(run: Run) -> None:
     status, _, err = run(
-        *MEASURE, "--config", "rows.toml", "--set", "rows.described.describe=false", "--out", "undescribed"
+        *MEASURE, "--config", "rows.toml", "--set", "rows.described.naming=alone", "--out", "undescribed"
     )
     assert status == 2
-    assert "learner 'described' has no word for the colour of 'cup' (concept 0): it needs describe = true" in err
+    assert (
+        "learner 'described' has no word for the colour of 'cup' (concept 0): it needs naming = described and a " in err
+    )

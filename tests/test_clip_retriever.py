@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
-from icekit.builtin.retrievers import clip
+from icekit import clip
 from icekit.builtin.retrievers.clip import ClipRetriever
-from icekit.clip import visible_square
+from icekit.clip import visible_window
 from icekit.protocols import InputError, View
 from icekit.words import read_vocabulary
 
@@ -146,11 +146,44 @@ def test_a_small_visible_part_is_looked_at_closely() -> None:
     assert close["red"] > far["red"] + 0.3
 
 
-def test_the_visible_square_is_inside_the_image() -> None:
+def test_the_visible_window_is_a_square_inside_the_image() -> None:
     visible = torch.zeros(32, 32, dtype=torch.bool)
     visible[0:10, 28:32] = True
-    assert visible_square(visible, 0.1) == (0, 20, 12)
-    assert visible_square(torch.ones(32, 32, dtype=torch.bool), 0.1) == (0, 0, 32)
+    assert visible_window(visible, 0.1) == (0, 20, 12, 12)
+    assert visible_window(torch.ones(32, 32, dtype=torch.bool), 0.1) == (0, 0, 32, 32)
+    wide = torch.zeros(16, 64, dtype=torch.bool)
+    wide[4:8, 10:50] = True
+    assert visible_window(wide, 0.1) == (0, 6, 16, 48)  # nothing that is visible is cut off
+
+
+def test_an_image_may_be_wider_than_high(clip_folder: Path) -> None:
+    pixels = noise()[:, :24]
+    visible = torch.zeros(24, 48, dtype=torch.bool)
+    visible[2:10, 20:30] = True
+    assert len(retriever(clip_folder).retrieve(View(pixels, pixels, visible), [])) == 5
+
+
+def test_a_model_inside_a_package(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "carrier"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "small-clip").symlink_to(clip_folder)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    view = everything(noise())
+    carried = retriever("package:carrier/small-clip").retrieve(view, [])
+    assert carried == retriever(clip_folder).retrieve(view, [])
+    (package / "words.txt").write_text("cup\n")
+    [only] = retriever(clip_folder, vocabulary="package:carrier/words.txt").retrieve(view, [])
+    assert only.word == "cup"
+    for model, message in (
+        ("package:carrier/large-clip", "package 'carrier' has no large-clip"),
+        ("package:carier/small-clip", "there is no package 'carier'"),
+        ("package:carrier", "say what of the package, as in package:carrier/FOLDER"),
+        ("package:", "say what of the package, as in package:NAME/FOLDER"),
+        ("package:/small-clip", "there is no package ''"),
+    ):
+        with pytest.raises(InputError, match=f"^retriever.model: {model}: .*{message}"):
+            retriever(model)
 
 
 def test_the_built_in_vocabulary_is_in_order() -> None:

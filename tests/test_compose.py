@@ -1,15 +1,18 @@
 """Composition: placeholders, bindings, and the refusal of what cannot be mixed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import plain_components as plain
 import pytest
+import torch
 from PIL import Image
 
 from icekit import Extraction, InputError, extract
 from icekit.plugins import Origin, Plugins
+from icekit.report.page import write_report
 from icekit.run.compose import bind, compose, expand, split_reference
 from icekit.settings import load_settings
 
@@ -34,10 +37,16 @@ def runs(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     folder = tmp_path_factory.mktemp("runs")
     names = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
     options: dict[str, Any] = {"components": names, "samples": 0, "max_concepts": 2}
-    for name, more in {"one": {}, "two": {"seed": 1}, "other": {"backbone": {"model": "large"}}}.items():
+    more_of: dict[str, dict[str, Any]] = {
+        "one": {},
+        "two": {"seed": 1},
+        "other": {"backbone": {"model": "large"}},
+        "moved": {"backbone": {"model": "somewhere/else/plain"}},
+    }
+    for name, more in more_of.items():
         settings = load_settings(options=options | more)
         extract(Image.new("RGB", (50, 50), "red"), folder / name, settings, installed=plugins)
-    return {name: folder / name for name in ("one", "two", "other")}
+    return {name: folder / name for name in more_of}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,86 @@ def test_default_folder_is_new_each_time(
     monkeypatch.chdir(tmp_path)
     folders = [compose("A photo of {a} !", {"a": runs["one"]}, n=1, installed=plugins).out for _ in range(3)]
     assert [str(folder) for folder in folders] == [f"compositions/a-photo-of-a{suffix}" for suffix in ("", "-2", "-3")]
+
+
+def test_one_model_in_two_folders_is_one_model(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:
+    """What tokens depend on is compared, and not how the model was named."""
+    bindings = {"a": runs["one"], "b": runs["moved"]}
+    assert compose("{a} {b}", bindings, n=1, out=tmp_path / "out", installed=plugins).images[0].is_file()
+
+
+def test_a_model_that_is_another_one_by_now_is_refused(
+    plugins: Plugins, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = plain.PlainBackbone.__init__
+
+    def replaced(self: plain.PlainBackbone, *arguments: Any) -> None:
+        build(self, *arguments)
+        self.identity = "the words of another"
+
+    monkeypatch.setattr(plain.PlainBackbone, "__init__", replaced)
+    with pytest.raises(InputError, match="the tokens of a were learned with another model than the one that plain"):
+        compose("{a}", {"a": runs["one"]}, out=tmp_path / "out", installed=plugins)
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_are_made_in_one_call_and_as_the_backbone_makes_them(
+    plugins: Plugins, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    generate = plain.PlainBackbone.generate
+
+    def recorded(self: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(options | {"prompts": prompts})
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(plain.PlainBackbone, "generate", recorded)
+    counts: list[tuple[int, int]] = []
+    compose(
+        "{a}", {"a": runs["one"]}, n=3, out=tmp_path / "out", installed=plugins,
+        on_image=lambda done, total: counts.append((done, total)),
+    )  # fmt: skip
+    [call] = asked
+    assert (len(call["prompts"]), call["steps"], call["guidance_scale"]) == (3, None, None)
+    assert counts == [(1, 3), (2, 3), (3, 3)]
+
+
+def version_1(run: Path, folder: Path) -> Path:
+    """A run directory as icekit wrote it before its schema version was 2."""
+    shutil.copytree(run, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["backbone"], manifest["image"]["fitted"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 1, "icekit_version": "0.1.0"}))
+    settings = (folder / "settings.toml").read_text()
+    settings = settings.replace('naming = "described"', "describe = true\nrename = true\ndivide = false")
+    settings = settings.replace("[backbone]", "[backbone]\nwords_only = false")
+    settings = settings.replace('sample_steps = "none"', "sample_steps = 25")
+    settings = settings.replace('guidance_scale = "none"', "guidance_scale = 4.0")
+    (folder / "settings.toml").write_text(settings)
+    return folder
+
+
+def test_a_run_of_the_version_before_is_read(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:
+    old = version_1(runs["one"], tmp_path / "old")
+    assert "rename" in (old / "settings.toml").read_text()
+    run = Extraction.open(old)
+    assert run.identity is None
+    for token, rows in Extraction.open(runs["one"]).tokens.items():
+        assert torch.equal(run.tokens[token]["clip_l"], rows["clip_l"])
+
+    bindings = {"a": old, "b": runs["two"]}
+    mixed = compose("{a} {b.colour}", bindings, n=1, out=tmp_path / "mixed", installed=plugins)
+    same = compose("{a} {b.colour}", bindings | {"a": runs["one"]}, n=1, out=tmp_path / "same", installed=plugins)
+    assert mixed.images[0].read_bytes() == same.images[0].read_bytes()
+    with pytest.raises(InputError, match="different backbones"):
+        compose("{a} {b}", {"a": old, "b": runs["other"]}, installed=plugins)
+
+    (old / "report.html").unlink()
+    assert "&lt;cup-0-colour&gt;" in write_report(old).read_text()
+    names = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
+    picture, settings = Image.new("RGB", (50, 50), "red"), load_settings(options={"components": names})
+    with pytest.raises(InputError, match=r"another version of icekit \(schema version 1\) .*--overwrite"):
+        extract(picture, old, settings, resume=True, installed=plugins)
 
 
 def test_what_cannot_be_mixed(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
+from planted_attention import BALL, CUP, WIDE, PlantedBackbone, generator, iou, scene, without_attention
 from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from icekit.attention.segmentor import upsample
+from icekit.attention import aggregate, flat, upsample
 from icekit.builtin.segmentors.diffseg import (
     DiffSegSegmentor,
-    aggregate,
     anchor_cells,
     k_means,
     merge_maps,
@@ -29,8 +27,8 @@ from icekit.builtin.segmentors.diffseg import (
 from icekit.protocols import InputError, Segmentation, View
 
 
-def build(**settings: Any) -> tuple[DiffSegSegmentor, PlantedBackbone]:
-    backbone: Any = PlantedBackbone({"cup": CUP, "ball": BALL})
+def build(backbone: Any = None, **settings: Any) -> tuple[DiffSegSegmentor, PlantedBackbone]:
+    backbone = backbone or PlantedBackbone({"cup": CUP, "ball": BALL})
     values = {"prompt": "{word} cup ball background"} | settings  # a segment that none of the words means goes astray
     return DiffSegSegmentor(DiffSegSegmentor.Settings.model_validate(values), backbone), backbone
 
@@ -41,6 +39,11 @@ def distributions(*rows: list[float]) -> Tensor:
 
 def some(count: int, length: int, seed: int = 0) -> Tensor:
     return torch.rand(count, length, generator=generator(seed)).softmax(dim=1)
+
+
+def pixels(maps: Tensor, height: int, width: int) -> Tensor:
+    """Rows of ``[n, n]`` as what the places of a grid look at."""
+    return maps.view(height, width, height, width)
 
 
 def test_symmetric_kl_by_hand() -> None:
@@ -63,31 +66,47 @@ def test_symmetric_kl_of_what_does_not_overlap_is_large_and_finite() -> None:
     assert far.isfinite().all() and far.item() > 10
 
 
-def test_one_resolution_is_left_as_it_is() -> None:
-    maps = some(16, 16)
-    assert torch.allclose(aggregate({4: maps}), maps)
+def test_one_grid_is_left_as_it_is() -> None:
+    for height, width in ((4, 4), (2, 8)):
+        maps = pixels(some(16, 16), height, width)
+        assert torch.allclose(aggregate([maps]), maps)
 
 
-def test_resolutions_are_weighted_by_their_sides() -> None:
+def test_grids_are_weighted_by_their_sides() -> None:
     fine = torch.eye(4)  # every cell of the 2 x 2 grid looks at itself, the one cell of the coarse grid everywhere
-    found = aggregate({2: fine, 1: torch.ones(1, 1)})
-    assert torch.allclose(found, 2 / 3 * torch.eye(4) + 1 / 3 * torch.full((4, 4), 1 / 4))
+    found = aggregate([pixels(fine, 2, 2), torch.ones(1, 1, 1, 1)])
+    assert torch.allclose(flat(found), 2 / 3 * torch.eye(4) + 1 / 3 * torch.full((4, 4), 1 / 4))
+
+
+def test_grids_that_are_no_squares_are_brought_together() -> None:
+    """Two halves of a picture of 2 x 4 cells that look at themselves; the coarse grid of 1 x 2 says the same."""
+    left = (torch.arange(8) % 4 < 2).float()
+    own = (left[:, None] == left).float() / 4
+    found = aggregate([pixels(own, 2, 4), torch.eye(2).view(1, 2, 1, 2)])
+    expected = flat(aggregate([torch.eye(2).view(1, 2, 1, 2), pixels(torch.full((8, 8), 1 / 8), 2, 4)])) - 2 / 3 / 8
+    assert torch.allclose(flat(found), 2 / 3 * own + expected)
+    assert torch.allclose(flat(found).sum(dim=1), torch.ones(8))
+    assert (flat(found)[0] > flat(found)[3]).tolist() == (left == 1).tolist()
 
 
 def test_a_coarse_query_stands_for_the_cells_it_covers() -> None:
     coarse = torch.eye(4)
-    found = aggregate({2: coarse, 4: torch.full((16, 16), 1 / 16)}) - 4 / 6 / 16
+    found = flat(aggregate([pixels(torch.full((16, 16), 1 / 16), 4, 4), pixels(coarse, 2, 2)])) - 4 / 6 / 16
     keys = upsample(coarse.unflatten(1, (2, 2)), (4, 4)).flatten(1)
     for cell, query in ((0, 0), (1, 0), (5, 0), (3, 1), (12, 2), (10, 3)):
         assert torch.allclose(found[cell], 2 / 6 * keys[query] / keys[query].sum())
-    assert torch.allclose(aggregate({4: some(16, 16), 2: some(4, 4)}).sum(dim=1), torch.ones(16))
+    both = aggregate([pixels(some(16, 16), 4, 4), pixels(some(4, 4), 2, 2)])
+    assert torch.allclose(flat(both).sum(dim=1), torch.ones(16))
 
 
 def test_anchors_are_spread_evenly_and_never_more_than_there_are_cells() -> None:
-    assert anchor_cells(4, 2).tolist() == [0, 2, 8, 10]
-    assert anchor_cells(3, 1).tolist() == [4]
-    assert anchor_cells(3, 16).tolist() == list(range(9))
-    published = anchor_cells(64, 16)  # rows and columns 1, 5, ..., 61
+    assert anchor_cells((4, 4), 2).tolist() == [0, 2, 8, 10]
+    assert anchor_cells((3, 3), 1).tolist() == [4]
+    assert anchor_cells((3, 3), 16).tolist() == list(range(9))
+    assert anchor_cells((2, 6), 1).tolist() == [0, 2, 4]  # three times as long: three times as many
+    assert anchor_cells((6, 2), 1).tolist() == [0, 4, 8]
+    assert anchor_cells((2, 3), 16).tolist() == list(range(6))
+    published = anchor_cells((64, 64), 16)  # rows and columns 1, 5, ..., 61
     assert len(published) == 256
     assert (published % 64).unique().tolist() == (published // 64).unique().tolist() == list(range(1, 64, 4))
 
@@ -187,8 +206,8 @@ def test_the_share_is_above_one_half_where_the_argmax_is_own() -> None:
 
 def test_the_planted_segments_are_found() -> None:
     segmentor, backbone = build()
-    maps = aggregate({r: backbone.self_attention(r)[0] for r in (16, 8)})
-    segments = segmentor._proposals(maps).argmax(dim=0).reshape(16, 16)
+    maps = aggregate([backbone.pixels(grid) for grid in ((16, 16), (8, 8))])
+    segments = segmentor._proposals(maps).argmax(dim=0)
     assert len(segments.unique()) == 3
     for mask in (CUP, BALL):
         inside = F.interpolate(mask.float()[None, None], size=(16, 16), mode="area")[0, 0] == 1
@@ -202,7 +221,18 @@ def test_the_planted_mask_is_found(word: str, mask: Tensor, refinement: bool) ->
     found = segmentor.segment(scene(), word, generator())
     assert found.dtype == torch.bool and found.shape == (64, 64)
     assert iou(found, mask) > (0.75 if refinement else 0.6)
-    assert backbone.timesteps == [150] * 4
+    assert backbone.shares == [0.15] * 4
+
+
+@pytest.mark.parametrize("word", ["cup", "ball"])
+def test_a_picture_that_is_no_square(word: str) -> None:
+    for objects in (WIDE, {name: mask.T.contiguous() for name, mask in WIDE.items()}):
+        view = scene(objects["cup"], objects["ball"])
+        for refinement in (False, True):
+            segmentor, _ = build(PlantedBackbone(objects), refinement=refinement)
+            found = segmentor.segment(view, word, generator())
+            assert found.shape == view.visible.shape == objects[word].shape
+            assert iou(found, objects[word]) > 0.7
 
 
 def test_a_word_that_wins_no_segment_is_not_there() -> None:
@@ -253,8 +283,8 @@ def test_the_same_seed_gives_the_same_mask() -> None:
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(InputError, match=r"segmentor.self_resolutions: 12 is none of the backbone's grids: 16, 8"):
-        build(self_resolutions=12)
+    with pytest.raises(InputError, match=r"tells which places look at one another, and this backbone's does not"):
+        build(without_attention(pixel_grids=()))
     with pytest.raises(
         ValueError, match=r"erase_with = 'wall', prompt must have this word, and it is '\{word\} things'"
     ):
@@ -266,8 +296,8 @@ def test_what_is_wrong_is_named() -> None:
         {"anchors": 0},
         {"rounds": 0},
         {"kmeans": -1},
+        {"pixel_grids": []},
+        {"pixel_grids": [64, 0]},
     ):
         with pytest.raises(ValueError):
             build(**wrong)
-    backbone: Any = SimpleNamespace(attention_resolutions=(64, 32, 16, 8))
-    assert DiffSegSegmentor(DiffSegSegmentor.Settings(), backbone)._self == (64, 32, 16, 8)

@@ -21,10 +21,12 @@ import icekit as icekit_api
 from icekit import Candidate, InputError, RunError, View, extract, hookimpl
 from icekit.builtin.attributes import COLOUR, MATERIAL
 from icekit.plugins import Origin, Plugins
-from icekit.protocols import Attribute, Learned, Region, token_names
+from icekit.protocols import NO_TOKENS, Attribute, FineTuning, Learned, Region, Step, token_names
 from icekit.randomness import derived_seed
 from icekit.run.directory import Located, RunDirectory
-from icekit.run.orchestrator import localise, resolve_device, sample_prompts, word_prompts
+from icekit.run.locating import locate
+from icekit.run.models import resolve_device
+from icekit.run.showing import planned_samples
 from icekit.settings import Settings, load_settings, merge
 
 NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
@@ -60,11 +62,13 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest == run.manifest
     assert list(manifest) == [
-        "schema_version", "icekit_version", "image", "preset", "components", "attributes", "seed", "concepts",
-        "learning_steps", "timings",
+        "schema_version", "icekit_version", "image", "preset", "components", "backbone", "attributes", "seed",
+        "concepts", "learning_steps", "timings",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
+    assert manifest["image"]["fitted"] == {"source_width": 60, "source_height": 40, "box": [10, 0, 50, 40]}
+    assert manifest["backbone"] == {"identity": "the words of plain", "rows": {"clip_l": plain.DIM}}
     assert manifest["components"] == NAMES
     assert manifest["seed"] == 3
     assert set(manifest["timings"]) == {"load_s", "localise_s", "learn_s", "generate_s"}
@@ -111,14 +115,50 @@ def test_settings_of_the_run_run_it_again(plugins: Plugins, photo: Path, tmp_pat
     first = extract(photo, tmp_path / "a", plain_settings(seed=1), installed=plugins)
     again = extract(photo, tmp_path / "b", load_settings(tmp_path / "a" / "settings.toml"), installed=plugins)
     assert first.settings() == again.settings()
-    assert first.settings().learner["rate"] == 0.5  # the backbone's suggestion
+    assert first.settings().learner["rate"] == 0.5  # the backbone's own preset
     differing = {name for name, data in files_of(tmp_path / "a").items() if data != files_of(tmp_path / "b")[name]}
     assert differing <= {"manifest.json", "report.html"}  # they tell the time
 
 
 def test_seed_changes_the_tokens(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     runs = [extract(photo, tmp_path / str(s), plain_settings(seed=s), installed=plugins) for s in (0, 1)]
-    assert not torch.equal(runs[0].tokens["<cup-0>"], runs[1].tokens["<cup-0>"])
+    assert not torch.equal(*(run.tokens["<cup-0>"]["clip_l"] for run in runs))
+
+
+def test_two_sides(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
+    """The middle of the picture in the proportions of the backbone's images: 40 rows and 60 columns to 24 and 48."""
+    backbone = {"image_size": [24, 48]}
+    run = extract(photo, tmp_path / "run", plain_settings(backbone=backbone), installed=plugins)
+    image = run.manifest["image"]
+    assert (image["height"], image["width"], image["fitted"]["box"]) == (24, 48, [0, 5, 60, 35])
+    assert [one.mask().shape for one in run.concepts] == [(24, 48)] * 4
+    for file in [tmp_path / "run" / "image.png", *(tmp_path / "run" / "samples").iterdir()]:
+        with Image.open(file) as picture:
+            assert picture.size == (48, 24)
+    with Image.open(tmp_path / "run" / "attention" / "0-colour.png") as picture:
+        assert picture.size == (264, 132)  # of 12 x 24 cells
+    assert 'viewBox="0 0 48 24"' in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_the_backbones_own_way_of_generating(plugins: Plugins, photo: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """All samples in one call; how they are made is the backbone's to say, unless somebody says it."""
+    asked: list[dict[str, Any]] = []
+    generate = plain.PlainBackbone.generate
+
+    def recorded(self: Any, prompts: Sequence[str], **options: Any) -> Any:
+        asked.append(options | {"prompts": list(prompts)})
+        return generate(self, prompts, **options)
+
+    monkeypatch.setattr(plain.PlainBackbone, "generate", recorded)
+    extract(photo, tmp_path / "run", plain_settings(max_concepts=1, samples=2), installed=plugins)
+    [call] = asked
+    assert len(call["prompts"]) == 2 * 3 * 2
+    assert (call["steps"], call["guidance_scale"]) == (None, None)
+    assert "<cup-0>" in call["tokens"]
+    asked.clear()
+    chosen = plain_settings(max_concepts=1, sample_steps=3, guidance_scale=2.0)
+    extract(photo, tmp_path / "other", chosen, installed=plugins)
+    assert [(call["steps"], call["guidance_scale"]) for call in asked] == [(3, 2.0)]
 
 
 # --- Stage one -------------------------------------------------------------------------------------------------------
@@ -128,7 +168,7 @@ def words_of(settings: Settings, ghosts: int = 1, segmentor: Any = None) -> list
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
     retriever = plain.PlainRetriever(plain.PlainRetriever.Settings(ghosts=ghosts), backbone)
     segmentor = segmentor or plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
-    *_, located = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
+    located = locate(torch.rand(3, 32, 32), retriever, segmentor, settings)
     assert located.finished
     assert [region.index for region in located.regions] == list(range(len(located.regions)))
     covered = torch.stack([region.mask for region in located.regions] or [torch.zeros(32, 32)]).sum(dim=0)
@@ -170,45 +210,42 @@ def test_regions_are_named_again_by_what_they_show() -> None:
 
     retriever = SeesOneThingInARegion(plain.PlainRetriever.Settings(), backbone)
     segmentor = plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
-    for rename, words in ((True, ["mug", "pot"]), (False, list(plain.WORDS)[:2])):
-        settings = Settings(max_concepts=2, rename=rename)
-        [*_, last] = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
+    for naming, words in (("alone", ["mug", "pot"]), ("retrieved", list(plain.WORDS)[:2])):
+        settings = Settings.model_validate({"max_concepts": 2, "naming": naming})
+        last = locate(torch.rand(3, 32, 32), retriever, segmentor, settings)
         assert [region.word for region in last.regions] == words
 
 
 def test_regions_are_named_together() -> None:
     """The first region would take the word that the second one fits better."""
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
-    shown: list[torch.Tensor] = []
 
     class SeesTwoThings(plain.PlainRetriever):
         def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
             if float(view.visible.float().mean()) >= 0.3:
                 return super().retrieve(view, used)
-            if not any(torch.equal(view.visible, mask) for mask in shown):
-                shown.append(view.visible)
-            scores = ({"mug": 0.6, "pot": 0.5}, {"mug": 0.9, "pot": 0.1})[
-                [torch.equal(view.visible, mask) for mask in shown].index(True)
-            ]
+            first = int((view.visible & plain.quadrant("cup")).sum()) > 100  # its edge is frayed
+            scores = {"mug": 0.6, "pot": 0.5} if first else {"mug": 0.9, "pot": 0.1}
             return [Candidate(word, score) for word, score in scores.items() if word not in used]
 
     retriever = SeesTwoThings(plain.PlainRetriever.Settings(), backbone)
     segmentor = plain.PlainSegmentor(plain.PlainSegmentor.Settings(), backbone)
-    settings = Settings(max_concepts=2, rename=True)
-    [_, second, last] = localise(torch.rand(3, 32, 32), retriever, segmentor, settings, Located())
+    settings, changes = Settings(max_concepts=2, naming="alone"), []
+    locate(torch.rand(3, 32, 32), retriever, segmentor, settings, on_change=changes.append)
+    [_, second, last] = changes
     assert [region.word for region in second.regions] == ["mug", "pot"]
     assert [(region.word, region.score) for region in last.regions] == [("pot", 0.5), ("mug", 0.9)]
 
 
 @pytest.mark.parametrize(
-    ("divide", "whole", "words"),
+    ("naming", "whole", "words"),
     [
-        (True, 0.5, ["mug", "pot"]),  # (0.9 + 0.4) / 2 fits better than 0.5, and the better part is kept first
-        (True, 0.7, ["jug"]),
-        (False, 0.5, ["jug"]),
+        ("alone", 0.5, ["mug", "pot"]),  # (0.9 + 0.4) / 2 fits better than 0.5, and the better part is kept first
+        ("alone", 0.7, ["jug"]),
+        ("retrieved", 0.5, ["jug"]),
     ],
 )
-def test_a_region_is_cut_where_two_words_fit_better_than_one(divide: bool, whole: float, words: list[str]) -> None:
+def test_a_region_is_cut_where_two_words_fit_better_than_one(naming: Any, whole: float, words: list[str]) -> None:
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
     left, right = torch.zeros(2, 32, 32, dtype=torch.bool)
     left[8:18, 2:12] = right[8:18, 20:30] = True
@@ -224,8 +261,7 @@ def test_a_region_is_cut_where_two_words_fit_better_than_one(divide: bool, whole
             return [Candidate(*said[there])] if there in said and said[there][0] not in used else []
 
     parts = KnowsThem(plain.PlainRetriever.Settings(), backbone), FindsBoth(plain.PlainSegmentor.Settings(), backbone)
-    settings = Settings(rename=True, divide=divide)
-    [*_, last] = localise(torch.rand(3, 32, 32), *parts, settings, Located())
+    last = locate(torch.rand(3, 32, 32), *parts, Settings(naming=naming))
     assert [region.word for region in last.regions] == words
     if len(words) == 2:
         assert [torch.equal(last.regions[i].mask, mask) for i, mask in enumerate((left, right))] == [True, True]
@@ -242,15 +278,16 @@ def test_regions_are_described_alone_if_the_retriever_can(segmentor: type) -> No
             assert (view.pixels[:, ~view.visible].std(dim=1) < 1e-5).all()
             return {words[0]: 1.0}
 
-    def hints(retriever: type[plain.PlainRetriever], describe: bool) -> list[Mapping[str, Mapping[str, float]]]:
+    def hints(retriever: type[plain.PlainRetriever], naming: Any) -> list[Mapping[str, Mapping[str, float]]]:
         parts = (retriever(plain.PlainRetriever.Settings(), backbone), segmentor(segmentor.Settings(), backbone))
-        settings = Settings(max_concepts=2, describe=describe)
-        [*before, last] = localise(image, *parts, settings, Located(), [COLOUR, MATERIAL])
+        settings, changes = Settings(max_concepts=2, naming=naming), []
+        locate(image, *parts, settings, attributes=[COLOUR, MATERIAL], on_change=changes.append)
+        [*before, last] = changes
         assert not any(region.hints for located in before for region in located.regions)
         return [region.hints for region in last.regions]
 
-    assert hints(Describes, True) == [{"colour": {"red": 1.0}, "material": {"metal": 1.0}}] * 2
-    assert hints(Describes, False) == hints(plain.PlainRetriever, True) == [{}, {}]
+    assert hints(Describes, "described") == [{"colour": {"red": 1.0}, "material": {"metal": 1.0}}] * 2
+    assert hints(Describes, "alone") == hints(plain.PlainRetriever, "described") == [{}, {}]
 
 
 @pytest.mark.parametrize("known", [1, 2, 3])
@@ -259,10 +296,11 @@ def test_going_on_from_any_region_finds_the_same(known: int) -> None:
     retriever = plain.PlainRetriever(plain.PlainRetriever.Settings(), backbone)
     for segmentor in (plain.PlainSegmentor, plain.ProposingSegmentor):
         parts = (torch.rand(3, 32, 32), retriever, segmentor(segmentor.Settings(), backbone), Settings())
-        whole = list(localise(*parts, Located()))
-        rest = list(localise(*parts, whole[known - 1]))
-        assert [region.word for region in rest[-1].regions] == [region.word for region in whole[-1].regions]
-        assert all(torch.equal(a.mask, b.mask) for a, b in zip(rest[-1].regions, whole[-1].regions, strict=True))
+        changes: list[Located] = []
+        whole = locate(*parts, on_change=changes.append)
+        rest = locate(*parts, located=changes[known - 1])
+        assert [region.word for region in rest.regions] == [region.word for region in whole.regions]
+        assert all(torch.equal(a.mask, b.mask) for a, b in zip(rest.regions, whole.regions, strict=True))
 
 
 def test_nothing_found_says_what_was_tried(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
@@ -287,7 +325,7 @@ def test_failure_keeps_what_was_done(plugins: Plugins, photo: Path, tmp_path: Pa
         log.write('{"step": 13, "tot')  # as a killed process leaves it
     resumed = extract(photo, tmp_path / "run", resume=True, installed=plugins)
     assert resumed.tokens.keys() == whole.tokens.keys()
-    assert all(torch.equal(row, whole.tokens[token]) for token, row in resumed.tokens.items())
+    assert all(torch.equal(rows["clip_l"], whole.tokens[token]["clip_l"]) for token, rows in resumed.tokens.items())
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
     assert not (tmp_path / "run" / "checkpoint").exists()
 
@@ -428,15 +466,15 @@ class Describes(plain.PlainRetriever):
 
 
 class Batches(plain.PlainBackbone):
-    """Keeps what it was asked to generate."""
+    """Makes three images at once, and keeps what it was asked to generate."""
 
     class Settings(plain.PlainBackbone.Settings):
         images_at_once: int = 3
 
-    asked: ClassVar[list[tuple[list[str], list[int], bool]]] = []
+    asked: ClassVar[list[tuple[list[str], list[int], bool, set[int]]]] = []
 
-    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], lora: Any = None, **options: Any) -> Any:
-        self.asked.append((list(prompts), list(seeds), lora is not None))
+    def generate(self, prompts: Sequence[str], *, seeds: Sequence[int], tuning: Any = None, **options: Any) -> Any:
+        self.asked.append((list(prompts), list(seeds), bool(tuning), set(options["skip"])))
         return super().generate(prompts, seeds=seeds, **options)
 
 
@@ -444,25 +482,24 @@ def test_samples_of_the_words_alone(plugins: Plugins, photo: Path, tmp_path: Pat
     learn = plain.PlainLearner.learn
 
     def with_lora(self: Any, *arguments: Any, **options: Any) -> Learned:
-        return Learned(learn(self, *arguments, **options).tokens, {"unet.to_q.lora_A.weight": torch.zeros(1)})
+        tuning = FineTuning(lora={"unet.to_q.lora_A.weight": torch.zeros(1)})
+        return Learned(learn(self, *arguments, **options).tokens, tuning)
 
     monkeypatch.setattr(plain, "PlainRetriever", Describes)
     monkeypatch.setattr(plain, "PlainBackbone", Batches)
     monkeypatch.setattr(plain.PlainLearner, "learn", with_lora)
     Batches.asked.clear()
-    settings = plain_settings(max_concepts=1, describe=True, samples=2)
+    settings = plain_settings(max_concepts=1, samples=2)
     run = extract(photo, tmp_path / "run", settings, installed=plugins)
 
     [cup] = run.manifest["concepts"]
     assert cup["words_alone"] == {"object": "red rubber cup", "colour": "red cup", "material": "rubber cup"}
     assert (cup["described"]["colour"][0], cup["described"]["material"][0]) == ("red", "rubber")
     assert len(cup["described"]["colour"]) == 3
-    learned, alone = Batches.asked[:2], Batches.asked[2:]
-    said = [prompt for prompts, _, _ in alone for prompt in prompts]
-    assert said == [f"a photo of a {words} cup" for words in ("red rubber", "red", "rubber") for _ in range(2)]
-    assert [seeds for _, seeds, _ in learned] == [seeds for _, seeds, _ in alone]  # the same noise
-    assert [len(prompts) for prompts, _, _ in Batches.asked] == [3, 3, 3, 3]
-    assert [lora for _, _, lora in Batches.asked] == [True, True, False, False]  # the model before any learning
+    learned, alone = Batches.asked
+    assert alone[0] == [f"a photo of a {words} cup" for words in ("red rubber", "red", "rubber") for _ in range(2)]
+    assert learned[1] == alone[1]  # the same noise
+    assert (learned[2], alone[2]) == (True, False)  # the words alone: the model before any learning
 
     # Interrupted in the middle of a batch: that one is made again as a whole, the pictures are the same.
     saved, save_sample = [], RunDirectory.save_sample
@@ -473,16 +510,16 @@ def test_samples_of_the_words_alone(plugins: Plugins, photo: Path, tmp_path: Pat
         saved.append(arguments[:3])
         save_sample(self, *arguments, **options)
 
-    asked = list(Batches.asked)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(RunDirectory, "save_sample", interrupted)
         extract(photo, tmp_path / "again", settings, installed=plugins)
     Batches.asked.clear()
     extract(photo, tmp_path / "again", settings, resume=True, installed=plugins)
-    assert Batches.asked == asked[2:]
+    assert Batches.asked == [(*alone[:3], {0})]
     assert files_of(tmp_path / "again" / "samples") == files_of(tmp_path / "run" / "samples")
 
-    without = extract(photo, tmp_path / "off", plain_settings(max_concepts=1, words_alone=False), installed=plugins)
+    plainly = plain_settings(max_concepts=1, words_alone=False, naming="alone")
+    without = extract(photo, tmp_path / "off", plainly, installed=plugins)
     assert without.manifest["concepts"][0]["words_alone"]["colour"] == "cup"  # nobody was asked for its colour
     assert without.manifest["concepts"][0]["described"] == {}
     assert sorted(files_of(tmp_path / "off" / "samples")) == ["0-colour-0.png", "0-material-0.png", "0-object-0.png"]
@@ -491,9 +528,15 @@ def test_samples_of_the_words_alone(plugins: Plugins, photo: Path, tmp_path: Pat
 def test_words_alone_are_english() -> None:
     orange = Region(0, "ball", 1.0, torch.ones(2, 2, dtype=torch.bool), {"colour": {"orange": 0.6, "red": 0.4}})
     colour = Attribute("colour", "colour", ("orange", "red"))
-    samples = sample_prompts([orange], [token_names(orange, [colour])], 1)
-    [ball, shade] = word_prompts([orange], [colour], samples)
-    assert (ball[3], shade[3]) == ("a photo of an orange ball", "a photo of an orange ball")
+    tokens = {name: {"clip_l": torch.zeros(1)} for name in token_names(orange, [colour]).values()}
+    samples = planned_samples([orange], tokens, Settings(samples=1), [colour])
+    assert [(one.part, one.words_alone) for one in samples] == [
+        ("object", False), ("colour", False), ("object", True), ("colour", True)
+    ]  # fmt: skip
+    assert {one.prompt for one in samples if one.words_alone} == {"a photo of an orange ball"}
+    assert samples[0].prompt == "a photo of a <ball-0-instance> <ball-0>"
+    [alone] = planned_samples([orange], NO_TOKENS, Settings(samples=1, words_alone=False), [])
+    assert alone.part == "object"
 
 
 # --- Components that break their word --------------------------------------------------------------------------------
@@ -506,9 +549,34 @@ def test_wrong_mask_names_the_segmentor(photo: Path, tmp_path: Path, plugins: Pl
 
 
 def test_missing_token_names_the_learner(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
-    monkeypatch.setattr(plain.PlainLearner, "learn", lambda self, *a, **k: Learned({"<cup-0>": torch.zeros(plain.DIM)}))
-    with pytest.raises(RunError, match="learner 'plain' returned no usable embedding for <cup-0-instance>"):
+    def learned(**rows: torch.Tensor) -> Learned:
+        return Learned({"<cup-0>": {"clip_l": torch.zeros(plain.DIM)}, "<cup-0-instance>": dict(rows)})
+
+    for number, rows in enumerate(
+        (
+            {},
+            {"clip_l": torch.zeros(plain.DIM + 1)},
+            {"clip_l": torch.full((plain.DIM,), torch.nan)},
+            {"clip_g": torch.zeros(plain.DIM)},
+        )
+    ):
+        monkeypatch.setattr(plain.PlainLearner, "learn", lambda self, *a, rows=rows, **k: learned(**rows))
+        with pytest.raises(RunError, match="learner 'plain' returned no usable embedding for <cup-0-instance>"):
+            extract(photo, tmp_path / str(number), plain_settings(), installed=plugins)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
+    """And is not written into the log, which would be no JSON."""
+
+    def learn(self: Any, *arguments: Any, on_step: Any, **options: Any) -> None:
+        on_step(Step(1, 2, "walk", {"total": 0.5}))
+        on_step(Step(2, 2, "walk", {"total": 0.5, "attention": float("nan")}))
+
+    monkeypatch.setattr(plain.PlainLearner, "learn", learn)
+    with pytest.raises(RunError, match="learner 'plain': the loss 'attention' became nan in step 2"):
         extract(photo, tmp_path / "run", plain_settings(), installed=plugins)
+    [line] = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 1
 
 
 # --- Pieces ----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from torch import Tensor
 
 from icekit import InputError, RunError, extract, hookimpl
 from icekit.bench.directory import BenchDirectory
 from icekit.bench.outcome import MeasuredOutcome
 from icekit.plugins import Origin, Plugins
-from icekit.protocols import BenchImage, Learned
+from icekit.protocols import BenchImage, FineTuning, Learned
 from icekit.run.compose import compose
 from icekit.run.directory import FileCheckpoint, RunDirectory, write_tensors_atomically
 from icekit.settings import Settings, load_settings
@@ -29,17 +28,19 @@ SEEN: list[tuple[str, float | None]] = []
 
 
 class Backbone(plain.PlainBackbone):
-    """Says which weights it was given."""
+    """Says which weights it was given, and where diffusers would find it."""
+
+    pipeline_class, pipeline_source = "StableDiffusionPipeline", "somebody/model"
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        weights: Mapping[str, Tensor] | None = None,
+        tuning: FineTuning | None = None,
         **options: Any,
     ) -> list[Image.Image]:
-        SEEN.extend((prompt, None if weights is None else float(weights["conv.weight"][0])) for prompt in prompts)
+        SEEN.extend((prompt, float(tuning.weights["conv.weight"][0]) if tuning else None) for prompt in prompts)
         return super().generate(prompts, seeds=seeds, **options)
 
 
@@ -50,7 +51,8 @@ class Learner(plain.PlainLearner):
 
     def learn(self, *arguments: Any, **options: Any) -> Learned:
         tokens = super().learn(*arguments, **options).tokens
-        return Learned(tokens, weights={"conv.weight": torch.full((2,), self.weight).half()}, weights_config=CONFIG)
+        weights = {"conv.weight": torch.full((2,), self.weight).half()}
+        return Learned(tokens, FineTuning(weights=weights, weights_config=CONFIG))
 
 
 class Broken(Learner):
@@ -100,9 +102,10 @@ def test_samples_are_drawn_with_them_and_words_alone_are_not(plugins: Plugins, t
     assert {name: (value.dtype, value.tolist()) for name, value in load_file(file).items()} == {
         "conv.weight": (torch.float16, [0.25, 0.25])
     }
-    assert run.is_fine_tuned and run.weights()["conv.weight"].tolist() == [0.25, 0.25] and not run.lora()
+    assert run.is_fine_tuned and run.tuning().weights["conv.weight"].tolist() == [0.25, 0.25] and not run.tuning().lora
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "UNet2DConditionModel.from_pretrained" in report
+    assert "pipe.unet = UNet2DConditionModel.from_pretrained" in report
+    assert run.manifest["backbone"]["pipeline_source"] == "somebody/model"
 
 
 def test_a_run_that_goes_on_draws_with_what_it_kept(plugins: Plugins, tmp_path: Path) -> None:
@@ -125,7 +128,7 @@ def test_a_run_that_goes_on_draws_with_what_it_kept(plugins: Plugins, tmp_path: 
 def test_overwriting_takes_them_away(plugins: Plugins, tmp_path: Path) -> None:
     extract(PICTURE, tmp_path / "run", settings(), installed=plugins)
     run = extract(PICTURE, tmp_path / "run", settings(learner="plain"), installed=plugins, overwrite=True)
-    assert not run.is_fine_tuned and not run.weights()
+    assert not run.is_fine_tuned and not run.tuning()
     assert not (tmp_path / "run" / "unet").exists()
     assert "UNet2DConditionModel" not in (tmp_path / "run" / "report.html").read_text()
 

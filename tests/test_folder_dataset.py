@@ -32,14 +32,14 @@ def test_pictures_side_by_side(tmp_path: Path) -> None:
     mask(tmp_path / "masks" / "photo2" / "0-red-bowl.png")
     mask(tmp_path / "masks" / "photo2" / "1.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    first, second = dataset(tmp_path).pictures(None, seed=0, size=20)
+    first, second = dataset(tmp_path).pictures(None, seed=0, size=(20, 20))
     assert (first.name, first.picture) == ("photo2", tmp_path / "photo2.png")
     assert [concept.word for concept in first.concepts] == ["red bowl", None]
     assert first.concepts[0].mask.shape == (20, 20)
     # The centre square of 48 x 40 pixels is 4 pixels in: the white half begins at its middle.
     assert not first.concepts[0].mask[:, :10].any() and first.concepts[0].mask[:, 10:].all()
     assert (second.name, second.concepts) == ("photo10", ())
-    assert [one.name for one in dataset(tmp_path).pictures(1, seed=9, size=20)] == ["photo2"]
+    assert [one.name for one in dataset(tmp_path).pictures(1, seed=9, size=(20, 20))] == ["photo2"]
 
 
 def test_a_folder_for_each_picture(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_folder_for_each_picture(tmp_path: Path) -> None:
     picture(tmp_path / "scene" / "image.png")  # as `icekit tabletop render` and a run directory are laid out
     picture(tmp_path / "scene" / "other.png")
     mask(tmp_path / "scene" / "masks" / "0-cup.png")
-    scene, toys = dataset(tmp_path).pictures(None, seed=0, size=20)
+    scene, toys = dataset(tmp_path).pictures(None, seed=0, size=(20, 20))
     assert (scene.name, [concept.word for concept in scene.concepts]) == ("scene", ["cup"])
     assert scene.picture == tmp_path / "scene" / "image.png"
     assert (toys.name, [concept.word for concept in toys.concepts]) == ("toys", [None, None])
@@ -67,10 +67,10 @@ def test_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"^dataset.path: no such folder: .*nowhere$"):
         dataset(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no picture in"):
-        dataset(tmp_path).pictures(None, seed=0, size=20)
+        dataset(tmp_path).pictures(None, seed=0, size=(20, 20))
     picture(tmp_path / "a.png")
     with pytest.raises(InputError, match=r"^--n 2: .* has 1 picture"):
-        dataset(tmp_path).pictures(2, seed=0, size=20)
+        dataset(tmp_path).pictures(2, seed=0, size=(20, 20))
     picture(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="several pictures called 'a'"):
-        dataset(tmp_path).pictures(None, seed=0, size=20)
+        dataset(tmp_path).pictures(None, seed=0, size=(20, 20))

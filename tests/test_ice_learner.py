@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from learning import Killed, Memory, assert_same, learn_watched, noise_image, two_regions
+from learning import Killed, Memory, Taught, assert_same, learn_watched, noise_image, row_of, rows_of, two_regions
 from torch import Tensor
 
 from icekit.backbones.stable_diffusion import StableDiffusion
-from icekit.builtin.learners.ice import IceLearner, IceSettings, Lesson, nearest_resolution
+from icekit.builtin.learners.ice import IceLearner, IceLesson, IceSettings
 from icekit.learning.training import Task
-from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
+from icekit.protocols import Attribute, InputError, Region, RunError, Step
 from icekit.randomness import seeded_generator
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
@@ -37,7 +37,7 @@ def regions() -> list[Region]:
     return two_regions()
 
 
-Learn = Callable[..., tuple[Learned, list[Step]]]
+Learn = Callable[..., tuple[Taught, list[Step]]]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def learn(backbone: StableDiffusion, regions: list[Region]) -> Learn:
         seed: int = 0,
         only: list[Region] | None = None,
         **settings: Any,
-    ) -> tuple[Learned, list[Step]]:
+    ) -> tuple[Taught, list[Step]]:
         learner = IceLearner(IceSettings(**({"steps": 4} | settings)), backbone)
         return learn_watched(learner, only or regions, attributes, checkpoint=checkpoint, kill_at=kill_at, seed=seed)
 
@@ -62,7 +62,7 @@ def test_every_token_is_learned_and_every_step_reported(learn: Learn, backbone: 
         f"<{stem}{kind}>" for stem in ("cup-0", "metal-ball-1") for kind in ("", "-instance", "-colour", "-material")
     }
     for row in learned.tokens.values():
-        assert row.shape == (backbone.embedding_dim,) and row.dtype == torch.float32 and not row.requires_grad
+        assert row.shape == (backbone.rows["clip_l"],) and row.dtype == torch.float32 and not row.requires_grad
     assert not learned.lora
     assert [(step.step, step.total, step.phase) for step in steps] == [
         (1, 4, "object"), (2, 4, "object"), (3, 4, "attributes"), (4, 4, "attributes"),
@@ -73,7 +73,7 @@ def test_every_token_is_learned_and_every_step_reported(learn: Learn, backbone: 
 
 def test_all_tokens_move_from_where_they_start(learn: Learn, backbone: StableDiffusion) -> None:
     tokens = learn()[0].tokens
-    anchor = backbone.word_embedding("cup")
+    anchor = row_of(backbone, "cup")
     assert not torch.equal(tokens["<cup-0>"], anchor)
     assert not torch.equal(tokens["<cup-0-instance>"], anchor)
     assert not torch.equal(tokens["<cup-0>"], tokens["<cup-0-instance>"])
@@ -89,7 +89,7 @@ def test_category_and_instance_are_frozen_in_phase_two(learn: Learn) -> None:
     after_phase_one = memory.held[0]
     tokens = learn(steps=4)[0].tokens
     for name in ("<cup-0>", "<cup-0-instance>", "<metal-ball-1>", "<metal-ball-1-instance>"):
-        assert torch.equal(tokens[name], after_phase_one[f"row/{name}"])
+        assert torch.equal(tokens[name], after_phase_one[f"row/{name}/clip_l"])
 
 
 def test_nothing_but_the_rows_changes_or_gets_gradients(learn: Learn, backbone: StableDiffusion) -> None:
@@ -103,7 +103,7 @@ def test_nothing_but_the_rows_changes_or_gets_gradients(learn: Learn, backbone: 
 
 def test_a_token_of_words_is_a_weighted_mean_of_their_rows(learn: Learn, backbone: StableDiffusion) -> None:
     """From the plain mean, in the direction that the loss says, and nowhere else."""
-    words = torch.stack([backbone.word_embedding(word) for word in COLOUR.vocabulary])
+    words = torch.stack([row_of(backbone, word) for word in COLOUR.vocabulary])
     tokens = learn(attribute_rows="words", word_learning_rate=0.3, steps=8)[0].tokens
     for name in ("<cup-0-colour>", "<metal-ball-1-colour>"):
         weights = torch.linalg.lstsq(words.T, tokens[name]).solution
@@ -116,23 +116,23 @@ def test_tokens_start_from_what_the_retriever_saw(
     learn: Learn, backbone: StableDiffusion, regions: list[Region]
 ) -> None:
     """Attributes as the mean of the words' rows, each as much as it is likely; the instance as the mean of these."""
-    red, green, metal = (backbone.word_embedding(word) for word in ("red", "green", "metal"))
+    red, green, metal = (row_of(backbone, word) for word in ("red", "green", "metal"))
     hinted = [replace(regions[0], hints={"colour": {"red": 0.75, "green": 0.25}, "material": {"metal": 1.0}})]
     still = {"only": [*hinted, regions[1]], "learning_rate": 1e-12, "word_learning_rate": 1e-12, "weight_decay": 0}
     for rows in ("free", "words"):
         tokens = learn(attribute_rows=rows, **still)[0].tokens
         torch.testing.assert_close(tokens["<cup-0-colour>"], 0.75 * red + 0.25 * green)
         torch.testing.assert_close(tokens["<cup-0-instance>"], (0.75 * red + 0.25 * green + metal) / 2)
-        torch.testing.assert_close(tokens["<metal-ball-1-instance>"], backbone.word_embedding("metal ball"))
+        torch.testing.assert_close(tokens["<metal-ball-1-instance>"], row_of(backbone, "metal ball"))
 
 
 def test_the_category_may_learn_at_its_own_rate(learn: Learn, backbone: StableDiffusion) -> None:
     tokens = learn(category_learning_rate=1e-12, weight_decay=0)[0].tokens
     for name, word in (("<cup-0>", "cup"), ("<metal-ball-1>", "metal ball")):
-        torch.testing.assert_close(tokens[name], backbone.word_embedding(word))
-        assert not torch.equal(tokens[name.replace(">", "-instance>")], backbone.word_embedding(word))
+        torch.testing.assert_close(tokens[name], row_of(backbone, word))
+        assert not torch.equal(tokens[name.replace(">", "-instance>")], row_of(backbone, word))
     together = learn(category_learning_rate=5e-3, learning_rate=5e-3)[0].tokens
-    assert not torch.equal(together["<cup-0>"], backbone.word_embedding("cup"))
+    assert not torch.equal(together["<cup-0>"], row_of(backbone, "cup"))
 
 
 def test_a_vocabulary_of_one_word_leaves_the_token_free(learn: Learn) -> None:
@@ -199,13 +199,13 @@ def test_same_seed_same_tokens_other_seed_others(learn: Learn) -> None:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, Learned]:
+def uninterrupted() -> dict[str, Taught]:
     return {}
 
 
 # Going on from nothing, the end of phase one, within phase two, the end of phase two, and within refinement.
 @pytest.mark.parametrize("kill_at", [1, 4, 5, 7, 9])
-def test_a_killed_run_goes_on_bit_for_bit(learn: Learn, uninterrupted: dict[str, Learned], kill_at: int) -> None:
+def test_a_killed_run_goes_on_bit_for_bit(learn: Learn, uninterrupted: dict[str, Taught], kill_at: int) -> None:
     settings = {"steps": 6, "checkpoint_every": 2, "refine_steps": 3, "prior_images": 1, "refine_learning_rate": 1e-2}
     if not uninterrupted:
         uninterrupted["learned"] = learn(**settings)[0]
@@ -300,16 +300,16 @@ def test_settings_refuse_what_cannot_work() -> None:
 # --- As the published code does it ------------------------------------------------------------------------------------
 
 
-LessonOf = Callable[..., Lesson]
+LessonOf = Callable[..., IceLesson]
 
 
 @pytest.fixture
 def lesson_of(backbone: StableDiffusion, image: Tensor, regions: list[Region]) -> LessonOf:
     """What a call of ``learn`` starts from: its masks, latents, anchors and tokens before the first step."""
 
-    def make(only: list[Region] | None = None, **settings: Any) -> Lesson:
+    def make(only: list[Region] | None = None, **settings: Any) -> IceLesson:
         task = Task(image, only or regions, (COLOUR, MATERIAL), 0, Memory(), lambda _: None)
-        return Lesson(IceSettings(**({"steps": 4} | settings)), backbone, task)
+        return IceLesson(IceSettings(**({"steps": 4} | settings)), backbone, task)
 
     return make
 
@@ -327,10 +327,9 @@ def test_a_step_of_one_concept_is_its_share_of_a_step_of_all(
     """The same noise, timestep and template; the loss is that concept's, not divided by the number of concepts."""
     every = lesson_of()
     drawn = lesson_of(concepts_per_step="one").concepts_of("learn", 1)
-    draw, tokens = every.draw("learn", 1), every.object_tokens(drawn[0])
-    with torch.no_grad(), backbone.capture_attention(cross=[every.resolution], places=("down", "up")) as maps:
-        prompt = every.prompt(draw.templates[drawn[0]], tokens)
-        expected = every._denoising_losses(draw, drawn, [prompt], maps)
+    with torch.no_grad():
+        draw, choices = every.draw(1), every.choices("learn", 1)
+        expected = every._denoising_losses(draw, choices, drawn, [every.object_tokens(drawn[0])])
     losses = learn(concepts_per_step="one")[1][0].losses
     assert losses["reconstruction"] == pytest.approx(expected["reconstruction"].item(), rel=1e-4)
     assert losses["attention"] == pytest.approx(expected["attention"].item(), rel=1e-4)
@@ -349,11 +348,11 @@ def test_a_concept_that_is_not_drawn_stays_or_decays(
     tokens = learn((), steps=2, seed=seed, **settings)[0].tokens
     left = 1.0 if optimizer == "each" else (1 - 1e-2 * 0.5) ** 2
     for name in ("<metal-ball-1>", "<metal-ball-1-instance>"):
-        torch.testing.assert_close(tokens[name], left * backbone.word_embedding("metal ball"))
-    assert (tokens["<cup-0>"] - backbone.word_embedding("cup")).abs().max() > 5e-3
+        torch.testing.assert_close(tokens[name], left * row_of(backbone, "metal ball"))
+    assert (tokens["<cup-0>"] - row_of(backbone, "cup")).abs().max() > 5e-3
 
 
-def drawn(lesson: Lesson, seed: int, step: int) -> list[int]:
+def drawn(lesson: IceLesson, seed: int, step: int) -> list[int]:
     lesson.seed = seed
     return lesson.concepts_of("learn", step)
 
@@ -373,15 +372,15 @@ def test_phase_two_starts_anew_or_goes_on_with_phase_ones_adamw(learn: Learn, op
 
     phase_one, then = saved_before(5), saved_before(6)
     steps = 5 if optimizer == "one" else 1
-    mean, square = (then[f"adamw.{kind}/<cup-0-colour>"] for kind in ("exp_avg", "exp_avg_sq"))
+    mean, square = (then[f"adamw.{kind}/<cup-0-colour>/clip_l"] for kind in ("exp_avg", "exp_avg_sq"))
     torch.testing.assert_close(mean.square() / 0.1**2, square / 0.001)  # both of one gradient: they were zero
-    assert then["adamw.step/<cup-0-colour>"].item() == steps
+    assert then["adamw.step/<cup-0-colour>/clip_l"].item() == steps
     step = 5e-4 * (mean / (1 - 0.9**steps)) / ((square / (1 - 0.999**steps)).sqrt() + 1e-8)
-    start = phase_one["row/<cup-0-instance>"]
-    torch.testing.assert_close(then["row/<cup-0-colour>"] - start, -step, rtol=1e-3, atol=1e-7)
-    assert torch.equal(then["row/<cup-0>"], phase_one["row/<cup-0>"])
+    start = phase_one["row/<cup-0-instance>/clip_l"]
+    torch.testing.assert_close(then["row/<cup-0-colour>/clip_l"] - start, -step, rtol=1e-3, atol=1e-7)
+    assert torch.equal(then["row/<cup-0>/clip_l"], phase_one["row/<cup-0>/clip_l"])
     # No prompt has the instance any more. As one row of many it has its momentum still.
-    assert torch.equal(then["row/<cup-0-instance>"], start) == (optimizer == "each")
+    assert torch.equal(then["row/<cup-0-instance>/clip_l"], start) == (optimizer == "each")
 
 
 def test_the_triplet_of_phase_two_in_both_forms(lesson_of: LessonOf) -> None:
@@ -414,17 +413,17 @@ def test_the_triplet_of_phase_two_in_both_forms(lesson_of: LessonOf) -> None:
 def test_triplets_may_read_a_new_token_at_itself(lesson_of: LessonOf, backbone: StableDiffusion) -> None:
     lesson = lesson_of(pooling="highest")
     with torch.no_grad():
-        [[own]] = lesson._embed([["<cup-0>"]])
-        sequence = backbone.encode_prompts(["<cup-0>"]).sequence[0]
+        [own] = lesson._embed(["<cup-0>"])
+        sequence = backbone.encode_prompts(["<cup-0>"], lesson.tokens).parts["sequence"][0]
         torch.testing.assert_close(own, torch.nn.functional.normalize(sequence[1], dim=-1))
         torch.testing.assert_close(lesson.word_anchors, backbone.embed_texts(["cup", "metal ball"]))  # at their ends
-        torch.testing.assert_close(lesson_of()._embed([["<cup-0>"]])[0, 0], backbone.embed_texts(["cup"])[0])
+        torch.testing.assert_close(lesson_of()._embed(["<cup-0>"])[0], backbone.embed_texts(["cup"])[0])
 
 
 def test_a_token_may_start_from_the_first_piece_of_its_word(lesson_of: LessonOf, backbone: StableDiffusion) -> None:
-    rows = lesson_of(word_row="first").rows
-    assert torch.equal(rows["<metal-ball-1>"], backbone.word_embedding("metal"))
-    assert torch.equal(rows["<cup-0>"], backbone.word_embedding("cup"))
+    rows = rows_of(lesson_of(word_row="first").tokens)
+    assert torch.equal(rows["<metal-ball-1>"], row_of(backbone, "metal"))
+    assert torch.equal(rows["<cup-0>"], row_of(backbone, "cup"))
 
 
 def test_latents_may_be_a_sample_anew_in_every_step(
@@ -433,9 +432,9 @@ def test_latents_may_be_a_sample_anew_in_every_step(
     seen: list[Tensor] = []
     add_noise = backbone.add_noise
 
-    def watching(latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def watching(latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
         seen.append(latents)
-        return add_noise(latents, noise, timesteps)
+        return add_noise(latents, noise, shares)
 
     monkeypatch.setattr(backbone, "add_noise", watching)
     settings = {"attributes": (), "steps": 12, "flip_probability": 0, "learning_rate": 1e-6}
@@ -471,16 +470,16 @@ def test_a_sample_needs_a_backbone_that_has_a_posterior(
 
 
 def test_masks_may_be_taken_by_nearest_neighbour(lesson_of: LessonOf, regions: list[Region]) -> None:
-    lesson = lesson_of(mask_cells="nearest", attention_resolution=8)
+    lesson = lesson_of(mask_cells="nearest", attention_grid=8)
     masks = torch.stack([region.mask for region in regions])
     for side, flipped in ((0, masks), (1, masks.flip(-1))):
-        assert torch.equal(lesson.latent_masks[:, 0, side], flipped[:, ::8, ::8].float())
-        assert torch.equal(lesson.attention_masks[:, 0, side], flipped[:, ::16, ::16].float())
+        assert torch.equal(lesson.pictures.masks[:, 0, side], flipped[:, ::8, ::8].float())
+        assert torch.equal(lesson.pictures.attention_masks[:, 0, side], flipped[:, ::16, ::16].float())
     speck = torch.zeros(128, 128, dtype=torch.bool)
     speck[66, 66] = True
-    vanishing = lesson_of([replace(regions[0], mask=speck)], mask_cells="nearest", attention_resolution=8)
-    assert vanishing.latent_masks[0, 0, 0].nonzero().tolist() == [[8, 8]]
-    assert vanishing.attention_masks[0, 0, 0].nonzero().tolist() == [[4, 4]]
+    vanishing = lesson_of([replace(regions[0], mask=speck)], mask_cells="nearest", attention_grid=8)
+    assert vanishing.pictures.masks[0, 0, 0].nonzero().tolist() == [[8, 8]]
+    assert vanishing.pictures.attention_masks[0, 0, 0].nonzero().tolist() == [[4, 4]]
 
 
 PUBLISHED = {
@@ -517,7 +516,7 @@ def test_weighed_words_are_where_tokens_start(learn: Learn, backbone: StableDiff
     assert [(step.step, step.phase) for step in steps] == [
         (1, "words"), (2, "words"), (3, "words"), (4, "object"), (5, "object"), (6, "attributes"), (7, "attributes"),
     ]  # fmt: skip
-    words = torch.stack([backbone.word_embedding(word) for word in COLOUR.vocabulary])
+    words = torch.stack([row_of(backbone, word) for word in COLOUR.vocabulary])
     colour, material = tokens.tokens["<cup-0-colour>"], tokens.tokens["<cup-0-material>"]
     weights = torch.linalg.lstsq(words.T, colour).solution
     torch.testing.assert_close(weights @ words, colour)
@@ -531,6 +530,15 @@ def test_what_the_retriever_saw_is_where_weighing_starts(learn: Learn, regions: 
         learn(only=only, **WEIGHED | {"word_rate": 1e-6})[0].tokens["<cup-0-colour>"] for only in (seen, regions[:1])
     ]
     assert not torch.allclose(tokens[0], tokens[1])
+
+
+def test_how_much_the_retriever_is_trusted(learn: Learn, backbone: StableDiffusion, regions: list[Region]) -> None:
+    """Nothing is weighed at a rate of nothing: its probabilities, squared and sharpened, are what is left."""
+    seen = [replace(regions[0], hints={"colour": {"red": 0.4, "green": 0.6}}), regions[1]]
+    still = {"word_rate": 1e-9, "word_sharpness": 1.0, "word_trust": 2.0, "learning_rate": 1e-12, "weight_decay": 0}
+    token = learn(only=seen, **WEIGHED | still)[0].tokens["<cup-0-colour>"]
+    red, green = (row_of(backbone, word) for word in ("red", "green"))
+    torch.testing.assert_close(token, (0.16 * red + 0.36 * green) / 0.52)
 
 
 def test_weighing_words_leaves_no_trial_behind(learn: Learn, backbone: StableDiffusion) -> None:
@@ -551,12 +559,6 @@ def test_weighing_goes_on_bit_for_bit_from_any_step(learn: Learn, kill_at: int) 
 def test_an_anchor_text_has_one_place_for_the_attributes_own() -> None:
     with pytest.raises(ValueError, match=r"'a concept': must have \{\} exactly once"):
         IceSettings(attribute_anchor="a concept")
-
-
-def test_nearest_resolution() -> None:
-    assert nearest_resolution((64, 32, 16, 8)) == 16
-    assert nearest_resolution((8, 4)) == 8
-    assert nearest_resolution((32, 8)) == 32
 
 
 def test_a_step_draws_the_same_whatever_came_before() -> None:

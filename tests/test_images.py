@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from icekit.pixels import to_tensor
+from icekit.pixels import fit, middle, to_tensor
 from icekit.protocols import InputError
 from icekit.run.images import MAX_PIXELS, MIN_SIDE, load_image
 
@@ -32,10 +32,10 @@ def test_formats(tmp_path: Path, ending: str) -> None:
     gradient().save(path)
     loaded = load_image(path)
     assert loaded.picture.mode == "RGB"
-    assert loaded.picture.size == (64, 64)
+    assert loaded.picture.size == (96, 64)
     assert (loaded.source, loaded.stem, len(loaded.sha256)) == (str(path), "photo", 64)
-    assert pixel(loaded.picture, 32, 32) == pytest.approx(pixel(gradient(), 48, 32), abs=20)
-    assert loaded.resized(48).size == (48, 48)
+    assert pixel(loaded.picture, 48, 32) == pytest.approx(pixel(gradient(), 48, 32), abs=20)
+    assert loaded.fitted((48, 32)).size == (32, 48)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I", "I;16", "F"])
@@ -77,16 +77,33 @@ def test_orientation_is_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [(400, 40), (40, 400)])
-def test_centre_square(tmp_path: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(40, 40), (40, 20), (20, 40), (80, 80)])
+def test_the_middle_is_cut_to_the_models_shape_and_resized(
+    tmp_path: Path, size: tuple[int, int], shape: tuple[int, int]
+) -> None:
     image = Image.new("RGB", size, "black")
-    image.paste("red", (size[0] // 2 - 20, size[1] // 2 - 20, size[0] // 2 + 20, size[1] // 2 + 20))
+    box = middle(size, shape)
+    image.paste("red", box)
     image.save(tmp_path / "long.png")
-    assert load_image(tmp_path / "long.png").picture.getcolors() == [(1600, (255, 0, 0))]
+    fitted = load_image(tmp_path / "long.png").fitted(shape)
+    assert fitted.getcolors() == [(shape[0] * shape[1], (255, 0, 0))]
+    width, height = box[2] - box[0], box[3] - box[1]
+    assert width / height == pytest.approx(shape[1] / shape[0])
+    assert width == size[0] or height == size[1]  # the largest there is
+    assert abs(box[0] - (size[0] - box[2])) <= 1 and abs(box[1] - (size[1] - box[3])) <= 1  # in the middle
+
+
+def test_how_an_image_was_fitted_is_said() -> None:
+    source = load_image(gradient(96, 64))
+    assert source.fitting((32, 32)) == {"source_width": 96, "source_height": 64, "box": [16, 0, 80, 64]}
+    assert source.fitting((64, 96))["box"] == [0, 0, 96, 64]
+    assert np.array_equal(source.fitted((64, 96)), gradient(96, 64))  # as it is
+    assert fit(gradient(96, 64), (1, 400)).size == (400, 1)
 
 
 def test_pil_image_is_taken_as_it_is() -> None:
     first, second = load_image(gradient()), load_image(Image.new("RGB", (96, 64)))
-    assert first.picture.size == (64, 64)
+    assert first.picture.size == (96, 64)
     assert first.sha256 != second.sha256
 
 

@@ -11,7 +11,7 @@ import torch
 
 from icekit import Candidate, Region, RunError, Segmentation, View
 from icekit.run.directory import Located, RunDirectory
-from icekit.run.orchestrator import localise
+from icekit.run.locating import locate
 from icekit.settings import Settings
 
 IMAGE = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -51,8 +51,13 @@ class Scripted:
         self.tried.append(word)
         return self.masks.get(word, NOWHERE)
 
-    def localise(self, located: Located | None = None, **settings: Any) -> list[Located]:
-        return list(localise(IMAGE, self, self, Settings(**settings), located or Located()))
+    def locate(self, located: Located | None = None, **settings: Any) -> list[Located]:
+        """Stage one after every change; regions keep the word by which they were found, if nothing else is said."""
+        changes: list[Located] = []
+        chosen = Settings(**{"naming": "retrieved"} | settings)
+        last = locate(IMAGE, self, self, chosen, located=located or Located(), on_change=changes.append)
+        assert last is changes[-1]
+        return changes
 
 
 def share(mask: torch.Tensor) -> float:
@@ -64,7 +69,7 @@ def share(mask: torch.Tensor) -> float:
 )
 def test_each_connected_part_is_a_region_if_it_is_large_enough(apart: bool, expected: list[torch.Tensor]) -> None:
     scripted = Scripted(["cup", "ball"], {"cup": LEFT | RIGHT | SPECK | CORNER})
-    first, *_, last = scripted.localise(apart=apart, min_area=0.025)
+    first, *_, last = scripted.locate(apart=apart, min_area=0.025)
     assert [region.word for region in last.regions] == ["cup"] * len(expected)
     assert [region.index for region in last.regions] == list(range(len(expected)))
     assert all(torch.equal(region.mask, mask) for region, mask in zip(last.regions, expected, strict=True))
@@ -74,8 +79,8 @@ def test_each_connected_part_is_a_region_if_it_is_large_enough(apart: bool, expe
 
 def test_parts_are_no_more_than_there_is_room_for_and_are_named_alone() -> None:
     both = {"cup": LEFT | RIGHT}
-    assert len(Scripted(["cup"], both).localise(apart=True, max_concepts=1)[-1].regions) == 1
-    [*_, last] = Scripted(["cup", "mug", "pot"], both).localise(apart=True, rename=True)
+    assert len(Scripted(["cup"], both).locate(apart=True, max_concepts=1)[-1].regions) == 1
+    [*_, last] = Scripted(["cup", "mug", "pot"], both).locate(apart=True, naming="alone")
     assert len({region.word for region in last.regions}) == 2
 
 
@@ -88,16 +93,16 @@ def test_a_word_may_come_again_after_another_one() -> None:
             return [LEFT, RIGHT, FLOOR][len(self.tried) - 1]
 
     never, later = Moving(["cup", "ball"], {}), Moving(["cup", "ball"], {})
-    assert [region.word for region in never.localise(reuse="never")[-1].regions] == ["cup", "ball"]
+    assert [region.word for region in never.locate(reuse="never")[-1].regions] == ["cup", "ball"]
     assert never.used == [[], ["cup"], ["cup", "ball"]]
-    assert [region.word for region in later.localise(reuse="later", max_rounds=3)[-1].regions] == ["cup", "ball", "cup"]
+    assert [region.word for region in later.locate(reuse="later", max_rounds=3)[-1].regions] == ["cup", "ball", "cup"]
     assert later.used == [[], ["cup"], ["ball"]]
 
 
 def test_a_renamed_region_keeps_its_word_from_coming_again_at_once() -> None:
     """The word before is the one that was looked for, and it may be the region's new name, too."""
     scripted = Scripted(["cup", "ball"], {"cup": LEFT, "ball": RIGHT})
-    [*_, last] = scripted.localise(reuse="later", rename=True, max_rounds=2)
+    [*_, last] = scripted.locate(reuse="later", naming="alone", max_rounds=2)
     assert scripted.tried == ["cup", "ball"]
     assert sorted(region.word for region in last.regions) == ["ball", "cup"]
 
@@ -105,7 +110,7 @@ def test_a_renamed_region_keeps_its_word_from_coming_again_at_once() -> None:
 @pytest.mark.parametrize(("rounds", "tried"), [(1, ["ghost"]), (2, ["ghost", "cup"]), (None, ["ghost", "cup", "ball"])])
 def test_a_round_is_a_word_whether_or_not_it_has_a_place(rounds: int | None, tried: list[str]) -> None:
     scripted = Scripted(["ghost", "cup", "ball"], {"cup": LEFT, "ball": RIGHT})
-    [*_, last] = scripted.localise(max_rounds=rounds)
+    [*_, last] = scripted.locate(max_rounds=rounds)
     assert scripted.tried == tried
     assert (last.rounds, last.last, last.refused, last.finished) == (len(tried), tried[-1], ("ghost",), True)
 
@@ -116,7 +121,7 @@ def test_the_published_stop_rule_is_a_third_of_the_stated_one() -> None:
     most.view(-1)[:51] = False  # of 1024
     for min_visible, words in ((0.1, ["wall"]), (1 / 30, ["wall", "cup"])):
         scripted = Scripted(["wall", "cup"], {"wall": most, "cup": ~most})
-        assert [one.word for one in scripted.localise(min_visible=min_visible)[-1].regions] == words
+        assert [one.word for one in scripted.locate(min_visible=min_visible)[-1].regions] == words
 
 
 def test_what_goes_with_a_word_is_erased_and_is_no_region() -> None:
@@ -124,14 +129,14 @@ def test_what_goes_with_a_word_is_erased_and_is_no_region() -> None:
     words = ["ghost", "cup", "ball"]
     masks = {"ghost": Segmentation(SPECK, SPECK | FLOOR), "cup": Segmentation(LEFT, LEFT), "ball": FLOOR | RIGHT}
     scripted = Scripted(words, masks)
-    located = scripted.localise(min_area=0.025)
+    located = scripted.locate(min_area=0.025)
     assert [region.word for region in located[-1].regions] == ["cup", "ball"]
     assert torch.equal(located[-1].regions[1].mask, RIGHT)  # the floor had gone with the first word
     erased = [NOWHERE, SPECK | FLOOR, SPECK | FLOOR | LEFT, SPECK | FLOOR | LEFT | RIGHT]
     assert scripted.visible == [share(~mask) for mask in erased]
     for number, state in enumerate(located[:-1], start=1):
         rest = Scripted(words, masks)
-        [*_, last] = rest.localise(state, min_area=0.025)
+        [*_, last] = rest.locate(state, min_area=0.025)
         assert rest.visible == scripted.visible[number:]
         assert (last.rounds, last.last, last.refused) == (3, "ball", ("ghost",))
         assert all(torch.equal(a.mask, b.mask) for a, b in zip(last.regions, located[-1].regions, strict=True))
@@ -141,11 +146,11 @@ def test_what_goes_with_a_word_is_erased_and_is_no_region() -> None:
 def test_going_on_from_disk_with_the_published_rules(known: int, tmp_path: Path) -> None:
     masks = {"cup": Segmentation(LEFT | RIGHT | SPECK, LEFT | RIGHT | SPECK), "ball": FLOOR}
     rules: dict[str, Any] = {"apart": True, "reuse": "later", "max_rounds": 3, "min_area": 0.025}
-    whole = Scripted(["cup", "ball"], masks).localise(**rules)
+    whole = Scripted(["cup", "ball"], masks).locate(**rules)
     run = RunDirectory(tmp_path / "run")
     run.save_located(whole[known - 1])
     going_on = Scripted(["cup", "ball"], masks)
-    last = going_on.localise(run.load_located(), **rules)[-1]
+    last = going_on.locate(run.load_located(), **rules)[-1]
     assert [(one.index, one.word, share(one.mask)) for one in last.regions] == [
         (one.index, one.word, share(one.mask)) for one in whole[-1].regions
     ]
@@ -168,4 +173,13 @@ def test_stage_one_is_kept_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrong", [Segmentation(LEFT, LEFT.float()), Segmentation(LEFT.float(), LEFT), LEFT.float()])
 def test_a_wrong_mask_is_refused(wrong: torch.Tensor | Segmentation) -> None:
     with pytest.raises(RunError, match=r"returned a mask of torch.float32 \[32, 32\], expected torch.bool"):
-        Scripted(["cup"], {"cup": wrong}).localise()
+        Scripted(["cup"], {"cup": wrong}).locate()
+
+
+def test_a_score_that_is_no_number_is_refused() -> None:
+    class Unsure(Scripted):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            return [Candidate("cup", float("nan"))]
+
+    with pytest.raises(RunError, match="retriever 'clip' gave the word 'cup' the score nan"):
+        Unsure(["cup"], {"cup": LEFT}).locate()

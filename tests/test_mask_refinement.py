@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icekit.attention.refinement import log_likelihood, random_walker_with_prior, refine, without_islands
+from icekit.attention import log_likelihood, random_walker_with_prior, refine, without_islands
 
 
 def iou(one: Tensor, other: Tensor) -> float:
@@ -53,6 +53,17 @@ def test_the_edge_of_a_disc_is_found(side: int) -> None:
     assert iou(refined, mask) >= 0.95
     assert iou(refined, mask) > iou(soft >= 0.42, mask) + 0.05
     assert refined.dtype == torch.bool and refined.shape == mask.shape
+
+
+@pytest.mark.parametrize("size", [(64, 112), (112, 64)])
+def test_a_picture_may_have_two_sides(size: tuple[int, int]) -> None:
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[-64:, -64:] = disc(64)
+    soft = torch.zeros(size)
+    soft[-64:, -64:] = soft_map(disc(64))
+    picture = painted(mask, torch.tensor([0.8, 0.2, 0.1])[:, None, None], torch.tensor([0.5, 0.5, 0.45])[:, None, None])
+    refined = refine(soft, picture)
+    assert refined.shape == size and iou(refined, mask) >= 0.95
 
 
 def test_a_shadow_is_not_taken_for_the_object() -> None:
@@ -127,10 +138,20 @@ def test_the_likelihood_of_one_component_is_the_gaussian() -> None:
 
 
 def test_islands_and_holes_go() -> None:
-    mask = np.zeros((20, 20), dtype=bool)
+    mask = torch.zeros(20, 20, dtype=torch.bool)
     mask[2:12, 2:12] = True
-    whole = mask.copy()
+    whole = mask.clone()
     mask[5, 5] = False
     mask[18, 18] = True
-    assert (without_islands(mask, 0.1) == whole).all()
-    assert (without_islands(mask, 0.0) == mask).all()
+    assert torch.equal(without_islands(mask, 0.1), whole)
+    assert torch.equal(without_islands(mask, 0.0), mask)
+    nothing = torch.zeros_like(mask)
+    assert torch.equal(without_islands(nothing, 0.1), nothing)
+
+
+def test_an_island_of_just_the_share_stays() -> None:
+    mask = torch.zeros(20, 20, dtype=torch.bool)
+    mask[2:10, 2:13] = True  # 88 pixels
+    mask[15, 2:14] = True  # 12 of 100
+    assert torch.equal(without_islands(mask, 0.12), mask)
+    assert without_islands(mask, 0.121).sum() == 88

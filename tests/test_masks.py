@@ -15,7 +15,7 @@ from icekit.builtin.retrievers.words import WordsRetriever
 from icekit.builtin.segmentors.masks import MaskFilesSegmentor
 from icekit.protocols import Candidate, InputError, Proposer, View
 
-BACKBONE: Any = SimpleNamespace(image_size=32, knows=lambda word: word != "zyx")
+BACKBONE: Any = SimpleNamespace(image_size=(32, 32), knows=lambda word: word != "zyx")
 
 
 def write(path: Path, box: tuple[int, int, int, int], size: tuple[int, int] = (64, 64), mode: str = "L") -> Path:
@@ -58,6 +58,14 @@ def test_one_folder_may_be_given_as_text(tmp_path: Path) -> None:
 def test_the_centre_square_is_taken(tmp_path: Path) -> None:
     masks = segmentor(write(tmp_path / "wide.png", (32, 0, 64, 64), size=(128, 64))).propose(torch.zeros(3, 32, 32))
     assert masks[0].mask[:, :16].all() and not masks[0].mask[:, 16:].any()
+
+
+def test_a_model_of_another_shape_takes_the_middle_of_its_proportions(tmp_path: Path) -> None:
+    backbone: Any = SimpleNamespace(image_size=(32, 48))
+    file = write(tmp_path / "tall.png", (0, 0, 48, 72), size=(96, 128))  # of which rows 32 to 96 are taken
+    [found] = MaskFilesSegmentor(MaskFilesSegmentor.Settings(files=(file,)), backbone).propose(torch.zeros(3, 32, 48))
+    assert found.mask.shape == (32, 48)
+    assert found.mask[:20, :24].all() and not found.mask[20:].any() and not found.mask[:, 24:].any()
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])

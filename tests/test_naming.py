@@ -21,10 +21,10 @@ def test_mean_centred_cosine_by_hand() -> None:
 
 def test_the_embedding_of_a_word_is_named_by_it() -> None:
     backbone = plain.PlainBackbone(plain.PlainBackbone.Settings(), torch.device("cpu"))
-    backbone.set_tokens({"<cup-0-colour>": plain.embedding_of("teal")})
+    tokens = {"<cup-0-colour>": {"clip_l": plain.embedding_of("teal")}}
     colour = Attribute("colour", "colour", ("red", "maroon", "teal", "blue"))
-    names = name_attribute(backbone, colour, "<cup-0-colour>", "cup")
+    names = name_attribute(backbone, colour, "<cup-0-colour>", tokens, "cup")
     assert names[0] == "teal"
     assert sorted(names) == ["blue", "red", "teal"]  # maroon is no word of this model's
-    assert name_attribute(backbone, Attribute("x", "x", ("maroon",)), "<cup-0-colour>", "cup") == []
+    assert name_attribute(backbone, Attribute("x", "x", ("maroon",)), "<cup-0-colour>", tokens, "cup") == []
     assert all("{}" in template for template in TEMPLATES)

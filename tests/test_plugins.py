@@ -10,6 +10,7 @@ from plain_components import write_distribution
 
 from icekit import Attribute, InputError, hookimpl
 from icekit.plugins import Origin, Plugins, check_attribute, check_component
+from icekit.settings import load_settings
 
 
 def test_plugin_of_another_distribution_can_do_all(tmp_path: Path) -> None:
@@ -96,6 +97,10 @@ def test_component_checks() -> None:
     ]:
         with pytest.raises(PluginError, match=message):
             check_component("retriever", "odd", component)
+    for role, word in (("backbone", "lacks"), ("segmentor", "needs")):
+        base = plain.PlainBackbone if role == "backbone" else plain.PlainSegmentor
+        with pytest.raises(PluginError, match=f"{word} 'similarty': did you mean 'similarity'"):
+            check_component(role, "odd", type("Odd", (base,), {word: ("attention", "similarty")}))
     for attribute in (3, Attribute("category", "x", ()), Attribute("two words", "x", ())):
         with pytest.raises(PluginError):
             check_attribute(attribute)
@@ -115,6 +120,21 @@ def test_name_taken_twice_names_both() -> None:
     assert str(broken) == (
         "plugin 'second' (two 2) is broken: learner 'plain' is already registered by plugin 'first' (one 1)"
     )
+
+
+def test_a_preset_that_is_not_there_is_named() -> None:
+    class Plugin:
+        @hookimpl
+        def register_backbones(self, register):
+            register("odd", type("Odd", (plain.PlainBackbone,), {"preset": "plane"}))
+
+    plugins = Plugins()
+    plugins.add(Origin("first", "one", "1"), lambda: plain)
+    plugins.add(Origin("second", "two", "2"), Plugin)
+    with pytest.raises(
+        InputError, match=r"backbone 'odd' comes with a preset that is not there: no preset 'plane': did "
+    ):
+        plugins.resolve(load_settings(None, ["components.backbone=odd"]))
 
 
 def test_missing_component_names_the_nearest() -> None:

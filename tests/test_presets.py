@@ -3,10 +3,9 @@
 import json
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import plain_components as plain
 import pytest
@@ -16,13 +15,14 @@ from pydantic import BaseModel
 
 from icekit import builtin, hookimpl
 from icekit.bench.benchmark import BenchSettings
-from icekit.plugins import Origin, Plugins
+from icekit.builtin.datasets import folder as builtin_folder
+from icekit.plugins import Origin, Plugins, installed
 from icekit.protocols import ComponentSettings, InputError
-from icekit.settings import BENCH_TABLES, ROLES, Components, Settings, flatten, load_settings
+from icekit.settings import BENCH_TABLES, ROLES, Components, Settings, flatten, load_settings, validate
 
 SHIPPED = sorted((Path(builtin.__file__).parents[1] / "presets").glob("*.toml"))
 STATED = "as by default"
-"""In the comment of a line that repeats icekit's default, for a backbone may suggest something else."""
+"""In the comment of a line that repeats icekit's default, for a backbone's own preset may say something else."""
 
 
 NOT_THE_METHODS = {
@@ -43,7 +43,7 @@ NOT_THE_METHODS = {
     "without effect beside refine_weights = \"all\"": ("learner.refine_rank",),
     "without effect beside word_steps = 0": (
         "learner.instance_start", "learner.word_draws", "learner.word_rate", "learner.word_sharpness",
-        "learner.word_timestep_range",
+        "learner.word_timestep_range", "learner.word_trust",
     ),
     "without effect beside close_ups = 0": ("learner.close_up_zoom",),
     "how the model samples": ("learner.prior_steps", "learner.prior_guidance"),
@@ -60,7 +60,7 @@ def builtins() -> Plugins:
 
 @dataclass(frozen=True)
 class Line:
-    """One setting of a preset's file: the tables it is in, its key, its value, its comment."""
+    """One setting of a preset's file: the table that it is in, its key, its value, its comment."""
 
     place: str
     key: str
@@ -75,27 +75,35 @@ def lines(file: Path) -> list[Line]:
     for line in text.splitlines():
         if header := re.match(r"\[([\w.-]+)\]", line):
             place = header[1]
-        elif setting := re.match(r"(\w+) = [^#]*(?:# (.*))?$", line):
+        elif setting := re.match(r"([\w.-]+) = [^#]*(?:# (.*))?$", line):
+            *tables, key = [*filter(None, place.split(".")), *setting[1].split(".")]
             table: Any = values
-            for part in filter(None, place.split(".")):
+            for part in tables:
                 table = table[part]
-            found.append(Line(place, setting[1], table[setting[1]], setting[2] or above))
+            found.append(Line(".".join(tables), key, table[key], setting[2] or above))
         above = f"{above} {line[2:]}".strip() if line.startswith("# ") else ""
     return found
 
 
-def models_of(place: str, plugins: Plugins) -> Iterator[tuple[str, type[BaseModel]]]:
-    """The settings models that a table of a preset is for, each with the prefix of its keys."""
+def model_of(place: str, plugins: Plugins) -> type[BaseModel]:
+    """The settings model that a table of a preset is for."""
     role, *component = place.split(".")
-    if role in ROLES or (role == "metric" and component):
+    if role in (*ROLES, "metric"):
         [name] = component  # a preset's line names its component
-        yield f"{role}.", plugins.component(role, name).Settings  # type: ignore[attr-defined]
-    elif role == "metric":
-        for metric in plugins.offered("metric").values():
-            assert metric.settings is not None
-            yield "metric.", metric.settings
-    else:
-        yield "", {"": Settings, "components": Components, "bench": BenchSettings}[place]
+        return plugins.component(role, name).Settings  # type: ignore[attr-defined,no-any-return]
+    return {"": Settings, "components": Components, "bench": BenchSettings}[place]
+
+
+@pytest.mark.parametrize("name", list(installed().offered("preset")))
+def test_every_preset_of_this_repository(name: str) -> None:
+    """Every key exists in the component that it names, its value validates, and it has a summary."""
+    plugins = installed()
+    plugins.check_preset(name)
+    registered = plugins.offered("preset")[name]
+    assert registered.summary
+    for role in ("backbone", "dataset"):
+        for one in plugins.offered(role).values():
+            assert getattr(one.value, "preset", None) in (None, *plugins.offered("preset"))
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
@@ -112,12 +120,11 @@ def test_every_line_of_a_shipped_preset(file: Path) -> None:
         assert line.comment, f"{where} does not say where it comes from"
         if (line.place, line.key) == ("", "preset"):
             continue
-        having = [(prefix, one) for prefix, one in models_of(line.place, plugins) if line.key in one.model_fields]
-        assert having, f"{where} is no setting of anything"
-        for prefix, model in having:
-            given = plugins_value(model, line.key, line.value, prefix)
-            default = model.model_fields[line.key].default
-            assert (given == default) == (STATED in line.comment) or below, f"{where}: is it {STATED}?"
+        model = model_of(line.place, plugins)
+        assert line.key in model.model_fields, f"{where} is no setting of anything"
+        given = getattr(validate(model, {line.key: line.value}, f"{line.place}."), line.key)
+        default = model.model_fields[line.key].default
+        assert (given == default) == (STATED in line.comment) or below, f"{where}: is it {STATED}?"
         if line.place == "components":
             plugins.component(line.key, line.value)
         key = f"{line.place}.{line.key}".lstrip(".")
@@ -125,7 +132,7 @@ def test_every_line_of_a_shipped_preset(file: Path) -> None:
 
 
 def test_published_states_every_number_of_its_components() -> None:
-    """A setting that it is silent about would be icekit's own choice, or the backbone's suggestion."""
+    """A setting that it is silent about would be icekit's own choice, or the backbone's preset's."""
     plugins = builtins()
     values = plugins.preset("published").values
     silent = {
@@ -135,12 +142,6 @@ def test_published_states_every_number_of_its_components() -> None:
         for key in plugins.component(role, name).Settings.model_fields.keys() - values[role][name].keys()  # type: ignore[attr-defined]
     }
     assert silent - {key for keys in NOT_THE_METHODS.values() for key in keys} == set()
-
-
-def plugins_value(model: type[BaseModel], key: str, value: Any, prefix: str) -> Any:
-    from icekit.settings import validate
-
-    return getattr(validate(model, {key: value}, prefix), key)
 
 
 def test_a_wrong_line_of_a_preset_would_be_found(tmp_path: Path) -> None:
@@ -184,6 +185,14 @@ def with_presets(folder: Path, **presets: str) -> Plugins:
             register("other", Other)
 
         @hookimpl
+        def register_backbones(self, register: Any) -> None:
+            register("own", type("Own", (plain.PlainBackbone,), {"preset": "own"}))
+
+        @hookimpl
+        def register_datasets(self, register: Any) -> None:
+            register("data", type("Data", (builtin_folder.FolderDataset,), {"preset": "data"}))
+
+        @hookimpl
         def register_presets(self, register: Any) -> None:
             for name, text in presets.items():
                 (folder / f"{name}.toml").write_text(text)
@@ -204,34 +213,100 @@ backbone = "plain"
 retriever = "plain"
 segmentor = "plain"
 learner = "first"
-[learner]
-steps = 30
 [learner.first]
+steps = 30
 rate = 0.5
 own_rate = "none"
+[learner]
+other.steps = 31
 [metric]
-prompt = "attributes"
+sim_i.prompt = "attributes"
+"""
+OWN = """# The backbone's own
+min_visible = 0.4
+max_concepts = 3
+[learner.first]
+own_rate = 0.9
+steps = 5
+"""
+OF_THE_DATA = """# The data set's
+max_concepts = 4
+sample_steps = 12
+[components]
+backbone = "own"
+learner = "other"
 """
 
 
-def test_a_preset_lies_between_suggestions_and_what_was_given(tmp_path: Path) -> None:
-    found = with_presets(tmp_path, short=PRESET)
-    suggestions = {"min_visible": 0.4, "max_concepts": 3, "learner.first.own_rate": 0.9, "learner.steps": 5}
-    full = found.resolve(load_settings(None, ["preset=short", "samples=1"]), suggestions)
+def test_a_preset_lies_between_the_backbones_own_and_what_was_given(tmp_path: Path) -> None:
+    found = with_presets(tmp_path, short=PRESET, own=OWN, data=OF_THE_DATA)
+    options = {"components": {"backbone": "own"}}
+    full = found.resolve(load_settings(None, ["preset=short", "samples=1"], options))
     assert (full.preset, full.min_visible, full.max_concepts, full.samples) == ("short", 0.2, 3, 1)
     assert full.learner == {"steps": 30, "rate": 0.5, "own_rate": None}
     assert full.components.learner == "first"
-    # The complete settings, read again, are the same, whatever is suggested.
+    # The complete settings, read again, are the same, whatever presets say.
     (tmp_path / "settings.toml").write_text(full.to_toml())
-    assert found.resolve(load_settings(tmp_path / "settings.toml"), {"learner.own_rate": 0.9, "seed": 4}) == full
+    assert found.resolve(load_settings(tmp_path / "settings.toml")) == full
+
+
+def test_the_preset_of_a_data_set_lies_above_the_backbones(tmp_path: Path) -> None:
+    found = with_presets(tmp_path, short=PRESET, own=OWN, data=OF_THE_DATA)
+    plain_parts = {"retriever": "plain", "segmentor": "plain"}
+    given = load_settings(None, [], {"components": plain_parts})
+    assert [preset.name for preset in found.presets_of(given, "data")] == ["own", "data"]
+    full = found.resolve(given, "data")
+    assert (full.components.backbone, full.components.learner) == ("own", "other")
+    assert (full.min_visible, full.max_concepts, full.sample_steps) == (0.4, 4, 12)
+    chosen = load_settings(None, ["preset=short", "max_concepts=5"], {"components": plain_parts})
+    assert [preset.name for preset in found.presets_of(chosen, "data")] == ["plain", "data", "short"]
+    full = found.resolve(chosen, "data")
+    assert found.chosen(chosen, "data") == full.components
+    assert (full.components.backbone, full.components.learner) == ("plain", "first")
+    assert (full.min_visible, full.max_concepts, full.sample_steps) == (0.2, 5, 12)
 
 
 def test_settings_for_a_component_that_was_replaced_are_passed_over(tmp_path: Path) -> None:
     found = with_presets(tmp_path, short=PRESET)
     full = found.resolve(load_settings(None, ["preset=short"], {"components": {"learner": "other"}}))
-    assert (full.components.learner, full.learner) == ("other", {"steps": 30})
+    assert (full.components.learner, full.learner) == ("other", {"steps": 31})
     with pytest.raises(InputError, match=r"unknown setting 'learner.rate'"):  # given, it is still refused
         found.resolve(load_settings(None, ["preset=short", "learner.rate=1"], {"components": {"learner": "other"}}))
+
+
+def test_a_preset_does_not_reach_a_component_that_it_does_not_name(tmp_path: Path) -> None:
+    """Somebody's own component has settings of these names, and they mean something else there."""
+
+    class Plugin:
+        @hookimpl
+        def register_retrievers(self, register: Any) -> None:
+            register("mine", Mine)
+
+    class Mine:
+        class Settings(ComponentSettings):
+            model: Literal["mine"] = "mine"
+            vocabulary: int = 7
+            steps: int = 3
+
+        def retrieve(self) -> None: ...
+
+    found = installed_with(Plugin)
+    for preset in found.offered("preset"):
+        given = {"components": {"retriever": "mine"}} | ({"preset": preset} if preset != "tabletop-bench" else {})
+        for dataset in (None, "tabletop"):
+            full = found.resolve(load_settings(options=given), dataset)
+            assert full.retriever == {"model": "mine", "vocabulary": 7, "steps": 3}
+    assert full.components.backbone == "tabletop"
+
+
+def installed_with(plugin: type) -> Plugins:
+    """What is installed here, and one more plugin."""
+    found = Plugins()
+    for other, origin in installed()._origins.items():
+        found.add(origin, lambda other=other: other)
+    found.add(Origin("mine", "mine", "1"), plugin)
+    assert found.broken == []
+    return found
 
 
 def test_a_preset_built_on_another(tmp_path: Path) -> None:
@@ -244,8 +319,21 @@ def test_a_preset_built_on_another(tmp_path: Path) -> None:
         found.resolve(Settings(preset="a"))
 
 
-def test_a_broken_preset_is_named_and_left_out(tmp_path: Path) -> None:
-    (tmp_path / "odd.toml").write_text("min_visble = 0.3\n")
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("min_visble = 0.3", "did you mean 'min_visible'?"),
+        (
+            "[learner]\nsteps = 3",
+            "preset 'odd' does not say which learner its setting 'learner.steps' is for: put it under [learner.NAME]",
+        ),
+        ("[metric]\nprompt = 'a'", "setting 'metric.prompt' is for: put it under [metric.NAME]"),
+        ("metric = 3", "setting 'metric.' is for: put it under [metric.NAME]"),
+        ("describe = true", "there is no setting 'describe' any more: set naming to"),
+    ],
+)
+def test_a_broken_preset_is_named_and_left_out(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "odd.toml").write_text(f"{text}\n")
 
     class Plugin:
         @hookimpl
@@ -255,7 +343,7 @@ def test_a_broken_preset_is_named_and_left_out(tmp_path: Path) -> None:
     found = builtins()
     found.add(Origin("odd", "odd", "1"), Plugin)
     assert list(found.offered("preset")) == ["published", "paper", "weighed"]
-    assert "did you mean 'min_visible'?" in str(found.broken[0])
+    assert reason in str(found.broken[0])
 
 
 # --- As a user meets them --------------------------------------------------------------------------------------------

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
+from learning import Killed, Memory, Taught, assert_same, learn_watched, recorded_generation, row_of, two_regions
 from torch import Tensor, nn
 
+from icekit.backbones.fine_tuning import replaced_weights, whole_weights
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.builtin.learners.ice import IceLearner, IceSettings
-from icekit.learning.fine_tuning import replaced_weights, whole_weights
 from icekit.learning.prior import prior_prompts
-from icekit.protocols import Attribute, Checkpoint, InputError, Learned, Step
+from icekit.protocols import Attribute, Checkpoint, FineTuning, InputError, Step
 from icekit.randomness import seeded_generator
 from icekit.run.directory import FileCheckpoint, RunDirectory
 
@@ -39,7 +38,7 @@ def backbone(sd_folder: Path) -> StableDiffusion:
     return StableDiffusion(StableDiffusion.Settings(model=str(sd_folder)), "cpu")
 
 
-Learn = Callable[..., tuple[Learned, list[Step]]]
+Learn = Callable[..., tuple[Taught, list[Step]]]
 
 
 @pytest.fixture
@@ -50,7 +49,7 @@ def learn(backbone: StableDiffusion) -> Learn:
         kill_at: int | None = None,
         on: StableDiffusion = backbone,
         **settings: Any,
-    ) -> tuple[Learned, list[Step]]:
+    ) -> tuple[Taught, list[Step]]:
         learner = IceLearner(IceSettings(**(QUICK | settings)), on)
         return learn_watched(learner, two_regions(), attributes, checkpoint=checkpoint, kill_at=kill_at)
 
@@ -174,22 +173,24 @@ def test_the_run_directory_holds_a_model_that_diffusers_reads(
 
     learned = learn(refine_weights="all", refine_learning_rate=1e-3)[0]
     run = RunDirectory(tmp_path / "run")
-    run.save_learned(learned)
-    assert_same(dict(sorted(run.load_weights().items())), dict(sorted(learned.weights.items())))
+    run.save_learned(learned.learned)
+    kept = run.load_tuning().weights
+    assert_same(dict(sorted(kept.items())), dict(sorted(learned.weights.items())))
     assert not list((tmp_path / "run").rglob("*.part"))
 
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "unet")
     assert_same({name: value.half() for name, value in unet.state_dict().items()}, learned.weights)
     pipeline = StableDiffusionPipeline.from_pretrained(sd_folder, safety_checker=None)
-    UNet2DConditionModel.from_config(pipeline.unet.config).load_state_dict(run.load_weights())
+    UNet2DConditionModel.from_config(pipeline.unet.config).load_state_dict(kept)
     pipeline.unet = unet.float()
     theirs = StableDiffusion.from_pipeline(pipeline, "cpu").generate(["a red cup"], seeds=[3], steps=2)[0]
 
     def ours(weights: Mapping[str, Tensor] | None = None) -> bytes:
-        return backbone.generate(["a red cup"], seeds=[3], steps=2, weights=weights)[0].tobytes()
+        tuning = FineTuning(weights=weights or {})
+        return backbone.generate(["a red cup"], seeds=[3], steps=2, tuning=tuning)[0].tobytes()
 
     before, plain = state_of(backbone.unet), ours()
-    assert ours(run.load_weights()) == theirs.tobytes() != plain
+    assert ours(kept) == theirs.tobytes() != plain
     assert_same(backbone.unet.state_dict(), before)
     assert ours() == plain
     with pytest.raises(InputError, match="fine-tuned weights are of another model"):
@@ -207,9 +208,9 @@ def prompts_of_refinement(
     seen: list[str] = []
     encode, generate = backbone.encode_prompts, backbone.generate
 
-    def recorded(prompts: Sequence[str]) -> Any:
+    def recorded(prompts: Sequence[str], *tokens: Any) -> Any:
         seen.extend(prompts)
-        return encode(prompts)
+        return encode(prompts, *tokens)
 
     def generated(prompts: Sequence[str], **options: Any) -> Any:
         images = generate(prompts, **options)
@@ -255,7 +256,7 @@ def test_attribute_rows_change_only_when_asked_for(learn: Learn) -> None:
 def test_tokens_of_words_stay_of_words(learn: Learn, backbone: StableDiffusion) -> None:
     settings = {"attribute_rows": "words", "refine_rows": "attributes", "refine_learning_rate": 0.1}
     before, tokens = learn(**(settings | {"refine_steps": 0}))[0].tokens, learn(**settings)[0].tokens
-    words = torch.stack([backbone.word_embedding(word) for word in COLOUR.vocabulary])
+    words = torch.stack([row_of(backbone, word) for word in COLOUR.vocabulary])
     for name in ("<cup-0-colour>", "<metal-ball-1-colour>"):
         weights = torch.linalg.lstsq(words.T, tokens[name]).solution
         torch.testing.assert_close(weights @ words, tokens[name])
@@ -334,4 +335,4 @@ def test_settings_refuse_what_cannot_work() -> None:
         IceSettings(prior_prompt=" ")
     with pytest.raises(ValueError, match=r"'lora' or 'all'"):
         IceSettings(refine_weights="some")  # type: ignore[arg-type]
-    assert math.isclose(IceSettings().prior_guidance, 7.5)
+    assert IceSettings().prior_guidance is None

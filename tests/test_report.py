@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from icekit.protocols import InputError, Learned
+from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.protocols import FineTuning, InputError, Learned
 from icekit.report import loss_chart
 from icekit.report import page as report
 from icekit.run.directory import RunDirectory
@@ -96,11 +97,17 @@ def write_run(run: Path, labels: list[str], size: int = 64, samples: int = 2, so
         for step in range(1, 41)
     ]
     (run / "log.jsonl").write_text("\n".join(json.dumps(line) for line in log))
-    (run / "settings.toml").write_text('[backbone]\nmodel = "my/model"\n')
+    (run / "settings.toml").write_text("[learner]\nsteps = 40\n")
     manifest = {
-        "schema_version": 1,
+        "schema_version": 2,
         "icekit_version": "0.1.0",
         "image": {"source": source, "sha256": "0" * 64, "width": size, "height": size},
+        "backbone": {
+            "identity": "x",
+            "rows": {"clip_l": 4},
+            "pipeline_class": "StableDiffusionPipeline",
+            "pipeline_source": "my/model",
+        },
         "components": {"backbone": "tabletop", "retriever": "clip", "segmentor": "xattn", "learner": "ice"},
         "attributes": ["colour", "material"],
         "seed": 7,
@@ -172,15 +179,24 @@ def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fine_tuned", [False, True])
 def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path, fine_tuned: bool) -> None:
+    """With what the backbone says of how its model is loaded."""
+    backbone = StableDiffusion(StableDiffusion.Settings(model=str(sd_folder)), "cpu")
     run = write_run(tmp_path, ["cup"], samples=0)
-    (run / "settings.toml").write_text(f'[backbone]\nmodel = "{sd_folder}"\n')
-    dim = json.loads((sd_folder / "text_encoder" / "config.json").read_text())["hidden_size"]
+    [(encoder, dim)] = backbone.rows.items()
     config = json.loads((sd_folder / "unet" / "config.json").read_text())
     own = load_file(sd_folder / "unet" / "diffusion_pytorch_model.safetensors")
     weights = {name: torch.zeros_like(value, dtype=torch.float16) for name, value in own.items()}
-    tuned = {"weights": weights, "weights_config": config} if fine_tuned else {}
-    RunDirectory(run).save_learned(Learned({f"<cup-0{end}>": torch.ones(dim) for end in ("", "-instance")}, **tuned))
-    html = report.render_report(run, json.loads((run / "manifest.json").read_text()))
+    tuning = FineTuning(weights=weights, weights_config=config) if fine_tuned else FineTuning()
+    tokens = {f"<cup-0{end}>": {encoder: torch.ones(dim)} for end in ("", "-instance")}
+    RunDirectory(run).save_learned(Learned(tokens, tuning))
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["backbone"] = {
+        "identity": backbone.identity,
+        "rows": dict(backbone.rows),
+        "pipeline_class": backbone.pipeline_class,
+        "pipeline_source": backbone.pipeline_source,
+    }
+    html = report.render_report(run, manifest)
     found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
     assert found
     scope: dict[str, Any] = {}
@@ -188,6 +204,35 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
     assert isinstance(scope["image"], Image.Image)
     assert "<cup-0-instance>" in scope["pipe"].tokenizer.get_vocab()
     assert any(bool(value.any()) for value in scope["pipe"].unet.parameters()) != fine_tuned
+
+
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        None,  # a run of schema version 1
+        {"identity": "x", "rows": {"clip_l": 4}},
+        {"identity": "x", "rows": {"clip_l": 4}, "pipeline_class": "a; b", "pipeline_source": "my/model"},
+        {"identity": "x", "rows": {"clip_l": 4, "clip_g": 4}, "pipeline_class": "P", "pipeline_source": "my/model"},
+    ],
+)
+def test_no_code_is_shown_that_would_not_run(tmp_path: Path, backbone: dict[str, Any] | None) -> None:
+    run = write_run(tmp_path, ["cup"])
+    manifest = json.loads((run / "manifest.json").read_text()) | {"backbone": backbone}
+    page = Page(report.render_report(run, manifest))
+    assert "from_pretrained" not in page.text and "diffusers" not in page.text
+    assert "icekit compose" in page.text
+
+
+def test_a_picture_of_two_sides(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"], 64)
+    for path in [run / "image.png", *(run / "masks").iterdir(), *(run / "samples").iterdir()]:
+        with Image.open(path) as picture:
+            picture.crop((0, 0, 64, 48)).save(path)
+    page = read_page(report.write_report(run))
+    assert [outline["d"] for outline in page.all("path") if outline.get("class") == "line"]
+    sizes = {image["alt"]: (image["width"], image["height"]) for image in page.all("img")}
+    assert sizes["The image as the run saw it: photo.jpg"] == ("1024", "768")
+    assert sizes["Generated with <cup-0-colour>, sample 1"] == ("64", "48")
 
 
 def test_nothing_outside_is_asked_for(tmp_path: Path) -> None:
@@ -232,9 +277,10 @@ def test_names_from_a_run_are_harmless(tmp_path: Path, evil: str) -> None:
 def test_a_bare_run(tmp_path: Path) -> None:
     """Only a manifest and the tokens: what is not there is left out."""
     manifest = {
-        "schema_version": 1,
+        "schema_version": 2,
         "icekit_version": "0.1.0",
         "image": {"source": "photo.jpg", "sha256": "", "width": 8, "height": 8},
+        "backbone": {"identity": "x", "rows": {"clip_l": 4}},
         "concepts": [
             {"index": 0, "label": "cup", "score": 0.3, "area": 0.1, "mask": "masks/0-cup.png"}
             | {"tokens": {"category": "<cup-0>"}, "words": {}}

@@ -24,12 +24,18 @@ def component(**methods: object) -> type:
     return Component
 
 
-def fake_plugins() -> Plugins:
-    """One component for every role, two learners, two attributes."""
+def fake_plugins(own: Path | None = None, lacks: tuple[str, ...] = (), **needs: object) -> Plugins:
+    """One component for every role, two learners, two attributes.
+
+    own: the backbone's preset. lacks: what the backbone cannot do. needs: what learner ``ice`` has of such attributes.
+    """
     from icekit import hookimpl, protocols
 
     class Everything(component()):  # type: ignore[misc]
         pass
+
+    Everything.preset = "own" if own else None
+    Everything.lacks = lacks
 
     for name, value in vars(protocols.Backbone).items():
         if callable(value) and not name.startswith("_"):
@@ -50,7 +56,7 @@ def fake_plugins() -> Plugins:
 
         @hookimpl
         def register_learners(self, register):
-            register("ice", component())
+            register("ice", type("Ice", (component(),), needs))
             register("other", component())
 
         @hookimpl
@@ -58,10 +64,28 @@ def fake_plugins() -> Plugins:
             register(Attribute("colour", "colour", ("red",), aliases=("color",)))
             register(Attribute("material", "material", ("wood",)))
 
+        @hookimpl
+        def register_presets(self, register):
+            if own:
+                register("own", own)
+
     plugins = Plugins()
     plugins.add(Origin("fake", "fake", "1"), Plugin)
+    for kind in ("learner", "preset"):
+        plugins.offered(kind)
     assert plugins.broken == []
     return plugins
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A backbone's preset."""
+    file = tmp_path / "own.toml"
+    file.write_text(
+        "# What suits this backbone\nmin_visible = 0.3\nsamples = 1\n[learner]\nice.steps = 1\nice.rate = 0.5\n"
+        'ice.model = "theirs"\nother.steps = 9\nunheard-of.strange = 1\n'
+    )
+    return file
 
 
 def test_later_layers_win(tmp_path: Path) -> None:
@@ -72,51 +96,92 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert settings.learner == {"steps": 20, "rate": 0.1}
 
 
-def test_suggestions_come_below_what_was_given() -> None:
-    settings = load_settings(None, ["learner.steps=20"])
-    suggestions = {"learner.steps": 1, "learner.rate": 0.5, "min_visible": 0.3, "retriever.unheard_of": 1, "samples": 1}
-    full = fake_plugins().resolve(settings, suggestions)
-    assert full.learner == {"steps": 20, "rate": 0.5, "model": None}
-    assert full.min_visible == 0.3
-    given = fake_plugins().resolve(load_settings(None, ["min_visible=0.1", "samples=2"]), suggestions)
+def test_the_backbones_preset_comes_below_what_was_given(own: Path) -> None:
+    full = fake_plugins(own).resolve(load_settings(None, ["learner.steps=20"]))
+    assert full.learner == {"steps": 20, "rate": 0.5, "model": "theirs"}
+    assert (full.min_visible, full.samples) == (0.3, 1)
+    given = fake_plugins(own).resolve(load_settings(None, ["min_visible=0.1", "samples=2"]))
     assert (given.min_visible, given.samples) == (0.1, 2)  # the defaults too, when somebody gave them
 
 
-def test_a_suggestion_for_one_component_is_for_that_one_alone() -> None:
-    learner = fake_plugins().resolve(load_settings()).components.learner
-    suggestions = {f"learner.{learner}.steps": 7, "learner.steps": 1, "learner.another.rate": 0.5, "learner.rate": 0.2}
-    full = fake_plugins().resolve(load_settings(), suggestions)
-    assert (full.learner["steps"], full.learner["rate"]) == (7, 0.2)
-    assert fake_plugins().resolve(load_settings(None, ["learner.steps=20"]), suggestions).learner["steps"] == 20
+def test_a_preset_is_for_the_component_that_it_names(own: Path) -> None:
+    """A component of somebody else's may have settings of the same names."""
+    full = fake_plugins(own).resolve(load_settings(None, ["components.learner=other"]))
+    assert full.learner == {"steps": 9, "rate": 5e-4, "model": None}
+    assert full.retriever == fake_plugins().resolve(load_settings()).retriever
 
 
-def test_a_given_setting_may_name_the_component() -> None:
-    """As a bench's settings and suggestions do."""
+def test_a_wrong_line_of_the_backbones_preset_is_named(own: Path) -> None:
+    own.write_text("[learner]\nice.stps = 4\n")
+    with pytest.raises(InputError, match=r"^preset 'own': unknown setting 'learner.ice.stps': did you mean"):
+        fake_plugins(own).resolve(load_settings())
+    fake_plugins(own).resolve(load_settings(None, ["components.learner=other"]))
+    own.write_text("[learner]\nice.steps = 0\n")
+    with pytest.raises(InputError, match=r"^preset 'own': setting 'learner.ice.steps' cannot be 0"):
+        fake_plugins(own).resolve(load_settings())
+
+
+def test_a_given_setting_may_name_the_component(own: Path) -> None:
+    """As a bench's settings do."""
     given = load_settings(None, ["learner.ice.steps=20", "learner.steps=10", "learner.rate=0.1"])
-    full = fake_plugins().resolve(given, {"learner.ice.steps": 1, "learner.ice.rate": 0.5})
-    assert full.learner == {"steps": 20, "rate": 0.1, "model": None}
+    full = fake_plugins(own).resolve(given)
+    assert full.learner == {"steps": 20, "rate": 0.1, "model": "theirs"}
     assert full.segmentor == fake_plugins().resolve(load_settings()).segmentor
 
 
-def test_none_can_be_said(tmp_path: Path) -> None:
-    """TOML has no word for it, and a suggestion would stand in its place."""
-    suggestions = {"learner.model": "theirs"}
-    assert fake_plugins().resolve(load_settings(), suggestions).learner["model"] == "theirs"
-    full = fake_plugins().resolve(load_settings(None, ["learner.model=none", "backbone.model=nonesuch"]), suggestions)
+def test_none_can_be_said(tmp_path: Path, own: Path) -> None:
+    """TOML has no word for it, and a preset's value would stand in its place."""
+    plugins = fake_plugins(own)
+    assert plugins.resolve(load_settings()).learner["model"] == "theirs"
+    full = plugins.resolve(load_settings(None, ["learner.model=none", "backbone.model=nonesuch"]))
     assert (full.learner["model"], full.backbone["model"]) == (None, "nonesuch")
     (tmp_path / "settings.toml").write_text(full.to_toml())
-    assert fake_plugins().resolve(load_settings(tmp_path / "settings.toml"), suggestions) == full
+    assert plugins.resolve(load_settings(tmp_path / "settings.toml")) == full
     with pytest.raises(InputError, match=r"'learner\.steps' cannot be 'none'"):
-        fake_plugins().resolve(load_settings(None, ["learner.steps=none"]))
+        plugins.resolve(load_settings(None, ["learner.steps=none"]))
 
 
-def test_settings_file_runs_again(tmp_path: Path) -> None:
-    plugins = fake_plugins()
-    full = plugins.resolve(load_settings(None, ["learner.rate=1e-5", 'attributes=["color", "colour"]']))
+def test_settings_file_runs_again(tmp_path: Path, own: Path) -> None:
+    full = fake_plugins().resolve(load_settings(None, ["learner.rate=1e-5", 'attributes=["color", "colour"]']))
     (tmp_path / "settings.toml").write_text(full.to_toml())
-    again = plugins.resolve(load_settings(tmp_path / "settings.toml"), {"learner.rate": 1.0, "seed": 7})
-    assert again == full
+    assert fake_plugins(own).resolve(load_settings(tmp_path / "settings.toml")) == full
     assert full.attributes == ("colour",)
+
+
+@pytest.mark.parametrize("key", ["rename", "divide", "describe"])
+def test_the_flags_that_became_naming(tmp_path: Path, key: str) -> None:
+    (tmp_path / "settings.toml").write_text(f"{key} = true\n")
+    for arguments in ((tmp_path / "settings.toml",), (None, [f"{key}=false"])):
+        with pytest.raises(InputError) as error:
+            load_settings(*arguments)
+        assert str(error.value).startswith(f"there is no setting '{key}' any more: set naming to retrieved (")
+        assert "\n" not in str(error.value)
+
+
+# --- What a backbone lacks -------------------------------------------------------------------------------------------
+
+
+def test_what_the_backbone_lacks_is_said_before_it_is_loaded() -> None:
+    needing = {"needs": ("attention", "similarity")}
+    fake_plugins(lacks=("fine_tuning",), **needing).resolve(load_settings())
+    plugins = fake_plugins(lacks=("similarity",), **needing)
+    with pytest.raises(InputError) as error:
+        plugins.resolve(load_settings())
+    assert str(error.value) == (
+        "learner 'ice' needs similarity (maps of places over places), which backbone 'sd21' does not have: "
+        "choose other or take another backbone"
+    )
+    plugins.resolve(load_settings(None, ["components.learner=other"]))
+
+
+def test_a_need_may_depend_on_settings() -> None:
+    def needs(settings) -> list[str]:
+        return ["fine_tuning"] if settings.steps > 800 else []
+
+    plugins = fake_plugins(lacks=("fine_tuning", "posterior"), needs_with=staticmethod(needs))
+    plugins.resolve(load_settings())
+    with pytest.raises(InputError, match=r"'ice' needs fine_tuning \(weights .*: set it otherwise or choose other or"):
+        plugins.resolve(load_settings(None, ["learner.steps=801"]))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from sklearn.linear_model import LassoLars
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from icekit.builtin.retrievers import clip
+from icekit import clip
 from icekit.builtin.retrievers.splice import SAMPLE_PHOTOGRAPHS, SpliceRetriever, centred, sparse_weights
 from icekit.protocols import InputError, View
 

@@ -36,7 +36,8 @@ class Training:
         self.kill_at = kill_at
         settings = TrainingSettings(weight_decay=0.1, checkpoint_every=3)
         task: Any = Task(torch.zeros(3, 4, 4), (), (), 0, checkpoint, self._on_step)
-        self.trainer = Trainer(self.rows, settings, task, 20)
+        tokens = {name: {"clip_l": row} for name, row in self.rows.items()}
+        self.trainer = Trainer(tokens, settings, task, 20)
 
     def _on_step(self, step: Step) -> None:
         if step.step == self.kill_at:
@@ -136,7 +137,7 @@ def test_a_row_that_comes_after_400_steps_moves_faster_than_with_a_fresh_adamw()
     places: list[float] = []
     task: Any = Task(torch.zeros(3, 4, 4), (), (), 0, memory, lambda _: places.append(rows["<new>"].item()))
     settings = TrainingSettings(weight_decay=0.0)
-    trainer = Trainer(rows, settings, task, 420)
+    trainer = Trainer({name: {"clip_l": row} for name, row in rows.items()}, settings, task, 420)
     for name, steps in (("<old>", range(1, 401)), ("<new>", range(401, 421))):
         trainer.train(
             name,

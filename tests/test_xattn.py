@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from planted_attention import BALL, CUP, PlantedBackbone, generator, iou, scene
+from planted_attention import (
+    BALL,
+    CUP,
+    WIDE,
+    JointBackbone,
+    PlantedBackbone,
+    generator,
+    iou,
+    scene,
+    without_attention,
+)
 from torch import Tensor
 
-from icekit.attention.refinement import Joining, colour_distance, heaviest_part
-from icekit.attention.segmentor import normalise_over_space, upsample
+from icekit.attention import Joining, colour_distance, heaviest_part, normalise_over_space, upsample
 from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor, compete, otsu, propagate
 from icekit.protocols import InputError, View
 
 ALL = torch.ones(4, dtype=torch.bool)
 
 
-def build(**settings: Any) -> tuple[CrossAttentionSegmentor, PlantedBackbone]:
-    backbone: Any = PlantedBackbone({"cup": CUP, "ball": BALL})
+def build(backbone: Any = None, **settings: Any) -> tuple[CrossAttentionSegmentor, PlantedBackbone]:
+    backbone = backbone or PlantedBackbone({"cup": CUP, "ball": BALL})
     return CrossAttentionSegmentor(CrossAttentionSegmentor.Settings.model_validate(settings), backbone), backbone
 
 
@@ -89,6 +97,27 @@ def test_the_planted_mask_is_found(word: str, mask: Tensor) -> None:
     assert iou(found, mask) > 0.9
 
 
+@pytest.mark.parametrize("word", ["cup", "ball"])
+def test_a_picture_that_is_no_square(word: str) -> None:
+    for objects in (WIDE, {name: mask.T.contiguous() for name, mask in WIDE.items()}):
+        for refinement, one_piece in ((True, False), (True, True), (False, False)):
+            segmentor, _ = build(PlantedBackbone(objects), refinement=refinement, one_piece=one_piece)
+            view = scene(objects["cup"], objects["ball"])
+            found = segmentor.segment(view, word, generator())
+            assert found.shape == view.visible.shape == objects[word].shape
+            assert iou(found, objects[word]) > 0.95
+            soft = segmentor.soft_map(view, word, generator())
+            assert soft.shape == view.visible.shape and soft.min() >= 0 and soft.max() == pytest.approx(1)
+
+
+def test_how_much_the_prompt_gets_of_all_attention_does_not_matter() -> None:
+    soft, less = (
+        build(kind({"cup": CUP, "ball": BALL}))[0].soft_map(scene(), "cup", generator())
+        for kind in (PlantedBackbone, JointBackbone)
+    )
+    torch.testing.assert_close(less, soft, rtol=1e-4, atol=1e-5)
+
+
 def test_propagation_completes_the_object() -> None:
     alone, _ = build(propagation=0, refinement=False)
     spread, _ = build(propagation=1, refinement=False)
@@ -123,41 +152,41 @@ def test_what_it_looks_at_is_a_setting() -> None:
         assert torch.equal(backbone.seen[0][0], expected)
 
 
-def test_timesteps_and_draws() -> None:
-    segmentor, backbone = build(timestep=[0.15, 1.0], draws=3)
+def test_shares_and_draws() -> None:
+    segmentor, backbone = build(shares=[0.15, 1.0], draws=3)
     segmentor.segment(scene(), "cup", generator(1))
-    assert backbone.timesteps == [150] * 3 + [999] * 3
+    assert backbone.shares == [0.15] * 3 + [1.0] * 3
     assert len({noise.sum().item() for noise in backbone.noises}) == 6
-    again, other = build(timestep=[0.15, 1.0], draws=3)
+    again, other = build(shares=[0.15, 1.0], draws=3)
     again.segment(scene(), "cup", generator(1))
     assert all(torch.equal(a, b) for a, b in zip(backbone.noises, other.noises, strict=True))
 
 
-def test_a_clean_latent_is_looked_at_once_for_each_timestep() -> None:
-    segmentor, backbone = build(noise=False, timestep=[0.15, 0.3], draws=3)
-    predicted: list[tuple[Tensor, int]] = []
-    backbone.predict = lambda noisy, timesteps, conditioning: predicted.append((noisy, int(timesteps)))  # type: ignore[method-assign]
+def test_a_clean_latent_is_looked_at_once_for_each_share() -> None:
+    segmentor, backbone = build(noise=False, shares=[0.15, 0.3], draws=3)
     segmentor.segment(scene(), "cup", generator())
-    assert [timestep for _, timestep in predicted] == [150, 300]  # said to be that noisy
-    assert not torch.cat([latents for latents, _ in predicted]).any()  # and is not: the planted latents are zero
+    assert backbone.shares == [0.15, 0.3]  # said to be that noisy
+    assert not torch.cat(backbone.noisy).any()  # and is not: the planted latents are zero
     assert backbone.noises == []
 
 
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"cross_resolutions": 16}, 1.0),
-        ({"cross_resolutions": 8}, 4.0),
-        ({"cross_resolutions": "all"}, (1 + 4) / 2),
-        ({"cross_resolutions": "all", "cross_weights": "side"}, (16 * 1 + 8 * 4) / 24),
+        ({}, 1.0),
+        ({"word_grids": 16}, 1.0),
+        ({"word_grids": 7}, 4.0),
+        ({"word_grids": [64, 32, 16, 8]}, (1 + 4) / 2),
+        ({"word_grids": [64, 32, 16, 8], "word_weights": "side"}, (16 * 1 + 8 * 4) / 24),
     ],
 )
 def test_the_grids_of_a_words_attention(settings: dict[str, Any], expected: float) -> None:
     """Its attention is planted as 1 on the grid of 16 and as 4 on the grid of 8, everywhere."""
     segmentor, backbone = build(**settings)
-    backbone.cross = lambda resolution: torch.full((1, 5, resolution, resolution), 16 / resolution) ** 2  # type: ignore[method-assign]
-    cross, _ = segmentor._attention(scene(), "cup", 16, (16,), generator())
-    assert torch.allclose(cross, torch.full((3, 16, 16), expected))
+    backbone.words = lambda grid: torch.full((5, *grid), 16 / grid[0]) ** 2  # type: ignore[method-assign]
+    words, pixels = segmentor.word_maps(scene(), "cup", (32, 8), generator())
+    assert torch.allclose(words, torch.full((3, 16, 16), expected))
+    assert [one.shape for one in pixels] == [(16, 16, 16, 16), (8, 8, 8, 8)]
 
 
 def test_a_word_that_is_its_own_rival() -> None:
@@ -166,21 +195,24 @@ def test_a_word_that_is_its_own_rival() -> None:
     assert segmentor.segment(scene(), "background", generator()).any()
 
 
-def test_default_resolutions() -> None:
-    backbone: Any = SimpleNamespace(attention_resolutions=(64, 32, 16, 8))
-    segmentor = CrossAttentionSegmentor(CrossAttentionSegmentor.Settings(), backbone)
-    assert segmentor._cross == (32, 16) and segmentor._self == 32
-    backbone.attention_resolutions = (8, 4)
-    segmentor = CrossAttentionSegmentor(CrossAttentionSegmentor.Settings(), backbone)
-    assert segmentor._cross == (8,) and segmentor._self == 8
+def test_a_model_that_does_not_tell_is_refused() -> None:
+    assert set(CrossAttentionSegmentor.needs) == {"attention", "similarity"}
+    with pytest.raises(InputError, match=r"tells which places look at one another, and this backbone's does not: .*"):
+        build(without_attention(pixel_grids=()))
+    with pytest.raises(InputError, match=r"tells where the words of a prompt are, and this backbone's does not"):
+        build(without_attention(word_grids=(), pixel_grids=()))
 
 
 def test_what_is_wrong_is_named() -> None:
-    with pytest.raises(InputError, match=r"cross_resolutions: 12 is none of the backbone's grids: 16, 8"):
-        build(cross_resolutions=12)
-    with pytest.raises(InputError, match="self_resolution: 32"):
-        build(self_resolution=32)
-    for wrong in ({"prompt": "things"}, {"timestep": 150}, {"threshold": 1.5}, {"draws": 0}):
+    for wrong in (
+        {"prompt": "things"},
+        {"shares": 150},
+        {"threshold": 1.5},
+        {"draws": 0},
+        {"word_grids": []},
+        {"word_grids": "all"},
+        {"pixel_grid": 0},
+    ):
         with pytest.raises(ValueError):
             build(**wrong)
 
@@ -211,7 +243,7 @@ def test_peaks_that_attend_to_one_another_are_one_thing() -> None:
             attention[query.flatten()[:, None] & key.flatten()[None]] = weight
     image = torch.zeros(3, 8, 8)
     image[0, right] = 1  # red, and the left peak is black
-    joining = Joining(attention, image, join=0.7, join_alike=0.5, alike=10.0)
+    joining = Joining(attention.view(8, 8, 8, 8), image, join=0.7, join_alike=0.5, alike=10.0)
     kept = heaviest_part(soft, 0.5, 0.1, joining)
     assert kept[left].all() and kept[right].all() and not kept[middle].any()
     stricter = replace(joining, join=0.8, join_alike=0.7)

@@ -8,31 +8,20 @@ hard seeds; attention maps are too noisy for seeds that can never be wrong.
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
 from scipy import ndimage, sparse
-from scipy.cluster.vq import kmeans2
 from scipy.sparse.linalg import cg
-from scipy.spatial import KDTree
-from scipy.special import expit, logsumexp
-from skimage.color import rgb2lab
-from skimage.morphology import h_maxima
-from skimage.segmentation import watershed
+from scipy.special import expit
+from skimage.morphology import remove_small_holes, remove_small_objects
 from torch import Tensor
 
-Array = NDArray[np.float64]
+from icekit.attention.colours import Array, lab, log_likelihood
 
-COLOUR_SAMPLES = 3000
-"""A colour model is fitted to at most about this many pixels: more cost time and change nothing."""
 LOGIT_LIMIT = 3.0
 """Evidence of colour is cut off here, so that one odd pixel does not outweigh all its neighbours."""
-FAINT = 0.5
-"""Where a map has a maximum of this share of the level, there may be another thing."""
 SOFT_FLOOR = 0.05
 """Added to both sides of a soft map's odds: 0 and 1 in it mean "surely", not "certainly"."""
 
@@ -75,44 +64,18 @@ def refine(
         bool ``[H, W]``.
     """
     values = soft.detach().cpu().double().numpy()
-    lab = _lab(image) / 100
+    seen = lab(image) / 100
     coarse = values >= level
     inside = values >= foreground
     distance = ndimage.distance_transform_edt(values <= background)
     outside = (values <= background) & (distance <= max(2.0, reach * float(np.sqrt(coarse.sum()))))
     if not coarse.any() or inside.sum() < 2 or outside.sum() < 2:
         return torch.from_numpy(coarse)
-    ratio = log_likelihood(lab, lab[inside], colours) - log_likelihood(lab, lab[outside], colours)
+    ratio = log_likelihood(seen, seen[inside], colours) - log_likelihood(seen, seen[outside], colours)
     evidence = (colour_weight * ratio).clip(-LOGIT_LIMIT, LOGIT_LIMIT)
     prior = expit(evidence + map_weight * (_logit(values) - _logit(np.array(level))))
-    mask = random_walker_with_prior(prior, lab, 1 / smoothness) >= 0.5
-    return torch.from_numpy(without_islands(mask, min_island))
-
-
-def log_likelihood(pixels: Array, samples: Array, components: int) -> Array:
-    """Log p(colour) under a mixture of Gaussians (diagonal covariances), its components found by k-means.
-
-    Args:
-        pixels: ``[H, W, C]``, the colours asked about.
-        samples: ``[N, C]``, the colours the mixture is fitted to; at most ``COLOUR_SAMPLES`` of them are used.
-        components: Gaussians at most.
-
-    Returns:
-        ``[H, W]``, nats, up to a constant that is the same for every mixture.
-    """
-    samples = samples[:: max(1, len(samples) // COLOUR_SAMPLES)]
-    # The seed is fixed: a mask depends on nothing but the map and the image.
-    components = min(components, len(np.unique(samples, axis=0)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an empty cluster is no loss: the mixture is smaller by it
-        _, labels = kmeans2(samples, components, minit="++", seed=0)
-    terms = []
-    for label in np.unique(labels):
-        cluster = samples[labels == label]
-        variance = cluster.var(axis=0) + 2e-4  # (1.4 Lab units)^2: a flat surface still has noise
-        squared = ((pixels - cluster.mean(axis=0)) ** 2 / variance + np.log(variance)).sum(axis=-1)
-        terms.append(np.log(len(cluster) / len(samples)) - squared / 2)
-    return np.asarray(logsumexp(np.stack(terms), axis=0))
+    mask = random_walker_with_prior(prior, seen, 1 / smoothness) >= 0.5
+    return without_islands(torch.from_numpy(mask), min_island)
 
 
 def random_walker_with_prior(prior: Array, features: Array, gamma: float) -> Array:
@@ -146,116 +109,11 @@ def random_walker_with_prior(prior: Array, features: Array, gamma: float) -> Arr
     return np.asarray(solution).reshape(height, width)
 
 
-def without_islands(mask: NDArray[np.bool_], share: float) -> NDArray[np.bool_]:
+def without_islands(mask: Tensor, share: float) -> Tensor:
     """Remove connected parts, and fill holes, with fewer pixels than ``share`` of the mask. Bool ``[H, W]`` both."""
-    least = share * int(mask.sum())
-    kept = _without_small_parts(mask, least)
-    return ~_without_small_parts(~kept, least)
-
-
-@dataclass(frozen=True)
-class Joining:
-    """When two peaks of a soft map are one thing's; see ``heaviest_part``.
-
-    Attributes:
-        self_attention: a, ``[n, n]`` over a square grid, row i are the weights of query i.
-        image: float32 ``[3, H, W]`` in [0, 1].
-        join: peaks that attend to one another this much, as a share of how much they attend to themselves, are joined;
-        join_alike: this much is enough for peaks that look alike:
-        alike: whose ``colour_distance`` is this or less.
-    """
-
-    self_attention: Tensor
-    image: Tensor
-    join: float
-    join_alike: float
-    alike: float
-
-
-def heaviest_part(soft: Tensor, level: float, dip: float, joining: Joining | None = None) -> Tensor:
-    """The basin of the soft map's heaviest peak, by the watershed of its peaks (Vincent and Soille, 1991).
-
-    Two maxima are two peaks when every way between them goes down by ``dip`` at least from the lower one. Things that
-    touch in the image are told apart so. A peak below ``level`` cannot be the heaviest, but what is nearest to it
-    belongs to no other, if it is at least ``FAINT`` of the level.
-
-    One thing may have two peaks, such as the halves of a ring: those that attend to the heaviest as to themselves, and
-    it to them, are its own. A peak's places are those of its basin that reach ``level`` of its own height. With a_ij
-    the mean weight that peak i's places give to peak j's in sum, how much they attend to one another is the smaller one
-    of a_ij / a_jj and a_ji / a_ii.
-
-    Args:
-        soft: float ``[H, W]`` in [0, 1].
-        level: a value of it. A peak weighs the sum of its basin's values from here on.
-        dip: a difference of values.
-        joining: which peaks are joined; None: none.
-
-    Returns:
-        bool ``[H, W]``: what belongs to that peak, or is not nearer to another; all True without a peak.
-    """
-    heights = soft.numpy().astype(np.float64)
-    maxima = h_maxima(heights, dip).astype(bool) & (heights >= FAINT * level)
-    peaks, count = ndimage.label(maxima, np.ones((3, 3)))
-    if count == 0 or heights.max() < level:
-        return torch.ones_like(soft, dtype=torch.bool)
-    basins = watershed(-heights, peaks)
-    weights = ndimage.sum_labels(heights * (heights >= level), basins, index=range(1, count + 1))
-    first = int(weights.argmax())
-    own = [first]
-    if joining is not None:
-        tops = ndimage.maximum(heights, basins, index=range(1, count + 1))
-        places = np.stack([(basins == 1 + i) & (heights >= level * top) for i, top in enumerate(tops)])
-        own = _joined(first, places, joining)
-    return torch.from_numpy(np.isin(basins, [1 + i for i in own]))
-
-
-def _joined(first: int, peaks: NDArray[np.bool_], joining: Joining) -> list[int]:
-    """The peaks, ``[P, H, W]``, that belong to the first, itself among them; see ``heaviest_part``."""
-    attention = joining.self_attention
-    side = round(attention.shape[0] ** 0.5)
-    places = F.adaptive_avg_pool2d(torch.from_numpy(peaks).float().unsqueeze(0), side)[0].flatten(1)
-    given = (places @ attention @ places.T) / places.sum(dim=1, keepdim=True).clamp_min(1e-12)  # a_ij
-    share = given / given.diagonal().clamp_min(1e-12)
-    mutual = torch.minimum(share[first], share[:, first])
-    lab = _lab(joining.image)
-
-    def belongs(other: int) -> bool:
-        if mutual[other] >= joining.join or other == first:
-            return True
-        enough = bool(mutual[other] >= joining.join_alike)
-        return enough and colour_distance(lab[peaks[first]], lab[peaks[other]]) <= joining.alike
-
-    return [other for other in range(len(peaks)) if belongs(other)]
-
-
-def colour_distance(one: Array, other: Array) -> float:
-    """How far two sets of colours lie apart: 0 where each colour of either is in the other, too.
-
-    The mean distance from a colour to the other set's nearest, the larger one of both ways: a modified Hausdorff
-    distance (Dubuisson and Jain, 1994).
-
-    Args:
-        one: ``[N, 3]`` CIELAB, N > 0; at most ``COLOUR_SAMPLES`` of them are used.
-        other: ``[M, 3]``, likewise.
-
-    Returns:
-        0 or more, CIELAB's units (2 are hardly seen).
-    """
-    one, other = (colours[:: max(1, len(colours) // COLOUR_SAMPLES)] for colours in (one, other))
-    there, back = KDTree(other).query(one)[0], KDTree(one).query(other)[0]
-    return float(max(there.mean(), back.mean()))
-
-
-def _lab(image: Tensor) -> Array:
-    """An image ``[3, H, W]`` in [0, 1] in CIELAB, ``[H, W, 3]``."""
-    return np.asarray(rgb2lab(image.detach().cpu().double().permute(1, 2, 0).numpy()))
-
-
-def _without_small_parts(mask: NDArray[np.bool_], least: float) -> NDArray[np.bool_]:
-    labels, _ = ndimage.label(mask)
-    large = np.bincount(labels.ravel()) >= least
-    large[0] = False
-    return np.asarray(large[labels])
+    most = max(0, ceil(share * int(mask.sum())) - 1)
+    kept = remove_small_objects(mask.numpy(), max_size=most)
+    return torch.from_numpy(remove_small_holes(kept, max_size=most))
 
 
 def _logit(values: Array) -> Array:

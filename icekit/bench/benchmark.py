@@ -7,6 +7,7 @@ What is done is on disk at once, and a bench that goes on after any interruption
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -32,16 +33,10 @@ from icekit.randomness import seeded_generator
 from icekit.run import images
 from icekit.run.atomic import write_image_atomically
 from icekit.run.directory import Extraction, Located
-from icekit.run.orchestrator import (
-    UNNAMED,
-    build_component,
-    extract,
-    load_backbone,
-    localise,
-    reproducible,
-    resolve_device,
-)
-from icekit.settings import BENCH_TABLES, NONE, ROLES, Components, Role, Settings, merge, nearest, nest, validate
+from icekit.run.locating import UNNAMED, locate
+from icekit.run.models import build_component, load_backbone, reproducible, resolve_device
+from icekit.run.orchestrator import extract
+from icekit.settings import BENCH_TABLES, NONE, ROLES, Role, Settings, merge, nearest, validate
 
 OWN_TABLES = ("dataset", "rows", *BENCH_TABLES)
 """Tables of a bench's settings that are no run's."""
@@ -156,10 +151,6 @@ class _Bench:
         self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
 
         self.given, self.typed = merge(given, {"seed": seed}), components
-        self.suggested = nest(self.dataset.suggestions)
-        preset = self._preset({})
-        lower = {key: merge(self.suggested.get(key, {}), preset.get(key, {})) for key in BENCH_TABLES}
-        self.bench = validate(BenchSettings, merge(lower["bench"], own_values["bench"]), prefix="bench.")
         self.rows = read_rows(own_values["rows"], (FLOOR, CEILING, PLAIN))
         self.first = self._components({})
         self.combined = {role: _once(components.get(role) or [self.first[role]]) for role in ROLES}
@@ -172,68 +163,63 @@ class _Bench:
                 found.component(role, name)
         for one in metrics:
             found.component("metric", one)
-
         self._check_role_keys()
-        device = resolve_device(str(validate(Settings, {"device": given.get("device", "auto")}).device))
-        self.backbone: Backbone = load_backbone(found, self._settings(self.first), device)
+
+        presets = [preset.values for preset in found.presets_of(self._chosen({}), dataset)]
+        layers = [*(values.get("bench", {}) for values in presets), own_values["bench"]]
+        self.bench = validate(BenchSettings, merge(*layers), prefix="bench.")
         self.plain = self._resolved(self.first)
         self.combinations = self._combinations()
-        self.locating = {  # a region's hints are there for those rows that want them
-            one.stage_one: one.settings for one in sorted(self.combinations, key=lambda one: one.settings.describe)
-        }
+        # A region's hints are there for those rows that want them.
+        described_last = sorted(self.combinations, key=lambda one: one.settings.naming == "described")
+        self.locating = {one.stage_one: one.settings for one in described_last}
 
+        self.backbone: Backbone = load_backbone(found, self.plain, resolve_device(self.plain.device))
+        size = self.backbone.image_size
         self.images = [
-            BenchImage(one.name, to_tensor(images.load_image(one.picture).resized(side)), one.concepts)
-            for side in [self.backbone.image_size]
-            for one in self.dataset.pictures(count, seed, side)
+            BenchImage(one.name, to_tensor(images.load_image(one.picture).fitted(size)), one.concepts)
+            for one in self.dataset.pictures(count, seed, size)
         ]
         _check_names([image.name for image in self.images], dataset)
         self.known = known_truth(self.images)
         self.metric_names = self._choose_metrics(metrics)
-        self.metric_settings = self._metric_values(merge(lower["metric"], own_values["metric"]), own_values)
+        self.metric_settings = self._metric_values(
+            [values.get("metric", {}) for values in presets], own_values["metric"]
+        )
         self.metrics: dict[str, Metric] = {}
 
     # --- Settings ----------------------------------------------------------------------------------------------------
 
-    def _preset(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
-        """The values of the preset: that of a row's own settings, or else that of all."""
-        name = overrides.get("preset", self.given.get("preset", NONE))
-        return {} if name == NONE else self.plugins.preset(str(name)).values
+    def _chosen(self, overrides: Mapping[str, Any]) -> Settings:
+        """The preset and the components that were asked for, a row's own above those of all."""
+        asked = {role: names[0] for role, names in self.typed.items() if names}
+        components = self.given.get("components", {}) | asked | overrides.get("components", {})
+        preset = overrides.get("preset", self.given.get("preset", NONE))
+        return validate(Settings, {"preset": preset, "components": components})
 
     def _components(self, overrides: Mapping[str, Any]) -> dict[Role, str]:
-        """Components by role: a row's own, the first that was asked for, the preset's, the data set's, the default."""
-        layers = (self.suggested, self._preset(overrides), self.given)
-        defaults: dict[str, Any] = Components().model_dump()
-        for layer in layers:
-            defaults |= layer.get("components", {})
-        asked = {role: names[0] for role, names in self.typed.items() if names}
-        chosen = defaults | asked | overrides.get("components", {})
-        return {role: str(chosen[role]) for role in ROLES}
+        """Components by role: those that were asked for, or else the presets', or else the defaults."""
+        return self.plugins.chosen(self._chosen(overrides), self.dataset_name).model_dump()  # type: ignore[return-value]
 
     def _resolved(self, chosen: Mapping[Role, str], overrides: Mapping[str, Any] | None = None) -> Settings:
         """Complete settings of a run with these components, and of a row's own."""
-        return self.plugins.resolve(self._settings(chosen, overrides), self.backbone.suggestions)
-
-    def _settings(self, chosen: Mapping[Role, str], overrides: Mapping[str, Any] | None = None) -> Settings:
-        """A run's settings with these components, as far as they are given or the data set suggests them."""
         own = overrides or {}
         values: dict[str, Any] = {"samples": 0}
-        for layer in (self.suggested, self._preset(own), self.given, own):
-            values = merge(values, {key: value for key, value in layer.items() if key not in (*ROLES, *BENCH_TABLES)})
+        for layer in (self.given, own):
+            values = merge(values, {key: value for key, value in layer.items() if key not in ROLES})
         values["components"] = dict(chosen)
         for role in ROLES:
             values[role] = self._role_values(role, chosen[role], own)
-        return validate(Settings, values)
+        return self.plugins.resolve(validate(Settings, values), self.dataset_name)
 
     def _role_values(self, role: Role, name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """What was given for a component, with others or for it alone; a row's own above."""
         fields = self._fields(role, name)
         values: dict[str, Any] = {}
         if role == "backbone" and "images_at_once" in fields:
             values["images_at_once"] = self.bench.images
-        for layer in (self.suggested, self._preset(overrides)):
-            values |= self.plugins.fitting(role, name, layer.get(role, {}))
-        given, own = self.given.get(role, {}), overrides.get(role, {})
-        for table in ({key: value for key, value in given.items() if key in (*fields, name)}, own):
+        shared = {key: value for key, value in self.given.get(role, {}).items() if key in (*fields, name)}
+        for table in (shared, overrides.get(role, {})):
             named = table.get(name) if name not in fields else None
             values |= {key: value for key, value in table.items() if key != name or named is None}
             values |= named if isinstance(named, Mapping) else {}
@@ -277,9 +263,10 @@ class _Bench:
         """The name of a combination's stage one, which it shares with those that find the same."""
         settings = combination.settings
         sharing = [one.settings for one in everyone if stage_one_key(one.settings) == stage_one_key(settings)]
-        located = settings.model_copy(update={"describe": any(one.describe for one in sharing)})
+        if any(one.naming == "described" for one in sharing):
+            settings = settings.model_copy(update={"naming": "described"})
         chosen = self.first | {role: settings.name_of(role) for role in ("retriever", "segmentor")}
-        return stage_one_name(located, self._resolved(chosen))
+        return stage_one_name(settings, self._resolved(chosen))
 
     def _choose_metrics(self, asked: Sequence[str]) -> list[str]:
         """The metrics asked for, or those of the data set that its truth allows."""
@@ -298,14 +285,20 @@ class _Bench:
             )
         return chosen
 
-    def _metric_values(self, values: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    def _metric_values(self, presets: Sequence[Mapping[str, Any]], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Each metric's settings.
+
+        presets: tables of theirs by metric, the lowest first. own: what was given, for all metrics that have it, or in
+            a table of a metric's name for that one alone.
+        """
         fields = {name: self._fields("metric", name) for name in self.metric_names}
-        _check_keys("metric", own["metric"], fields)
+        _check_keys("metric", own, fields)
         made = {}
         for name, known in fields.items():
-            mine = {key: value for key, value in values.items() if key in known}
-            if name not in known and isinstance(values.get(name), Mapping):
-                mine |= values[name]
+            mine = merge(*(values.get(name, {}) for values in presets))
+            mine |= {key: value for key, value in own.items() if key in known}
+            if name not in known and isinstance(own.get(name), Mapping):
+                mine |= own[name]
             made[name] = self.plugins.component_settings("metric", name, mine)
         return made
 
@@ -433,7 +426,7 @@ class _Bench:
                 raise RunError(f"metric {name!r} measured {strange[0]!r}, which is none of its columns")
             kept["metrics"][name] = {
                 column: {
-                    "value": score.value,
+                    "value": score.value if score.value is not None and math.isfinite(score.value) else None,
                     "prompts": list(score.prompts),
                     "strips": [str(outcome.strip(one).relative_to(self.directory.path)) for one in score.prompts],
                 }
@@ -445,7 +438,7 @@ class _Bench:
     def _locate(self, combination: Combination, image: BenchImage) -> Located:
         """Stage one, once for all combinations that share it; hints are for those that describe."""
         located = self._located(combination, image)
-        if combination.settings.describe:
+        if combination.settings.naming == "described":
             return located
         return replace(located, regions=tuple(replace(region, hints={}) for region in located.regions))
 
@@ -464,10 +457,15 @@ class _Bench:
         retriever, segmentor = (
             build_component(self.plugins, settings, role, self.backbone) for role in ("retriever", "segmentor")
         )
-        attributes = [self.plugins.attribute(name) for name in settings.attributes]
-        for step in localise(image.pixels, retriever, segmentor, settings, located, attributes):
-            located = step
-            place.save_located(located)
+        located = locate(
+            image.pixels,
+            retriever,
+            segmentor,
+            settings,
+            attributes=[self.plugins.attribute(name) for name in settings.attributes],
+            located=located,
+            on_change=place.save_located,
+        )
         place.save_timings({"localise_s": round(time.monotonic() - begun, 3)})
         return located
 
@@ -531,26 +529,30 @@ class _Bench:
                 "learner": dict(learner_settings),
             },
         )
-        return Combination(name, name, self.plugins.resolve(validate(Settings, values)))
+        return Combination(name, name, self.plugins.resolve(validate(Settings, values), self.dataset_name))
 
     def _random_regions(self, image: BenchImage) -> list[Region]:
         vocabulary = sorted({one.word for other in self.images for one in other.concepts if one.word}) or [UNNAMED]
-        side = image.pixels.shape[-1]
+        height, width = image.pixels.shape[1:]
         regions = []
         for number in range(max(1, len(image.concepts))):
             generator = seeded_generator(self.seed, "floor", image.name, number)
             area = float(image.concepts[number].mask.float().mean()) if image.concepts else FLOOR_AREA
             word = vocabulary[int(torch.randint(len(vocabulary), (), generator=generator))]
-            regions.append(Region(number, word, 0.0, random_disc(side, area, generator)))
+            regions.append(Region(number, word, 0.0, random_disc((height, width), area, generator)))
         return regions
 
 
-def random_disc(side: int, area: float, generator: torch.Generator) -> Tensor:
-    """A disc of this share of a ``side`` x ``side`` image, somewhere wholly inside it: bool ``[side, side]``."""
-    radius = min(side * (area / torch.pi) ** 0.5, side / 2)
-    x, y = (radius + (side - 2 * radius) * torch.rand(2, generator=generator)).tolist()
-    grid = torch.arange(side) + 0.5
-    disc = (grid[:, None] - y) ** 2 + (grid[None] - x) ** 2 <= max(radius, 1.0) ** 2
+def random_disc(size: tuple[int, int], area: float, generator: torch.Generator) -> Tensor:
+    """A disc of this share of an image, somewhere wholly inside it, as far as it fits in: bool ``[H, W]``.
+
+    size: (height, width).
+    """
+    height, width = size
+    radius = min((height * width * area / torch.pi) ** 0.5, min(size) / 2)
+    x, y = (radius + (torch.tensor([width, height]) - 2 * radius) * torch.rand(2, generator=generator)).tolist()
+    rows, columns = torch.arange(height) + 0.5, torch.arange(width) + 0.5
+    disc = (rows[:, None] - y) ** 2 + (columns[None] - x) ** 2 <= max(radius, 1.0) ** 2
     return disc
 
 

@@ -31,9 +31,15 @@ def bootstrap(values: Sequence[float], seed: int = 0, resamples: int = RESAMPLES
     Returns:
         None when there are no values.
     """
+    from scipy import stats
+
     if not values:
         return None
     sample = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(seed).integers(len(sample), size=(resamples, len(sample)))
-    low, high = np.percentile(sample[picks].mean(axis=1), [2.5, 97.5])
-    return Estimate(float(sample.mean()), float(low), float(high), len(sample))
+    mean = float(sample.mean())
+    if len(sample) == 1:  # every draw is the same
+        return Estimate(mean, mean, mean, 1)
+    interval = stats.bootstrap(
+        (sample,), np.mean, n_resamples=resamples, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Estimate(mean, float(interval.low), float(interval.high), len(sample))

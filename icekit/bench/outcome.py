@@ -10,7 +10,7 @@ from PIL import Image
 
 from icekit.bench.directory import BenchDirectory, load_strip, save_strip
 from icekit.bench.matching import match_masks
-from icekit.protocols import Backbone, BenchImage, FoundConcept, InputError, Match, Region
+from icekit.protocols import NO_TOKENS, Backbone, BenchImage, FoundConcept, InputError, Match, Region
 from icekit.randomness import derived_seed
 from icekit.run.directory import Extraction
 from icekit.settings import Settings
@@ -38,7 +38,6 @@ class MeasuredOutcome:
     count: int
     parts: Sequence[str]
     _images: dict[str, list[Image.Image]] = field(default_factory=dict)
-    _tokens_set: bool = False
 
     @property
     def attributes(self) -> Sequence[str]:
@@ -76,19 +75,16 @@ class MeasuredOutcome:
         return self.directory.strip(place, self.image.name, prompt, how)
 
     def _made(self, prompt: str) -> list[Image.Image]:
-        if self.run is not None and not self._tokens_set:
-            self.backbone.set_tokens(self.run.tokens)
-            self._tokens_set = True
-        elif self.run is None and "<" in prompt:
-            raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
         run = self.run if "<" in prompt else None  # plain words: the model as it was before any learning
+        if run is None and "<" in prompt:
+            raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
         return self.backbone.generate(
             [prompt] * self.count,
             seeds=[derived_seed(self.settings.seed, "bench", self.image.name, i) for i in range(self.count)],
+            tokens=run.tokens if run else NO_TOKENS,
             steps=self.settings.sample_steps,
             guidance_scale=self.settings.guidance_scale,
-            lora=run.lora() or None if run else None,
-            weights=run.weights() or None if run else None,
+            tuning=run.tuning() if run else None,
         )
 
 

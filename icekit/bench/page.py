@@ -93,7 +93,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
 
 
 def _settings(nested: Mapping[str, Any]) -> str:
-    """``describe = false, learner.steps = 400``."""
+    """``naming = "alone", learner.steps = 400``."""
     return ", ".join(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in flatten(nested).items())
 
 
@@ -139,7 +139,7 @@ def _examples(
             continue
         values = {image: table[column] for image, table in row["images"].items() if table.get(column) is not None}
         examples = [
-            _example(directory, row["name"], kind, image, values[image], what["metric"], column)
+            _example(directory, made, row["name"], kind, image, values[image], what["metric"], column)
             for kind, image in choose(values, what["higher_is_better"])
         ]
         found.append((row["name"], examples))
@@ -147,7 +147,14 @@ def _examples(
 
 
 def _example(
-    directory: BenchDirectory, row: str, kind: str, image: str, value: float, metric: str, column: str
+    directory: BenchDirectory,
+    made: Mapping[str, Any],
+    row: str,
+    kind: str,
+    image: str,
+    value: float,
+    metric: str,
+    column: str,
 ) -> Example:
     with Image.open(directory.data(image) / "image.png") as file:
         source = file.convert("RGB")
@@ -155,16 +162,18 @@ def _example(
     strips = []
     for prompt, name in list(zip(score["prompts"], score["strips"], strict=True))[:SHOWN_PROMPTS]:
         if (directory.path / name).is_file():
-            strips.append((prompt, to_picture(_first(directory.path / name), STRIP_SIDE)))
+            strip = _first(directory.path / name, made["settings"]["bench"]["images"])
+            strips.append((prompt, to_picture(strip, STRIP_SIDE)))
     return Example(
         kind, image, value, to_picture(source, SOURCE_SIDE), source.size, _outlines(directory.run(row, image)), strips
     )
 
 
-def _first(path: Path) -> Image.Image:
+def _first(path: Path, count: int) -> Image.Image:
+    """The first images of a strip of so many."""
     with Image.open(path) as file:
         strip = file.convert("RGB")
-    return strip.crop((0, 0, min(strip.width, SHOWN_IMAGES * strip.height), strip.height))
+    return strip.crop((0, 0, strip.width // count * min(count, SHOWN_IMAGES), strip.height))
 
 
 def _outlines(run: Path) -> list[tuple[str, str, str]]:

@@ -2,8 +2,8 @@
 
     [rows.ice]
 
-    [rows.ice-without-describe]
-    describe = false
+    [rows.ice-of-the-words-found]
+    naming = "retrieved"
 
     [rows.textual-inversion]
     components.learner = "textual-inversion"
@@ -70,10 +70,10 @@ def read_rows(table: Mapping[str, Any], taken: Collection[str]) -> list[Row]:
 def stage_one_key(settings: Settings) -> str:
     """What the masks of a run depend on, as text: runs with the same one find the same.
 
-    ``describe`` is not among it, for it adds words to the regions and changes no mask.
+    Whether regions are described, too, is not among it: that adds words to them and changes no mask.
     """
-    values = settings.model_dump(mode="json", exclude=STAGE_TWO | {"describe", "components"})
-    names = [settings.name_of("retriever"), settings.name_of("segmentor")]
+    values = settings.model_dump(mode="json", exclude=STAGE_TWO | {"naming", "components"})
+    names = [settings.name_of("retriever"), settings.name_of("segmentor"), settings.naming == "retrieved"]
     return json.dumps([names, values], sort_keys=True)
 
 
@@ -83,5 +83,5 @@ def stage_one_name(settings: Settings, plain: Settings) -> str:
     plain: the settings of the same components without any row's own.
     """
     name = f"{settings.name_of('retriever')}-{settings.name_of('segmentor')}"
-    own, usual = ((stage_one_key(one), one.describe) for one in (settings, plain))
+    own, usual = ((stage_one_key(one), one.naming) for one in (settings, plain))
     return name if own == usual else f"{name}-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:8]}"

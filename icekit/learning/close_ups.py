@@ -19,37 +19,39 @@ JITTER = 0.08
 def close_ups(
     image: Tensor, mask: Tensor, others: Tensor, count: int, zoom: tuple[float, float], generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Square crops around a mask, at the image's own size; what other masks cover is filled from its surroundings.
+    """Crops around a mask, at the image's own size; what other masks cover is filled from its surroundings.
 
-    A crop's side is the longer side of the mask's bounding box times a factor that is drawn from ``zoom``, and at most
-    the image's; its centre is drawn near the box's, as far as the crop stays within the image.
+    A crop has the image's shape; it is as much larger than the mask's bounding box as is drawn from ``zoom``, by the
+    side that needs more, and at most the image. Its centre is drawn near the box's and stays within the image.
 
     Args:
-        image: float32 ``[3, S, S]`` in [0, 1].
-        mask: bool ``[S, S]``, not all False.
-        others: bool ``[S, S]``, the other concepts; what is the mask's own stays.
+        image: float32 ``[3, H, W]`` in [0, 1].
+        mask: bool ``[H, W]``, not all False.
+        others: bool ``[H, W]``, the other concepts; what is the mask's own stays.
         count: how many, 1 or more.
         zoom: the factor's least and largest, 1 or more.
         generator: draws factors and centres.
 
     Returns:
-        Crops, float32 ``[count, 3, S, S]`` in [0, 1], and the mask in them, bool ``[count, S, S]``, never all False.
+        Crops, float32 ``[count, 3, H, W]`` in [0, 1], and the mask in them, bool ``[count, H, W]``, never all False.
     """
-    side = image.shape[-1]
+    sides = torch.tensor(image.shape[1:], dtype=torch.float32)
     alone = erase(image, ~(others & ~mask), "inpaint")
     rows, columns = (axis.nonzero().flatten() for axis in (mask.any(dim=1), mask.any(dim=0)))
-    ends = [(float(places[0]), float(places[-1]) + 1) for places in (rows, columns)]
-    longest = max(end - start for start, end in ends)
+    ends = torch.tensor([(float(places[0]), float(places[-1]) + 1) for places in (rows, columns)])
+    largest = ((ends[:, 1] - ends[:, 0]) / sides).max()
     least, most = zoom
     factors = least + (most - least) * torch.rand(count, generator=generator)
     shifts = (2 * torch.rand(count, 2, generator=generator) - 1) * JITTER
-    sizes = (longest * factors).clamp(max=float(side))
-    middles = torch.tensor([(start + end) / 2 for start, end in ends]) + shifts * sizes[:, None]
-    middles = torch.minimum(torch.maximum(middles, sizes[:, None] / 2), side - sizes[:, None] / 2)
+    scales = (largest * factors).clamp(max=1.0)
+    sizes = scales[:, None] * sides
+    middles = ends.mean(dim=1) + shifts * sizes
+    middles = torch.minimum(torch.maximum(middles, sizes / 2), sides - sizes / 2)
     transforms = torch.zeros(count, 2, 3)
-    transforms[:, 0, 0] = transforms[:, 1, 1] = sizes / side
-    transforms[:, 0, 2], transforms[:, 1, 2] = (2 * middles / side - 1).flip(1).unbind(dim=1)
-    grid = F.affine_grid(transforms, [count, 3, side, side], align_corners=False)
+    transforms[:, 0, 0] = transforms[:, 1, 1] = scales
+    transforms[:, 0, 2], transforms[:, 1, 2] = (2 * middles / sides - 1).flip(1).unbind(dim=1)
+    height, width = image.shape[1:]
+    grid = F.affine_grid(transforms, [count, 3, height, width], align_corners=False)
     crops = F.grid_sample(
         alone.expand(count, -1, -1, -1), grid, mode="bicubic", padding_mode="border", align_corners=False
     ).clamp(0, 1)

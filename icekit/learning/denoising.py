@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor
 
+from icekit.protocols import Grid
+
 
 def _rising_shares(shares: tuple[float, float]) -> tuple[float, float]:
     if not 0 <= shares[0] < shares[1] <= 1:
@@ -21,16 +23,30 @@ Shares = Annotated[tuple[float, float], AfterValidator(_rising_shares)]
 """The type of a setting that is a part of the noise schedule, as shares of it."""
 
 
-def timestep_density(num_timesteps: int, start: float = 0.0, end: float = 1.0) -> Tensor:
-    """ICE's density of training timesteps: p(t) proportional to 1 - 0.5 cos(pi t / T), t = 0 ... T - 1.
+BINS = 1000
+"""Shares of the schedule are drawn from so many, as many as Stable Diffusion has timesteps."""
 
-    Later, noisier steps come up to three times as often as early ones. Outside of ``[start T, end T)``, shares of the
-    schedule, it is zero. Returns float64 ``[T]``, which sums to one.
+
+def share_density(start: float = 0.0, end: float = 1.0) -> Tensor:
+    """ICE's density of training timesteps over shares s = n / BINS of the schedule: p(s) ~ 1 - 0.5 cos(pi s).
+
+    Later, noisier steps come up to three times as often as early ones. Outside of ``[start, end)`` it is zero. Returns
+    float64 ``[BINS]``, which sums to one.
     """
-    t = torch.arange(num_timesteps, dtype=torch.float64)
-    density = 1 - 0.5 * torch.cos(math.pi * t / num_timesteps)
-    density[(t < start * num_timesteps) | (t >= end * num_timesteps)] = 0
+    s = torch.arange(BINS, dtype=torch.float64) / BINS
+    density = 1 - 0.5 * torch.cos(math.pi * s)
+    density[(s < start) | (s >= end)] = 0
     return density / density.sum()
+
+
+def draw_shares(density: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many shares of the schedule from a density over ``BINS`` of them: float32 ``[count]`` in [0, 1)."""
+    return torch.multinomial(density, count, replacement=True, generator=generator).float() / BINS
+
+
+def uniform_shares(span: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
+    """So many shares of the schedule, each as likely, between two: float32 ``[count]``."""
+    return span[0] + (span[1] - span[0]) * torch.rand(count, generator=generator)
 
 
 def offset_noise(shape: tuple[int, int, int, int], offset: float, generator: torch.Generator) -> Tensor:
@@ -42,12 +58,12 @@ def offset_noise(shape: tuple[int, int, int, int], offset: float, generator: tor
     return noise + offset * torch.randn((*shape[:2], 1, 1), generator=generator)
 
 
-def coverage(masks: Tensor, size: int | tuple[int, int]) -> Tensor:
+def coverage(masks: Tensor, size: Grid) -> Tensor:
     """How much of each cell of a coarser grid a mask covers: bool ``[B, H, W]`` -> float32 ``[B, h, w]`` in [0, 1]."""
     return F.interpolate(masks.float().unsqueeze(1), size=size, mode="area").squeeze(1)
 
 
-def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
+def latent_mask(masks: Tensor, size: Grid) -> Tensor:
     """Masks at latent resolution: cells at least half covered, and always the most covered one.
 
     An object smaller than half a cell would vanish otherwise, and its loss with it.
@@ -58,7 +74,7 @@ def latent_mask(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return ((covered >= most.clamp(max=0.5)) & (covered > 0)).float()
 
 
-def nearest_mask(masks: Tensor, size: int | tuple[int, int]) -> Tensor:
+def nearest_mask(masks: Tensor, size: Grid) -> Tensor:
     """Masks at a coarser grid by nearest neighbour: a cell is what its first (top left) pixel is.
 
     That is ``torch.nn.functional.interpolate``'s "nearest". A thin or small object may fall between the pixels that

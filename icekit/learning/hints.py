@@ -1,45 +1,44 @@
-"""What a retriever saw in a region (``Region.hints``), as rows of the embedding table that learners may start from."""
+"""What a retriever saw in a region (``Region.hints``), as a token that learners may start from."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor
 
+from icekit.learning.rows import mean_token, weighted_sum
 from icekit.protocols import Attribute, Backbone, Region
 
 
-def hinted_row(
+def hinted_token(
     region: Region,
     attribute: Attribute,
     backbone: Backbone,
     likeliest: bool = False,
     pieces: Literal["mean", "first"] = "mean",
-) -> Tensor | None:
-    """The mean of the rows of the words that the retriever saw, each as much as it is likely; None without hints.
+) -> dict[str, Tensor] | None:
+    """The mean of the words that the retriever saw, each as much as it is likely; None without hints.
 
     Args:
         region: with ``hints``.
         attribute: whose words.
         backbone: whose rows.
-        likeliest: take the row of the likeliest word alone.
+        likeliest: take the likeliest word alone.
         pieces: of a word in several pieces, their mean or the first.
 
     Returns:
-        float32 ``[embedding_dim]``.
+        Rows by text encoder, float32.
     """
     hints = region.hints.get(attribute.name, {})
     if not hints:
         return None
     words = [max(hints, key=lambda word: hints[word])] if likeliest else list(hints)
-    rows = torch.stack([backbone.word_embedding(word, pieces).float() for word in words])
-    weights = torch.tensor([hints[word] for word in words], device=rows.device)
-    return weights @ rows / weights.sum()
+    total = sum(hints[word] for word in words)
+    return weighted_sum([backbone.word_rows(word, pieces) for word in words], [hints[word] / total for word in words])
 
 
-def described_row(region: Region, attributes: Sequence[Attribute], backbone: Backbone) -> Tensor | None:
-    """The mean over the attributes of their ``hinted_row``: all that was seen of a region; None without any hints."""
-    rows = [row for one in attributes if (row := hinted_row(region, one, backbone)) is not None]
-    return torch.stack(rows).mean(dim=0) if rows else None
+def described_token(region: Region, attributes: Sequence[Attribute], backbone: Backbone) -> dict[str, Tensor] | None:
+    """The mean over the attributes of their ``hinted_token``: all that was seen of a region; None without any hints."""
+    found = [token for one in attributes if (token := hinted_token(region, one, backbone)) is not None]
+    return mean_token(found) if found else None

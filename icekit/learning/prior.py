@@ -27,9 +27,9 @@ class PriorSettings(TrainingSettings):
         description="what these images are of; none: the regions' words in turn, in the templates (DreamBooth: the "
         "class noun); ICE as published: 'a photo at the beach'",
     )
-    prior_steps: int = Field(25, ge=1, description="denoising steps of these images")
-    prior_guidance: float = Field(
-        7.5, ge=0, description="classifier-free guidance of these images; as the backbone draws best"
+    prior_steps: int | None = Field(None, ge=1, description="denoising steps of these images; none: the backbone's own")
+    prior_guidance: float | None = Field(
+        None, ge=0, description="how strongly these images follow their prompt; none: the backbone's own"
     )
 
     @field_validator("prior_prompt")
@@ -84,14 +84,16 @@ def kept_prior(
     return latents.to(backbone.device), prompts
 
 
-def prior_loss(backbone: Backbone, latents: Tensor, prompts: Sequence[str], timesteps: Tensor, noise: Tensor) -> Tensor:
+def prior_loss(backbone: Backbone, latents: Tensor, prompts: Sequence[str], shares: Tensor, noise: Tensor) -> Tensor:
     """The denoising loss on prior images ``[B, c, h, w]`` of these prompts: a scalar, the mean over everything.
+
+    shares: how noisy, float ``[B]`` in [0, 1].
 
     Gradients flow to the noise predictor alone: what is preserved has no token that is learned.
     """
-    noisy = backbone.add_noise(latents, noise, timesteps)
+    noisy = backbone.add_noise(latents, noise, shares)
     with torch.no_grad():
         conditioning = backbone.encode_prompts(prompts)
-    prediction = backbone.predict(noisy, timesteps, conditioning)
-    target = backbone.training_target(latents, noise, timesteps)
+    prediction = backbone.predict(noisy, shares, conditioning).output
+    target = backbone.training_target(latents, noise, shares)
     return (prediction.float() - target).square().mean()

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.learning.fine_tuning import Tuned, Weights, fine_tuned
+from icekit.learning.rows import TokenParameters, flat
 from icekit.learning.templates import PHOTO_TEMPLATES, Templates
 from icekit.protocols import (
     Attribute,
@@ -27,6 +27,8 @@ from icekit.protocols import (
     Region,
     RunError,
     Step,
+    Trained,
+    Tuned,
 )
 from icekit.randomness import seeded_generator
 
@@ -125,11 +127,11 @@ class Trainer:
     moments: AdamW's state after the last phase, or in the state that was found: ``adamw.<key>/<name>``.
     """
 
-    def __init__(self, rows: Mapping[str, nn.Parameter], settings: TrainingSettings, task: Task, total: int) -> None:
+    def __init__(self, tokens: TokenParameters, settings: TrainingSettings, task: Task, total: int) -> None:
         """Find the saved state, if there is one, and restore the rows from it.
 
         Args:
-            rows: the tokens' embeddings by name; they are saved as ``row/<name>``.
+            tokens: whose rows are trained; they are saved as ``row/<name>/<encoder>``.
             settings: the learner's; a saved state must agree in them.
             task: whose seed a saved state must agree in.
             total: steps of all phases together.
@@ -138,7 +140,7 @@ class Trainer:
             InputError: the saved state is of another run.
         """
         kept_settings = settings.model_dump(mode="json", exclude={"checkpoint_every"})
-        self.identity = {"tokens": list(rows), "seed": task.seed, "settings": kept_settings}
+        self.identity = {"tokens": list(tokens), "seed": task.seed, "settings": kept_settings}
         self.seed, self.total, self.checkpoint, self.on_step = task.seed, total, task.checkpoint, task.on_step
         self.weight_decay, self.gradient_clip = settings.weight_decay, settings.gradient_clip
         self.checkpoint_every = settings.checkpoint_every
@@ -156,7 +158,7 @@ class Trainer:
                     )
             self.done = int(state["step"])
             self.moments = self.saved
-        self.keep(rows, "row")
+        self.keep(flat(tokens), "row")
 
     def keep(self, parameters: Mapping[str, Tensor], kind: str) -> None:
         """Save these tensors from now on, and take their values from the saved state, where it has them."""
@@ -166,10 +168,10 @@ class Trainer:
                 parameter.data.copy_(self.saved[f"{kind}/{name}"])
 
     @contextmanager
-    def fine_tuned(self, unet: nn.Module, weights: Weights, rank: int) -> Iterator[Tuned]:
-        """A noise predictor to be trained, see ``fine_tuning.fine_tuned``; its first weights drawn or restored."""
-        with fine_tuned(unet, weights, rank, seeded_generator(self.seed, "lora")) as tuned:
-            self.keep(tuned.parameters, "lora" if weights == "lora" else "weights")
+    def fine_tuned(self, backbone: Backbone, trained: Trained, rank: int) -> Iterator[Tuned]:
+        """A noise predictor to be trained, see ``Backbone.fine_tuned``; its first weights drawn or restored."""
+        with backbone.fine_tuned(trained, rank, seeded_generator(self.seed, "lora")) as tuned:
+            self.keep(tuned.parameters, "lora" if trained == "lora" else "weights")
             yield tuned
 
     def train(

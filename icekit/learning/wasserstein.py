@@ -11,16 +11,16 @@ from torch import Tensor
 
 
 @lru_cache(maxsize=8)
-def ground_cost(side: int) -> NDArray[np.float64]:
-    """Euclidean distances between the cells of a square grid, in cells: float64 ``[side^2, side^2]``, row-major."""
+def ground_cost(height: int, width: int) -> NDArray[np.float64]:
+    """Euclidean distances between the cells of a grid, in cells: float64 ``[h w, h w]``, row-major."""
     import ot
 
-    cells = np.indices((side, side), dtype=np.float64).reshape(2, -1).T
+    cells = np.indices((height, width), dtype=np.float64).reshape(2, -1).T
     return np.asarray(ot.dist(cells, cells, metric="euclidean"))
 
 
 def wasserstein_distance(mask: Tensor, attention: Tensor) -> Tensor:
-    """W1 between masks and attention maps, each normalised to sum one over its r x r grid, Euclidean ground cost.
+    """W1 between masks and attention maps, each normalised to sum one over its h x w grid, Euclidean ground cost.
 
         W1(a, m) = min over transport plans P >= 0 with row sums a and column sums m of sum_xy P_xy |x - y|
 
@@ -31,24 +31,23 @@ def wasserstein_distance(mask: Tensor, attention: Tensor) -> Tensor:
     ConceptExpress (ECCV 2024) weigh this loss by 1e-5.
 
     Args:
-        mask: float ``[B, r, r]``, at least zero, not all zero; no gradient flows to it.
-        attention: float ``[B, r, r]``, at least zero, on any device.
+        mask: float ``[B, h, w]``, at least zero, not all zero; no gradient flows to it.
+        attention: float ``[B, h, w]``, at least zero, on any device.
 
     Returns:
-        ``[B]``, in grid cells (one cell = image side / r), with gradients to ``attention``. NaN where an attention map
-        is all zero or not finite.
+        ``[B]``, in grid cells (one cell = image height / h), with gradients to ``attention``. NaN where an attention
+        map is all zero or not finite.
 
     Raises:
         ValueError: a mask is all zero or not finite.
     """
     import ot  # here, because it takes longer to import than `icekit plugins` may
 
-    side = attention.shape[-1]
+    cost = ground_cost(*attention.shape[-2:])
     attention = attention.flatten(1).float()
     attention = attention / attention.sum(-1, keepdim=True)
     target = mask.detach().flatten(1).double().cpu().numpy()
     source = attention.detach().double().cpu().numpy()
-    cost = ground_cost(side)
     distances = np.full(len(source), np.nan)
     potentials = np.zeros_like(source)
     for index, (a, m) in enumerate(zip(source, target, strict=True)):

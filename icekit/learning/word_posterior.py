@@ -7,6 +7,8 @@ by step as a distribution over words, which is where an attribute's token starts
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -16,34 +18,37 @@ LEAST_SHARE = 1e-2
 """A word that is less likely than this share of the likeliest is not tried any more."""
 
 
-def signal_to_noise(backbone: Backbone, timesteps: Tensor) -> Tensor:
+def signal_to_noise(backbone: Backbone, shares: Tensor) -> Tensor:
     """The amplitude of the image over that of the noise in a noised latent, above 0: float32 ``[B]``.
 
-    timesteps: int64 ``[B]``. sqrt(alpha_bar / (1 - alpha_bar)) of a variance-preserving schedule, read from what the
-    backbone's own forward process does to an image of ones without noise, and to noise of ones without an image.
+    shares: of the noise schedule, float ``[B]``. sqrt(alpha_bar / (1 - alpha_bar)) of a variance-preserving schedule,
+    (1 - t) / t of a rectified flow: read from what the backbone's own forward process does to an image of ones without
+    noise, and to noise of ones without an image.
     """
-    ones = torch.ones(len(timesteps), *backbone.latent_shape, device=backbone.device)
-    signal = backbone.add_noise(ones, torch.zeros_like(ones), timesteps)
-    noise = backbone.add_noise(torch.zeros_like(ones), ones, timesteps)
+    ones = torch.ones(len(shares), *backbone.latent_shape, device=backbone.device)
+    signal = backbone.add_noise(ones, torch.zeros_like(ones), shares)
+    noise = backbone.add_noise(torch.zeros_like(ones), ones, shares)
     return signal[:, 0, 0, 0].float() / noise[:, 0, 0, 0].float().clamp_min(1e-6)
 
 
 class Mixture:
-    """A row that is a weighted mean of words' rows: softmax(logits) @ rows.
+    """A token that is a weighted mean of words: softmax(logits) @ rows, encoder by encoder.
 
     Such a token can say nothing but what its attribute's words say: it cannot become a copy of the instance.
 
-    rows: float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``, float32 ``[W]``,
-    above zero.
+    rows: text encoder -> float32 ``[W, D]``. logits: a parameter ``[W]``, at first the logarithms of ``weights``,
+    float32 ``[W]``, above zero.
     """
 
-    def __init__(self, rows: Tensor, weights: Tensor) -> None:
-        self.rows = rows
-        self.logits = nn.Parameter(weights.to(rows.device, torch.float32).log(), requires_grad=False)
+    def __init__(self, rows: Mapping[str, Tensor], weights: Tensor) -> None:
+        self.rows = dict(rows)
+        device = next(iter(self.rows.values())).device
+        self.logits = nn.Parameter(weights.to(device, torch.float32).log(), requires_grad=False)
 
-    def row(self) -> Tensor:
-        """``[D]``; gradients flow to the logits."""
-        return self.logits.softmax(dim=0) @ self.rows
+    def token(self) -> dict[str, Tensor]:
+        """Rows ``[D]`` by text encoder; gradients flow to the logits."""
+        shares = self.logits.softmax(dim=0)
+        return {encoder: shares @ rows for encoder, rows in self.rows.items()}
 
 
 class WordPosterior(Mixture):
@@ -58,10 +63,10 @@ class WordPosterior(Mixture):
     The weights that it starts with are the prior. squares, count: float32 scalars, what s is made of.
     """
 
-    def __init__(self, rows: Tensor, prior: Tensor) -> None:
+    def __init__(self, rows: Mapping[str, Tensor], prior: Tensor) -> None:
         super().__init__(rows, prior)
-        self.squares = torch.zeros((), device=rows.device)
-        self.count = torch.zeros((), device=rows.device)
+        self.squares = torch.zeros((), device=self.logits.device)
+        self.count = torch.zeros((), device=self.logits.device)
 
     @property
     def probabilities(self) -> Tensor:

@@ -2,17 +2,33 @@
 
 Conventions, everywhere in icekit:
 
-- an image is float32 ``[3, H, W]`` with values in [0, 1], square, its side ``backbone.image_size`` pixels;
+- an image is float32 ``[3, H, W]`` with values in [0, 1], (H, W) = ``backbone.image_size``;
 - a mask is bool ``[H, W]``, the size of its image;
-- latents are ``[B, C, h, w]``, already multiplied by the autoencoder's scaling factor;
-- timesteps are int64 ``[B]`` in [0, ``backbone.num_timesteps``);
+- latents are ``[B, C, h, w]``, scaled as the noise predictor takes them; grids are (height, width);
+- how noisy something is, is a share of the noise schedule, in [0, 1];
 - every random choice comes from a ``torch.Generator`` on the CPU or a seed that the caller hands in.
 
 A component is a class with a nested pydantic model ``Settings``. A backbone is built as ``Backbone(settings, device)``,
 every other component as ``Component(settings, backbone)``.
 """
 
-from icekit.protocols.backbone import AttentionMaps, Backbone, Conditioning, PosteriorBackbone
+from icekit.protocols.backbone import (
+    NO_TOKENS,
+    Attention,
+    Backbone,
+    Capability,
+    Conditioning,
+    FineTuning,
+    Grid,
+    Look,
+    PosteriorBackbone,
+    Prediction,
+    Token,
+    Tokens,
+    Trained,
+    Tuned,
+    nearest_grids,
+)
 from icekit.protocols.components import (
     Checkpoint,
     ComponentSettings,
@@ -54,26 +70,32 @@ from icekit.protocols.values import (
 __all__ = [
     "ALL_PARTS",
     "ATTRIBUTES",
-    "AttentionMaps",
+    "NO_TOKENS",
+    "Attention",
     "Attribute",
     "Backbone",
     "BenchImage",
     "BenchPicture",
     "Candidate",
+    "Capability",
     "Checkpoint",
     "Column",
     "ComponentSettings",
     "Conditioning",
     "Dataset",
     "Describer",
+    "FineTuning",
     "FoundConcept",
+    "Grid",
     "InputError",
     "Learned",
     "Learner",
+    "Look",
     "Match",
     "Metric",
     "Outcome",
     "PosteriorBackbone",
+    "Prediction",
     "Proposal",
     "Proposer",
     "Region",
@@ -83,8 +105,13 @@ __all__ = [
     "Segmentation",
     "Segmentor",
     "Step",
+    "Token",
+    "Tokens",
+    "Trained",
     "TrueConcept",
+    "Tuned",
     "View",
+    "nearest_grids",
     "object_tokens",
     "parts_of",
     "token_names",

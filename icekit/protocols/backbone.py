@@ -1,10 +1,22 @@
-"""What a backbone must offer: a pre-trained text-to-image model, taken apart."""
+"""What a backbone must offer: a pre-trained text-to-image model, taken apart once and shared by all components.
+
+UNets and diffusion transformers, one text encoder or several, epsilon, v and flow: whatever is special to a family of
+models is inside its backbone. Three words are all that the others need:
+
+- A **token** is one row for each text encoder, by the encoder's name as other tools write it (``clip_l``, ``clip_g``,
+  ``t5xxl``, ...). Tokens are handed to every call that reads a prompt; nothing is set before, and two callers cannot
+  disturb one another.
+- A **share** of the noise schedule says how noisy something is: 0 is the picture, 1 is noise alone. The backbone alone
+  knows discrete steps, sigmas or flow times.
+- **Attention** is asked for with a prediction (``Look``) and comes back with it (``Attention``).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
@@ -12,118 +24,208 @@ if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only de
     from PIL import Image
     from torch import Tensor
 
+Token = Mapping[str, "Tensor"]
+"""One extra token: name of a text encoder -> its row, float32 ``[rows[encoder]]``."""
+Tokens = Mapping[str, Token]
+"""Extra tokens by name, ``<...>``."""
+NO_TOKENS: Tokens = MappingProxyType({})
+
+Grid = tuple[int, int]
+"""Rows and columns of cells that cover a picture: (height, width)."""
+
+Capability = Literal["attention", "similarity", "fine_tuning", "posterior"]
+"""What a family of models may lack.
+
+attention: maps of the prompt's positions over the picture (``Look.words``).
+similarity: maps of places over places (``Look.pixels``); linear self-attention has none.
+fine_tuning: weights that can be trained (``Backbone.fine_tuned``).
+posterior: the autoencoder's spread (``PosteriorBackbone``).
+"""
+
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts.
+    """Encoded prompts, as the noise predictor of this backbone takes them; nobody else looks inside.
 
-    sequence: ``[B, L, D]``, what the noise predictor attends to; L may be another for other prompts.
-    pooled: ``[B, P]``, L2-normalised: the paper's text encoder E. A backbone with several text encoders concatenates.
-    extra: whatever else the backbone's own predictor needs (SDXL's size embeddings, say).
+    parts: tensors by the backbone's own names, one prompt after the other along the first axis.
     """
 
-    sequence: Tensor
-    pooled: Tensor
-    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    parts: Mapping[str, Tensor]
+
+    def __getitem__(self, places: Tensor | Sequence[int] | slice) -> Conditioning:
+        """Some of the prompts, in this order; a place may come several times."""
+        chosen = places if isinstance(places, slice) or hasattr(places, "dtype") else list(places)
+        return Conditioning({name: part[chosen] for name, part in self.parts.items()})
 
 
-class AttentionMaps(Protocol):
-    """The attention captured inside ``with backbone.capture_attention(...) as maps``. Gradients flow through."""
+@dataclass(frozen=True)
+class Look:
+    """What of its attention a prediction is to tell: how fine the grids should be, as cells along the shorter side.
 
-    def cross(self, resolution: int) -> Tensor:
-        """Cross-attention, mean over heads and over the captured layers of that resolution.
+    The backbone takes its own nearest grid to each (``nearest_grids``), each grid once, the finest first.
 
-        Returns ``[B, L, r, r]``: for every pixel, weights over the L prompt positions that sum to one.
-        """
-        ...
+    words: grids for the maps of the prompt's positions.
+    pixels: grids for the maps of places over places.
+    """
 
-    def self_(self, resolution: int) -> Tensor:
-        """Self-attention, mean over heads and layers: ``[B, r*r, r*r]``, each row (one query) sums to one."""
-        ...
+    words: tuple[int, ...] = ()
+    pixels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the model looked, one tensor a grid, the finest first. Gradients flow through.
+
+    words: ``[B, L, h, w]``, at least 0: how much each place of the picture looks at each of the L positions of the
+        prompt. What they sum to is the family's own: compare a position's map with itself or, normalised, with others.
+    pixels: ``[B, h, w, h, w]``, at least 0: how much a place (the first pair) looks at every other; sums to one.
+    """
+
+    words: tuple[Tensor, ...] = ()
+    pixels: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """output: the noise predictor's raw output, of its input's shape. attention: what was asked for."""
+
+    output: Tensor
+    attention: Attention = field(default_factory=Attention)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A noise predictor that is being trained.
+
+    parameters: what is trained, by diffusers' key, float32. A LoRA adapter's keys begin as its pipeline loads them.
+    kept: what it has become so far, to be asked for before the predictor is put back: see ``FineTuning``.
+    """
+
+    parameters: dict[str, torch.nn.Parameter]
+    kept: Callable[[], FineTuning]
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """What training made of a noise predictor.
+
+    lora: weights of a LoRA adapter by diffusers' key (``unet.``..., ``transformer.``...), which the pipeline's
+        ``load_lora_weights`` reads; empty when none was trained.
+    weights: all weights of the noise predictor by diffusers' key, float16 on the CPU; empty when they were not trained.
+        Half precision, because a run keeps them so, and draws the same whether or not it was interrupted.
+    weights_config: its configuration, JSON-able, as in diffusers' ``config.json``.
+    folder: what a pipeline calls this part of it, ``unet`` or ``transformer``; a run's folder of weights is named so.
+    """
+
+    lora: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights_config: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = "unet"
+
+    def __bool__(self) -> bool:
+        return bool(self.lora or self.weights)
+
+
+Trained = Literal["lora", "all"]
+"""What is trained of a noise predictor: a LoRA adapter on its attention, or every weight."""
 
 
 class Backbone(Protocol):
-    """A pre-trained text-to-image model, taken apart once and shared by all components. Its weights are frozen.
+    """A pre-trained text-to-image model, see above. Its weights are frozen, and calls leave nothing behind in it.
 
-    Extra tokens: ``set_tokens`` gives the text encoder new words. Their rows may require gradients, and stay the
-    caller's: an optimiser that changes them in place changes what the next ``encode_prompts`` sees.
+    A backbone class may say ``lacks``, a collection of ``Capability``: what its family cannot do. It may have a
+    ``preset``, the name of a registered preset with the settings that it works best with; the user's own win.
+    A backbone may say ``pipeline_class`` and ``pipeline_source``: the name of the diffusers pipeline that loads its
+    model without icekit, and what ``from_pretrained`` of it takes; a run's report shows how its tokens are used there.
     """
 
-    image_size: int
-    """Side of the images it takes and makes, pixels."""
-    latent_shape: tuple[int, int, int]
-    """(C, h, w) of one image's latents."""
-    embedding_dim: int
-    """Length of one token's embedding row. Two text encoders: the sum of both, the backbone splits it."""
-    num_timesteps: int
     device: torch.device
-    attention_resolutions: tuple[int, ...]
-    """Sides of the square attention grids of the noise predictor, largest first."""
-    unet: torch.nn.Module
-    """The noise predictor itself, for learners that fine-tune it."""
-
-    @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """Settings this model works best with, by key as in ``--set`` (``"retriever.model"``); the user's own win.
-
-        A key with the component's name in it (``"segmentor.xattn.prompt"``) is for that component alone.
-        """
-        ...
+    image_size: tuple[int, int]
+    """(height, width) of the pictures that it takes and makes, pixels."""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of one picture's latents."""
+    rows: Mapping[str, int]
+    """Its text encoders by name, and how long a token's row is in each."""
+    identity: str
+    """What tokens depend on: equal where a token of one backbone means the same to another. Not a folder's name."""
+    word_grids: tuple[Grid, ...]
+    """The grids on which it can tell where the prompt's positions are looked for, finest first."""
+    pixel_grids: tuple[Grid, ...]
+    """The grids on which it can tell what places look at, finest first."""
 
     def knows(self, word: str) -> bool:
         """Whether the text encoder was trained with this word. A model of open vocabulary knows all."""
         ...
 
-    def set_tokens(self, rows: Mapping[str, Tensor]) -> None:
-        """Make these the extra tokens (replacing earlier ones): name ``<...>`` -> float32 ``[embedding_dim]``."""
-        ...
+    def word_rows(self, word: str, pieces: Literal["mean", "first"] = "mean") -> dict[str, Tensor]:
+        """A plain word as a token, detached float32 rows; of a word in several pieces their mean or the first's.
 
-    def word_embedding(self, word: str, pieces: Literal["mean", "first"] = "mean") -> Tensor:
-        """The row of a plain word, float32 ``[embedding_dim]``; of one in several pieces their mean or the first's."""
-        ...
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts, extra tokens among them; gradients flow to rows that require them."""
-        ...
-
-    def embed_texts(self, texts: Sequence[str], pool: Literal["end", "highest"] = "end") -> Tensor:
-        """``encode_prompts(texts).pooled`` alone, ``[B, P]``: much cheaper for short texts.
-
-        pool: where E is read: at the text's end, or at its highest token id, which is an extra token if it has one.
+        Raises:
+            InputError: an empty word.
         """
         ...
 
-    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
-        """For each word (or extra token) its positions in the encoded prompt. Raises InputError when not in it."""
+    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
+        """Encode prompts, extra tokens among them; gradients flow to rows that require them.
+
+        Raises:
+            InputError: a prompt that is too long, or with a ``<token>`` that was not handed in.
+        """
+        ...
+
+    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
+        """Texts as points ``[B, P]`` of length one: the paper's E, in which tokens are held against words.
+
+        How they are read from the text encoder, or encoders, is the backbone's to say.
+
+        pool: another way to read them, by name, where the family knows one.
+
+        Raises:
+            InputError: a ``pool`` that it does not know; see ``encode_prompts``.
+        """
+        ...
+
+    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
+        """For each word (or extra token) its positions among those that ``Attention.words`` has a map for.
+
+        Raises:
+            InputError: a word that is not in the prompt; see ``encode_prompts``.
+        """
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> latents (the mean of the posterior: no randomness)."""
+        """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]`` (no randomness)."""
         ...
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents -> ``[B, 3, H, W]`` in [0, 1]."""
+        """Latents -> float32 ``[B, 3, H, W]`` in [0, 1]."""
         ...
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The forward process q(x_t | x_0)."""
+    def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        """The forward process: latents as noisy as ``shares``, float ``[B]`` in [0, 1], say."""
         ...
 
-    def training_target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What ``predict`` should return: the noise, or v, as the model was trained."""
+    def training_target(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
+        """What ``predict`` should return for these latents with this noise: the noise, v, the flow, ..."""
         ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The noise predictor's raw output, shape of ``noisy``."""
+    def predict(self, noisy: Tensor, shares: Tensor, prompts: Conditioning, look: Look | None = None) -> Prediction:
+        """One pass of the noise predictor over latents ``[B, C, h, w]`` under as many prompts.
+
+        Asking for attention changes the output by no more than rounding.
+
+        Raises:
+            InputError: attention is asked for that this family does not have.
+        """
         ...
 
-    def capture_attention(
-        self, cross: Collection[int] = (), self_: Collection[int] = (), places: Collection[str] = ("down", "mid", "up")
-    ) -> AbstractContextManager[AttentionMaps]:
-        """Capture cross- and self-attention of the layers at these resolutions and places, until the block ends.
+    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
+        """Make the noise predictor trainable; when the block ends it is as it was before, bit for bit.
 
-        Only these layers compute their weights explicitly, all others stay on the fused kernel. A second ``predict``
-        in the block replaces the first one's maps. Raises InputError for a resolution that the model does not have.
+        rank: of a LoRA adapter, which changes nothing until it is trained. generator: draws its first weights.
+
+        Raises:
+            InputError: the family's weights cannot be trained.
         """
         ...
 
@@ -132,15 +234,28 @@ class Backbone(Protocol):
         prompts: Sequence[str],
         *,
         seeds: Sequence[int],
-        steps: int = 25,
-        guidance_scale: float = 7.5,
-        lora: Mapping[str, Tensor] | None = None,
-        weights: Mapping[str, Tensor] | None = None,
-        on_step: Callable[[int, int], None] | None = None,
+        tokens: Tokens = NO_TOKENS,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        tuning: FineTuning | None = None,
+        skip: Collection[int] = (),
+        on_image: Callable[[int, Image.Image], None] | None = None,
     ) -> list[Image.Image]:
-        """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt, not on its place in the batch.
+        """One RGB image per prompt; image i depends on ``seeds[i]`` and its prompt.
 
-        ``lora`` and ``weights`` are what a learner made of the noise predictor (``Learned``), used for this call.
+        Args:
+            prompts: plain words and extra tokens.
+            seeds: one per image.
+            tokens: the extra tokens.
+            steps: denoising steps; None for the backbone's own setting.
+            guidance_scale: how strongly the prompt is followed; None for the backbone's own setting.
+            tuning: what a learner made of the noise predictor, used in this call.
+            skip: places of images that are there already. They are left out of the result, and a batch of nothing else
+                is not made; the others are made in the same batches as without them, and so are the same bits.
+            on_image: called with its place and the image after each was made.
+
+        Raises:
+            InputError: see ``encode_prompts``; or weights that are another model's.
         """
         ...
 
@@ -154,3 +269,18 @@ class PosteriorBackbone(Protocol):
         ``encode_images(images)``, and its standard deviation, of the same shape.
         """
         ...
+
+
+def nearest_grids(grids: Sequence[Grid], wanted: Sequence[int]) -> tuple[Grid, ...]:
+    """For each wanted number of cells along the shorter side the nearest grid by ratio; of two as near, the finer.
+
+    Each grid comes once, the finest first. Empty where there are no grids.
+    """
+    chosen = {min(grids, key=lambda grid: (abs(_log_ratio(min(grid), cells)), -min(grid))) for cells in wanted if grids}
+    return tuple(sorted(chosen, key=min, reverse=True))
+
+
+def _log_ratio(one: int, other: int) -> float:
+    import math
+
+    return math.log(one / other)

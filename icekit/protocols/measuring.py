@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from icekit.protocols.values import Region
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only de
 class TrueConcept:
     """What is known of one object of a bench image.
 
-    mask: bool ``[S, S]``, its visible pixels.
+    mask: bool ``[H, W]``, its visible pixels.
     word: what it is; None where nobody said.
     attributes: attribute's name -> its true word (``{"colour": "red"}``), as far as known.
     """
@@ -34,7 +34,7 @@ class BenchPicture:
     """A picture of a data set.
 
     name: unique in the data set, fit for a file name.
-    picture: a file or an image of any size; its centre square is used, ``S`` x ``S`` pixels of it.
+    picture: a file or an image of any size; its middle is used, in the proportions of the backbone's images.
     concepts: what is in it; empty where the data set does not know.
     """
 
@@ -45,7 +45,7 @@ class BenchPicture:
 
 @dataclass(frozen=True)
 class BenchImage:
-    """A picture of a data set as runs and metrics see it: pixels float32 ``[3, S, S]`` in [0, 1]."""
+    """A picture of a data set as runs and metrics see it: pixels float32 ``[3, H, W]`` in [0, 1]."""
 
     name: str
     pixels: Tensor
@@ -53,28 +53,25 @@ class BenchImage:
 
 
 class Dataset(Protocol):
-    """Images to measure on. Built as ``Dataset(settings)``: it is asked for suggestions before any model is loaded."""
+    """Images to measure on. Built as ``Dataset(settings)``.
 
-    @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """Settings that suit it, by key as in ``--set`` (``"components.backbone"``, ``"metric.clip"``); the user's win.
-
-        They lie above the backbone's own suggestions.
-        """
-        ...
+    A data set's class may have a ``preset``, the name of a registered preset with settings that suit it: it lies above
+    the backbone's own, and below one that the user chooses.
+    """
 
     @property
     def metrics(self) -> Sequence[str]:
         """Names of the metrics that are measured on it when none are asked for, as far as its truth allows."""
         ...
 
-    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
+    def pictures(self, count: int | None, seed: int, size: tuple[int, int]) -> Sequence[BenchPicture]:
         """The pictures.
 
         Args:
             count: how many; None for the data set's own number.
             seed: which ones, where there is a choice. The first pictures are the same for every count.
-            size: side in pixels of the masks (S), and of pictures that are drawn to order.
+            size: (height, width) in pixels of the backbone's images, and so of the masks, which are fitted to it as the
+                pictures are: see ``icekit.pixels.fit``.
 
         Raises:
             InputError: there are not so many, or a mask cannot be read.
@@ -103,7 +100,7 @@ class Match:
     is None if it was missed, ``iou`` then 0). Where it is not, every found concept stands for itself (``true`` is
     None).
 
-    mask: bool ``[S, S]``, the true one where known.
+    mask: bool ``[H, W]``, the true one where known.
     """
 
     mask: Tensor

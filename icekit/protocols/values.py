@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from icekit.protocols.backbone import FineTuning
 
 if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
     from torch import Tensor
@@ -129,17 +131,10 @@ class Step:
 class Learned:
     """What a learner returns.
 
-    tokens: float32 ``[embedding_dim]`` on the CPU per token name: for every region those of ``token_names`` that are
-        among the learner's ``parts``.
-    lora: weights of a LoRA adapter by diffusers' key (``unet.``...), empty when none was trained;
-        ``StableDiffusionPipeline.load_lora_weights`` reads them.
-    weights: all weights of a fine-tuned noise predictor by diffusers' key, float16 on the CPU, empty when they were not
-        trained. Half precision, because a run keeps them so, and draws the same whether or not it was interrupted.
-    weights_config: its configuration, JSON-able, as in diffusers' ``config.json``; with it the run has a folder that
-        ``UNet2DConditionModel.from_pretrained`` reads.
+    tokens: by name, float32 rows on the CPU: for every region those of ``token_names`` that are among the learner's
+        ``parts``.
+    tuning: what it made of the noise predictor; nothing where it trained tokens alone.
     """
 
-    tokens: dict[str, Tensor]
-    lora: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    weights_config: dict[str, Any] = field(default_factory=dict)
+    tokens: dict[str, dict[str, Tensor]]
+    tuning: FineTuning = field(default_factory=FineTuning)

@@ -12,7 +12,6 @@ import io
 import json
 import re
 import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,7 +25,7 @@ from PIL import Image
 
 from icekit.protocols import object_tokens
 from icekit.report import loss_chart
-from icekit.run.directory import WORDS_ALONE, Extraction, RunDirectory
+from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, Extraction, RunDirectory
 
 Mask = NDArray[np.bool_]
 
@@ -163,7 +162,7 @@ def render_report(run_dir: Path, manifest: Mapping[str, Any]) -> str:
         ),
         timings=timings,
         total_seconds=total,
-        snippets=_snippets(run_dir, concepts, settings),
+        snippets=_snippets(run_dir, concepts, manifest.get("backbone") or {}),
     )
 
 
@@ -341,8 +340,12 @@ def _open(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def _snippets(run_dir: Path, concepts: Sequence[Concept], settings: str) -> dict[str, str]:
-    """What to type next, with this run's own directory and tokens; empty when nothing was found."""
+def _snippets(run_dir: Path, concepts: Sequence[Concept], backbone: Mapping[str, Any]) -> dict[str, str]:
+    """What to type next, with this run's own directory and tokens; empty when nothing was found.
+
+    backbone: as in the manifest. For diffusers there is something to type where it says how its model is loaded there,
+        and has one text encoder, for which tokens are kept as diffusers reads them.
+    """
     if not concepts:
         return {}
     full = run_dir.resolve()
@@ -361,25 +364,42 @@ def _snippets(run_dir: Path, concepts: Sequence[Concept], settings: str) -> dict
         lines.append(compose(f"a {second.label}, {names}", a=first))
         if second is not first:
             lines.append(compose(f"{{a}}, {{b.{attributes[-1]}}}", a=first, b=second))
-    try:
-        model = tomllib.loads(settings).get("backbone", {}).get("model")
-    except (tomllib.TOMLDecodeError, AttributeError):
-        model = None
+    snippets = {"compose": "\n".join(lines)}
+    pipeline, source = backbone.get("pipeline_class"), backbone.get("pipeline_source")
+    if pipeline and str(pipeline).isidentifier() and source and len(backbone.get("rows", {})) == 1:
+        snippets["diffusers"] = _diffusers(run_dir, place, str(pipeline), str(source), first.prompt)
+    return snippets
+
+
+def _diffusers(run_dir: Path, place: str, pipeline: str, source: str, prompt: str) -> str:
+    """Python code that generates an image with the run's tokens, and with what was made of the noise predictor."""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # a JSON string is a Python string, too
 
-    has_lora = (run_dir / "lora.safetensors").is_file()
-    lora = f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n' if has_lora else ""
-    has_unet = (run_dir / "unet" / "config.json").is_file()
-    unet = f"pipe.unet = UNet2DConditionModel.from_pretrained({quoted(place + '/unet')})\n" if has_unet else ""
-    diffusers = f"""\
+    names, tuned = [pipeline], ""
+    for folder in WEIGHTS_FOLDERS:
+        kind = _class_name(run_dir / folder / "config.json")
+        if kind:
+            names.append(kind)
+            tuned += f"pipe.{folder} = {kind}.from_pretrained({quoted(f'{place}/{folder}')})\n"
+    if (run_dir / "lora.safetensors").is_file():
+        tuned += f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n'
+    return f"""\
 from pathlib import Path
-from diffusers import StableDiffusionPipeline{", UNet2DConditionModel" if has_unet else ""}
+from diffusers import {", ".join(names)}
 
-pipe = StableDiffusionPipeline.from_pretrained({quoted(str(model or "the model of this run"))})
+pipe = {pipeline}.from_pretrained({quoted(source)})
 for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
     pipe.load_textual_inversion(str(file), token=f"<{{file.stem}}>")
-{unet}{lora}image = pipe({quoted(f"a photo of a {first.prompt}")}).images[0]
+{tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
 """
-    return {"compose": "\n".join(lines), "diffusers": diffusers}
+
+
+def _class_name(config: Path) -> str | None:
+    """The diffusers class that a folder of weights is for; None where there is no such folder."""
+    try:
+        name = str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if name.isidentifier() else None

@@ -59,8 +59,13 @@ def write_image_atomically(path: Path, image: Image.Image) -> None:
 
 
 def write_json_atomically(path: Path, value: object, indent: int | None = 1) -> None:
-    """Write JSON as ``write_atomically`` does."""
-    write_atomically(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+    """Write JSON as ``write_atomically`` does.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite: JSON has no word for these.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, (text + "\n").encode())
 
 
 def _temporary(path: Path) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from icekit import plugins
@@ -15,8 +16,8 @@ from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError, object_tokens
 from icekit.randomness import derived_seed
 from icekit.run.atomic import write_image_atomically, write_json_atomically
-from icekit.run.directory import Concept, Extraction
-from icekit.run.orchestrator import reproducible, resolve_device
+from icekit.run.directory import SCHEMA_VERSION, Concept, Extraction
+from icekit.run.models import load_backbone, reproducible, resolve_device
 from icekit.settings import Settings, nearest
 
 
@@ -44,8 +45,8 @@ class Bound:
     tokens: dict[str, str]
 
     @property
-    def rows(self) -> dict[str, Tensor]:
-        """Its tokens under their new names -> float32 ``[dim]``."""
+    def rows(self) -> dict[str, dict[str, Tensor]]:
+        """Its tokens under their new names -> text encoder -> row."""
         return {token: self.concept.embeddings[part] for part, token in self.tokens.items()}
 
 
@@ -84,35 +85,38 @@ def compose(
         raise InputError(f"the number of images cannot be {n}: it should be 1 or more")
     bound = {name: bind(name, reference) for name, reference in concepts.items()}
     expanded = expand(prompt, {name: one.tokens for name, one in bound.items()})
-    settings = shared_settings(bound)
-    tuned = fine_tuned_run(bound)
-    lora, weights = (tuned.lora(), tuned.weights()) if tuned else ({}, {})
+    run = drawing_run(bound)
     folder = _output_folder(prompt, out, overwrite)
     found = installed or plugins.installed()
-    values = found.component_settings("backbone", settings.name_of("backbone"), settings.values_of("backbone"))
-    backbone: Backbone = found.component("backbone", settings.name_of("backbone"))(
-        values, resolve_device(device or settings.device)
-    )
-    backbone.set_tokens({token: row for one in bound.values() for token, row in one.rows.items()})
+    settings = _drawing_settings(run, found)
+    backbone = load_backbone(found, settings, resolve_device(device or settings.device))
+    for name, one in bound.items():
+        _check_fit(name, one, backbone)
 
-    for stale in _own_files(folder):
-        stale.unlink()
+    stale = _own_files(folder)
     seeds = [derived_seed(seed, "compose", number) for number in range(n)]
-    files = []
-    for number, one_seed in enumerate(seeds):
-        with reproducible():
-            [picture] = backbone.generate(
-                [expanded],
-                seeds=[one_seed],
-                steps=settings.sample_steps,
-                guidance_scale=settings.guidance_scale,
-                lora=lora or None,
-                weights=weights or None,
-            )
-        files.append(folder / f"{number}.png")
-        write_image_atomically(files[-1], picture)
+    files = [folder / f"{number}.png" for number in range(n)]
+    done = 0
+
+    def keep(number: int, picture: Image.Image) -> None:
+        nonlocal done
+        while stale:  # now that there is something in its place
+            stale.pop().unlink()
+        write_image_atomically(files[number], picture)
+        done += 1
         if on_image:
-            on_image(number + 1, n)
+            on_image(done, n)
+
+    with reproducible():
+        backbone.generate(
+            [expanded] * n,
+            seeds=seeds,
+            tokens={token: rows for one in bound.values() for token, rows in one.rows.items()},
+            steps=settings.sample_steps,
+            guidance_scale=settings.guidance_scale,
+            tuning=run.tuning(),
+            on_image=keep,
+        )
     record = {
         "icekit_version": plugins.own_version(),
         "prompt": prompt,
@@ -193,43 +197,64 @@ def expand(prompt: str, tokens: Mapping[str, Mapping[str, str]]) -> str:
     return text
 
 
-def shared_settings(bound: Mapping[str, Bound]) -> Settings:
-    """The settings of the runs, as far as generating goes.
+def drawing_run(bound: Mapping[str, Bound]) -> Extraction:
+    """The run whose backbone draws: the one with fine-tuned weights if there is one, or else the first.
 
     Raises:
-        InputError: no concept is bound, or two runs have different backbones: their tokens mean nothing to each other.
+        InputError: no concept is bound; two runs have different backbones, so that their tokens mean nothing to each
+            other; or weights of their own: there is one model.
     """
     if not bound:
         raise InputError("no concept given: bind one, as in a=RUN_DIR")
     (first_name, first), *others = bound.items()
-    settings = first.run.settings()
     for name, other in others:
-        theirs = other.run.settings()
-        ours = (settings.name_of("backbone"), settings.values_of("backbone"))
-        if (theirs.name_of("backbone"), theirs.values_of("backbone")) != ours:
+        if not _of_one_model(first.run, other.run):
             raise InputError(
                 f"{first_name} and {name} were learned with different backbones"
-                f" ({_describe(settings)}, {_describe(theirs)}): their tokens cannot be mixed"
+                f" ({_describe(first.run)}, {_describe(other.run)}): their tokens cannot be mixed"
             )
-    return settings
-
-
-def _describe(settings: Settings) -> str:
-    model = settings.values_of("backbone").get("model")
-    return settings.name_of("backbone") + (f" with model {model}" if model else "")
-
-
-def fine_tuned_run(bound: Mapping[str, Bound]) -> Extraction | None:
-    """The run whose fine-tuned weights are to be used; None if no run has any.
-
-    Raises:
-        InputError: two runs have weights of their own: there is one model.
-    """
     runs = {one.run.run_dir.resolve(): one.run for one in bound.values()}
     tuned = {path: run for path, run in runs.items() if run.is_fine_tuned}
     if len(tuned) > 1:
         raise InputError(f"several runs have fine-tuned weights of their own ({', '.join(map(str, tuned))}): use one")
-    return next(iter(tuned.values()), None)
+    return next(iter(tuned.values()), first.run)
+
+
+def _of_one_model(one: Extraction, other: Extraction) -> bool:
+    """Whether tokens of one run mean the same to the other's backbone, wherever its files are."""
+    if one.identity is not None and other.identity is not None:
+        return one.identity == other.identity
+    return _describe(one) == _describe(other)  # all that a run of schema version 1 tells
+
+
+def _describe(run: Extraction) -> str:
+    settings = run.settings()
+    model = settings.values_of("backbone").get("model")
+    return settings.name_of("backbone") + (f" with model {model}" if model else "")
+
+
+def _drawing_settings(run: Extraction, found: Plugins) -> Settings:
+    """The settings of a run, as far as generating goes; of schema version 1 those that its backbone still has."""
+    settings = run.settings()
+    if run.schema_version == SCHEMA_VERSION:
+        return settings
+    known = found.component("backbone", settings.name_of("backbone")).Settings.model_fields  # type: ignore[attr-defined]
+    values = {key: value for key, value in settings.values_of("backbone").items() if key in known}
+    return settings.model_copy(update={"backbone": values})
+
+
+def _check_fit(name: str, bound: Bound, backbone: Backbone) -> None:
+    """Whether the backbone that was loaded is the one that these tokens were learned with.
+
+    Raises:
+        InputError: it is another one by now.
+    """
+    lengths = {encoder: len(row) for rows in bound.rows.values() for encoder, row in rows.items()}
+    if lengths != dict(backbone.rows) or bound.run.identity not in (None, backbone.identity):
+        raise InputError(
+            f"the tokens of {name} were learned with another model than the one that {_describe(bound.run)} is now: "
+            "give the run the model it was made with, or make it anew"
+        )
 
 
 def _output_folder(prompt: str, out: str | Path | None, overwrite: bool) -> Path:

@@ -11,7 +11,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -20,19 +20,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icekit.protocols import InputError, Learned, Region, Step
+from icekit.protocols import FineTuning, InputError, Learned, Region, Step
 from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically, write_tensors_atomically
-from icekit.settings import Settings, load_settings
+from icekit.settings import Settings, read_settings_file, validate
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Version 1 had one text encoder, without a name, and settings of the naming of regions that are no more."""
+OLDEST_SCHEMA_VERSION = 1
+"""The oldest run directory that can still be read."""
 WORDS_ALONE = "-words"
 """After the part in the name of a sample that was made from plain words; no part has a hyphen in it."""
 
-WEIGHTS_FILE = "unet/diffusion_pytorch_model.safetensors"
-"""Fine-tuned weights of the noise predictor; with ``config.json`` beside them a folder in diffusers' format."""
+WEIGHTS_FOLDERS = ("unet", "transformer")
+"""What pipelines call their noise predictor: the folder of fine-tuned weights, in diffusers' format, is named so."""
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _OWN_FILES = (
     "manifest.json",
@@ -49,7 +53,7 @@ _OWN_FILES = (
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
     "embeddings": r".+-\d+(-.+)?\.safetensors",
-    "unet": r"config\.json|diffusion_pytorch_model\.safetensors",
+    **dict.fromkeys(WEIGHTS_FOLDERS, r"config\.json|diffusion_pytorch_model\.safetensors"),
     "samples": r"\d+-.+-\d+\.png",
     "attention": r"\d+-.+\.png",
     "checkpoint": r"run\.json",
@@ -66,7 +70,7 @@ class Concept:
 
     index, label, score, area, words: as in the manifest; ``area`` is the mask's share of the image.
     tokens: part (``"category"``, ``"instance"``, ``"colour"``, ...) -> token (``"<cup-0-colour>"``).
-    embeddings: part -> float32 ``[dim]`` on the CPU.
+    embeddings: part -> text encoder -> its row, float32 on the CPU.
     mask_file: the mask, 0 or 255.
     """
 
@@ -76,7 +80,7 @@ class Concept:
     area: float
     tokens: dict[str, str]
     words: dict[str, list[str]]
-    embeddings: dict[str, Tensor] = field(repr=False)
+    embeddings: dict[str, dict[str, Tensor]] = field(repr=False)
     mask_file: Path = field(repr=False)
 
     def mask(self) -> NDArray[np.bool_]:
@@ -98,7 +102,7 @@ class Extraction:
         """Read a run directory.
 
         Raises:
-            InputError: there is none, it is not complete, or another version of icekit wrote it.
+            InputError: there is none, it is not complete, or a newer version of icekit wrote it.
         """
         path = Path(run_dir)
         directory = RunDirectory(path)
@@ -109,13 +113,14 @@ class Extraction:
                 raise InputError(f"the run in {path} is not complete: `icekit run IMAGE --out {path} --resume` goes on")
             raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
         manifest = directory.read_manifest()
-        if manifest["schema_version"] != SCHEMA_VERSION:
+        if not OLDEST_SCHEMA_VERSION <= manifest["schema_version"] <= SCHEMA_VERSION:
             raise InputError(
-                f"{path} has schema version {manifest['schema_version']} (icekit {manifest['icekit_version']});"
-                f" this icekit reads version {SCHEMA_VERSION}"
+                f"{path} has schema version {manifest['schema_version']} (icekit {manifest['icekit_version']}); this "
+                f"icekit reads up to version {SCHEMA_VERSION}: use that one, or `icekit run IMAGE --out {path} "
+                "--overwrite`"
             )
         try:
-            rows = directory.load_tokens() or {}
+            rows = directory.load_tokens(_encoders(manifest)) or {}
             concepts = tuple(
                 Concept(
                     index=entry["index"],
@@ -134,26 +139,37 @@ class Extraction:
         return cls(path, manifest, concepts)
 
     @property
-    def tokens(self) -> dict[str, Tensor]:
-        """Every token of the run -> float32 ``[dim]``."""
+    def tokens(self) -> dict[str, dict[str, Tensor]]:
+        """Every token of the run -> text encoder -> its row, float32."""
         return {token: concept.embeddings[part] for concept in self.concepts for part, token in concept.tokens.items()}
 
+    @property
+    def schema_version(self) -> int:
+        """That of its manifest."""
+        return int(self.manifest["schema_version"])
+
+    @property
+    def identity(self) -> str | None:
+        """What its tokens depend on, see ``protocols.Backbone``; None for a run of schema version 1."""
+        backbone = self.manifest.get("backbone")
+        return str(backbone["identity"]) if backbone else None
+
     def settings(self) -> Settings:
-        """The settings of the run, complete."""
-        return load_settings(self.run_dir / "settings.toml")
+        """The settings of the run, complete; of a run of schema version 1 those that there still are."""
+        values = read_settings_file(self.run_dir / "settings.toml")
+        if self.schema_version < SCHEMA_VERSION:
+            values = {key: value for key, value in values.items() if key in Settings.model_fields}
+        return validate(Settings, values)
 
     @property
     def is_fine_tuned(self) -> bool:
         """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
-        return any((self.run_dir / name).is_file() for name in ("lora.safetensors", WEIGHTS_FILE))
+        files = ("lora.safetensors", *(f"{folder}/{WEIGHTS_FILE}" for folder in WEIGHTS_FOLDERS))
+        return any((self.run_dir / name).is_file() for name in files)
 
-    def lora(self) -> dict[str, Tensor]:
-        """Weights of the run's LoRA adapter by diffusers' key; empty if none was trained."""
-        return RunDirectory(self.run_dir).load_lora()
-
-    def weights(self) -> dict[str, Tensor]:
-        """Weights of the run's fine-tuned noise predictor by diffusers' key; empty if they were not trained."""
-        return RunDirectory(self.run_dir).load_weights()
+    def tuning(self) -> FineTuning:
+        """What the learner made of the noise predictor."""
+        return RunDirectory(self.run_dir).load_tuning()
 
     def concept(self, reference: str | int | None = None) -> Concept:
         """A concept by its index or label; the first one for None.
@@ -198,11 +214,14 @@ class ConceptLibrary:
 
 @dataclass(frozen=True)
 class Started:
-    """What a run began with: the source image's sha256 and the complete settings (nested, JSON types)."""
+    """What a run began with: the source image's sha256, the complete settings (nested, JSON types), and the schema
+    version of its directory.
+    """
 
     sha256: str
     source: str
     settings: dict[str, Any]
+    schema_version: int
 
 
 @dataclass(frozen=True)
@@ -252,7 +271,7 @@ class RunDirectory:
         record = _read_json(self.path / "checkpoint" / "run.json")
         if not record or not record.get("ready"):
             return None
-        return Started(record["sha256"], record["source"], record["settings"])
+        return Started(record["sha256"], record["source"], record["settings"], record["schema_version"])
 
     def check_usable(self, *, resume: bool, overwrite: bool) -> None:
         """Whether a run may be written here.
@@ -382,43 +401,62 @@ class RunDirectory:
         return StepLog(self.path / "log.jsonl")
 
     def save_learned(self, learned: Learned) -> None:
-        """Keep the learned tokens in both forms, and the LoRA adapter or the noise predictor's weights if trained.
+        """Keep the learned tokens in both forms, and what was made of the noise predictor.
 
         ``embeddings.safetensors`` comes last: it says that all of them are there.
         """
         from safetensors.torch import save
 
-        if learned.lora:
-            self._write("lora.safetensors", save({key: _plain(value) for key, value in learned.lora.items()}))
-        if learned.weights:
-            if learned.weights_config:
-                self._write_json("unet/config.json", learned.weights_config, indent=2)
+        tuning = learned.tuning
+        if tuning.lora:
+            self._write("lora.safetensors", save({key: _plain(value) for key, value in tuning.lora.items()}))
+        if tuning.weights:
+            if tuning.weights_config:
+                self._write_json(f"{tuning.folder}/config.json", tuning.weights_config, indent=2)
             # diffusers does not read a file that does not say which framework it is of.
-            write_tensors_atomically(self.path / WEIGHTS_FILE, learned.weights, {"format": "pt"})
-        for token, row in learned.tokens.items():
-            self._write(f"embeddings/{token.strip('<>')}.safetensors", save({token: _plain(row)}))
-        self._write("embeddings.safetensors", save({token: _plain(row) for token, row in learned.tokens.items()}))
+            write_tensors_atomically(self.path / tuning.folder / WEIGHTS_FILE, tuning.weights, {"format": "pt"})
+        everything: dict[str, Tensor] = {}
+        for token, rows in learned.tokens.items():
+            # One encoder: the file that diffusers' load_textual_inversion reads. Several: as other tools write them.
+            own = {token: next(iter(rows.values()))} if len(rows) == 1 else rows
+            plain = {key: _plain(row) for key, row in own.items()}
+            self._write(f"embeddings/{token.strip('<>')}.safetensors", save(plain))
+            everything |= {_key(token, encoder, rows): _plain(row) for encoder, row in rows.items()}
+        self._write("embeddings.safetensors", save(everything))
 
-    def load_tokens(self) -> dict[str, Tensor] | None:
-        """The learned tokens, float32 ``[dim]`` each; None before they are there."""
+    def load_tokens(self, encoders: Sequence[str] | None) -> dict[str, dict[str, Tensor]] | None:
+        """The learned tokens: name -> text encoder -> its row, float32; None before they are there.
+
+        encoders: the text encoders that tokens have rows for; None for a run of schema version 1, which had one and
+            did not say which.
+        """
         from safetensors.torch import load_file
 
         path = self.path / "embeddings.safetensors"
-        return load_file(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        rows = load_file(path)
+        if encoders is None:
+            return {token: {_clip_of(row): row} for token, row in rows.items()}
+        if len(encoders) == 1:
+            return {token: {encoders[0]: row} for token, row in rows.items()}
+        tokens: dict[str, dict[str, Tensor]] = {}
+        for key, row in rows.items():
+            token, _, encoder = key.rpartition(".")
+            tokens.setdefault(token, {})[encoder] = row
+        return {token: {encoder: own[encoder] for encoder in encoders} for token, own in tokens.items()}
 
-    def load_lora(self) -> dict[str, Tensor]:
-        """The LoRA weights; empty if there are none."""
+    def load_tuning(self) -> FineTuning:
+        """What was made of the noise predictor; nothing where it was not trained."""
         from safetensors.torch import load_file
 
-        path = self.path / "lora.safetensors"
-        return load_file(path) if path.is_file() else {}
-
-    def load_weights(self) -> dict[str, Tensor]:
-        """The noise predictor's fine-tuned weights; empty if there are none."""
-        from safetensors.torch import load_file
-
-        path = self.path / WEIGHTS_FILE
-        return load_file(path) if path.is_file() else {}
+        file = self.path / "lora.safetensors"
+        lora = load_file(file) if file.is_file() else {}
+        for folder in WEIGHTS_FOLDERS:
+            file = self.path / folder / WEIGHTS_FILE
+            if file.is_file():
+                return FineTuning(lora, load_file(file), _read_json(file.with_name("config.json")) or {}, folder)
+        return FineTuning(lora, folder=next(iter(lora)).partition(".")[0]) if lora else FineTuning()
 
     # --- What is made of it ------------------------------------------------------------------------------------------
 
@@ -501,7 +539,7 @@ class StepLog:
             self._drop_from(step.step)
             self._file = self.path.open("a", encoding="utf-8")
         line = {"step": step.step, "total": step.total, "phase": step.phase, "losses": dict(step.losses)}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -550,6 +588,21 @@ def mask_name(region: Region) -> str:
 def sample_name(index: int, part: str, number: int, *, words_alone: bool = False) -> str:
     """Where a sample is, relative to the run directory; ``words_alone``: its counterpart without a learned token."""
     return f"samples/{index}-{part}{WORDS_ALONE if words_alone else ''}-{number}.png"
+
+
+def _encoders(manifest: Mapping[str, Any]) -> list[str] | None:
+    """The text encoders that a run's tokens have rows for; None for a run of schema version 1."""
+    return list(manifest["backbone"]["rows"]) if "backbone" in manifest else None
+
+
+def _key(token: str, encoder: str, rows: Mapping[str, Tensor]) -> str:
+    """A row's name in ``embeddings.safetensors``: the token's own where there is one text encoder."""
+    return token if len(rows) == 1 else f"{token}.{encoder}"
+
+
+def _clip_of(row: Tensor) -> str:
+    """The text encoder of a run of schema version 1: these had one CLIP, which is told by the length of its rows."""
+    return {1024: "clip_h", 1280: "clip_g"}.get(len(row), "clip_l")
 
 
 def _delete(path: Path) -> None:

@@ -8,15 +8,13 @@ import warnings
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from icekit import pixels
 from icekit.protocols import InputError
-
-if TYPE_CHECKING:
-    pass
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 """Formats that Pillow decodes itself: nothing that is a program (PostScript) or calls one."""
@@ -33,7 +31,7 @@ class SourceImage:
     source: the path as typed, or ``"image"`` when it came as an object.
     stem: what a run directory is named after.
     sha256: of the file's bytes (of the pixels when there is no file), hex.
-    picture: square, RGB, oriented; not yet resized.
+    picture: the whole of it, RGB, oriented.
     """
 
     source: str
@@ -41,13 +39,22 @@ class SourceImage:
     sha256: str
     picture: Image.Image
 
-    def resized(self, side: int) -> Image.Image:
-        """The picture at ``side`` x ``side`` pixels, antialiased."""
-        return self.picture.resize((side, side), Image.Resampling.LANCZOS)
+    def fitted(self, size: tuple[int, int]) -> Image.Image:
+        """The picture in a model's shape, (height, width): its middle, cut to these proportions and resized."""
+        return pixels.fit(self.picture, size)
+
+    def fitting(self, size: tuple[int, int]) -> dict[str, Any]:
+        """What ``fitted`` does, for the manifest: the picture's size, and the box that is cut out and resized."""
+        left, top, right, bottom = pixels.middle(self.picture.size, size)
+        return {
+            "source_width": self.picture.width,
+            "source_height": self.picture.height,
+            "box": [left, top, right, bottom],
+        }
 
 
 def load_image(image: str | Path | Image.Image) -> SourceImage:
-    """Read an image file (or take a PIL image), apply its orientation, make it RGB and crop its centre square.
+    """Read an image file (or take a PIL image), apply its orientation and make it RGB.
 
     Transparent parts become white, 16-bit greys are scaled to 8 bits.
 
@@ -57,7 +64,7 @@ def load_image(image: str | Path | Image.Image) -> SourceImage:
     if isinstance(image, Image.Image):
         _check_size(image, "the image")
         picture = to_rgb(ImageOps.exif_transpose(image))
-        return SourceImage("image", "image", hashlib.sha256(picture.tobytes()).hexdigest(), center_square(picture))
+        return SourceImage("image", "image", hashlib.sha256(picture.tobytes()).hexdigest(), picture)
     path = Path(image)
     try:
         data = path.read_bytes()
@@ -70,7 +77,7 @@ def load_image(image: str | Path | Image.Image) -> SourceImage:
     if not data:
         raise InputError(f"{path} is empty: give an image file")
     picture = _decode(path)
-    return SourceImage(str(image), path.stem, hashlib.sha256(data).hexdigest(), center_square(picture))
+    return SourceImage(str(image), path.stem, hashlib.sha256(data).hexdigest(), picture)
 
 
 def _decode(path: Path) -> Image.Image:
@@ -117,10 +124,3 @@ def to_rgb(image: Image.Image) -> Image.Image:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
-
-
-def center_square(image: Image.Image) -> Image.Image:
-    """The largest square in the middle of the image."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from icekit.protocols import Attribute, Backbone
+    from icekit.protocols import Attribute, Backbone, Tokens
 
 TEMPLATES = ("{}", "a {} {noun}", "a photo of a {} {noun}")
 """Prompts in which token and word are compared; ``{noun}`` is the concept's own word, so that both have its company."""
@@ -39,10 +39,14 @@ def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int
     return [names[int(i)] for i in order[:count]]
 
 
-def name_attribute(backbone: Backbone, attribute: Attribute, token: str, noun: str, count: int = 3) -> list[str]:
-    """Name a token that the backbone has been given, with words of the vocabulary that its text encoder knows.
+def name_attribute(
+    backbone: Backbone, attribute: Attribute, token: str, tokens: Tokens, noun: str, count: int = 3
+) -> list[str]:
+    """Name a token with words of the attribute's vocabulary that the backbone's text encoder knows.
 
-    Returns an empty list when it knows none of them.
+    tokens: its rows, and maybe others'. noun: its concept's word.
+
+    Returns an empty list when the text encoder knows none of the words.
     """
     import torch
 
@@ -52,7 +56,7 @@ def name_attribute(backbone: Backbone, attribute: Attribute, token: str, noun: s
 
     def embed(word: str) -> Tensor:
         prompts = [template.format(word, noun=noun) for template in TEMPLATES]
-        return backbone.embed_texts(prompts).float().cpu()
+        return backbone.embed_texts(prompts, tokens).float().cpu()
 
     with torch.no_grad():
         return nearest_words(embed(token), torch.stack([embed(name) for name in names]), names, count)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 
@@ -34,16 +33,11 @@ class FolderDataset:
         self._path = settings.path
 
     @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """None: any picture may be in it."""
-        return {}
-
-    @property
     def metrics(self) -> Sequence[str]:
         """Those that need no truth, and those that need masks or words."""
         return ("sim_i", "sim_c", "acc1", "acc3", "miou", "recall", "word_accuracy")
 
-    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
+    def pictures(self, count: int | None, seed: int, size: tuple[int, int]) -> Sequence[BenchPicture]:
         """The pictures in the natural order of their names, whatever the seed; see ``protocols.Dataset``."""
         entries = find_pictures(self._path)
         if not entries:

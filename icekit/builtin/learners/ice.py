@@ -20,8 +20,7 @@ is zero.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -31,41 +30,36 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from icekit.learning.close_ups import close_ups
-from icekit.learning.denoising import (
-    Shares,
-    coverage,
-    latent_mask,
-    masked_denoising_loss,
-    nearest_mask,
-    offset_noise,
-    timestep_density,
-)
-from icekit.learning.fine_tuning import Weights
-from icekit.learning.hints import hinted_row
+from icekit.learning.denoising import Shares, masked_denoising_loss, uniform_shares
+from icekit.learning.hints import hinted_token
+from icekit.learning.lesson import Draw, Lesson, LessonSettings, Pictures
 from icekit.learning.prior import PriorSettings, kept_prior, prior_loss
+from icekit.learning.rows import assign, flat, weighted_sum
 from icekit.learning.training import Group, Losses, Task, TaskLearner, Trainer
 from icekit.learning.triplet import IntrinsicForm, intrinsic_triplet, object_triplet
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.learning.word_posterior import Mixture, WordPosterior, signal_to_noise
 from icekit.protocols import (
-    AttentionMaps,
     Attribute,
     Backbone,
+    Capability,
     InputError,
     Learned,
     PosteriorBackbone,
     Region,
+    Tokens,
+    Trained,
     token_names,
 )
 from icekit.randomness import seeded_generator
 
-REFINE_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 2e-6}
+REFINE_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 2e-6}
 """AdamW's learning rate of refinement by what is fine-tuned, where none is set."""
 LEAST_HINT = 1e-3
 """A word that the retriever thinks less likely than this is still tried."""
 
 
-class IceSettings(PriorSettings):
+class IceSettings(LessonSettings, PriorSettings):
     """Settings of ``IceLearner``; numbers are the paper's by default. "Published" below is what its code does."""
 
     steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
@@ -79,8 +73,13 @@ class IceSettings(PriorSettings):
     word_rate: float = Field(
         0.25,
         gt=0,
-        description="how fast words win: what a loss of one standard deviation adds to their logarithms; the "
-        "slower, the more counts what the retriever saw (describe)",
+        description="how fast words win: what a loss of one standard deviation adds to their logarithms",
+    )
+    word_trust: float = Field(
+        1.0,
+        gt=0,
+        description="how much what the retriever saw (naming = described) counts where words are weighed: its "
+        "probabilities are taken to this power",
     )
     word_sharpness: float = Field(
         3.0,
@@ -108,9 +107,9 @@ class IceSettings(PriorSettings):
     learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
     category_learning_rate: float | None = Field(
         None,
-        gt=0,
+        ge=0,
         description="the category tokens' own; small, and they stay near their words, so that what is particular is "
-        "left to the instance; none: as the others (paper)",
+        "left to the instance; 0: they are their words; none: as the others (paper)",
     )
     attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
     object_triplet_weight: float = Field(1.0, ge=0, description="weight of the object triplet (phase one)")
@@ -118,9 +117,6 @@ class IceSettings(PriorSettings):
     object_margin: float = Field(0.05, ge=0, description="margin of the object triplet")
     intrinsic_margin: float = Field(0.7, ge=0, description="factor in the margins of the intrinsic triplet")
     noise_offset: float = Field(0.1, ge=0, description="standard deviation of the noise added to whole channels")
-    timestep_range: Shares = Field(
-        (0.0, 1.0), description="share of the noise schedule that steps are drawn from; paper: all of it"
-    )
     concepts_per_step: Literal["all", "one"] = Field(
         "all",
         description="whose losses a step is of: all concepts', or one's that is drawn, so that all concepts share the "
@@ -168,14 +164,10 @@ class IceSettings(PriorSettings):
     word_learning_rate: float = Field(
         0.2, gt=0, description="AdamW's learning rate of those weights (of their logarithms), constant"
     )
-    by_area: bool = Field(False, description="divide a concept's denoising loss by its mask's share of the image")
-    attention_resolution: int | None = Field(
-        None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
-    )
     refine_steps: int = Field(
         0, ge=0, description="steps of fine-tuning the noise predictor after the tokens; published: 300"
     )
-    refine_weights: Weights = Field(
+    refine_weights: Trained = Field(
         "lora",
         description="what is fine-tuned: a LoRA adapter on the noise predictor's attention, or all of its weights "
         "(published), which a run then keeps as a model of its own",
@@ -218,34 +210,32 @@ class IceLearner(TaskLearner[IceSettings]):
 
     Settings = IceSettings
 
+    @staticmethod
+    def needs_with(settings: IceSettings) -> list[Capability]:
+        """What the backbone must be able to do."""
+        needs: list[Capability] = ["attention"]
+        if settings.refine_steps:
+            needs.append("fine_tuning")
+        if settings.latents == "sample":
+            needs.append("posterior")
+        return needs
+
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``."""
-        return Lesson(self.settings, self.backbone, task).run()
-
-
-def nearest_resolution(resolutions: Sequence[int], wanted: int = 16) -> int:
-    """The side of the attention grid nearest to ``wanted`` by ratio; of two as near, the larger."""
-    return min(resolutions, key=lambda side: (abs(math.log(side / wanted)), -side))
+        return IceLesson(self.settings, self.backbone, task).run()
 
 
 @dataclass(frozen=True)
-class Draw:
-    """The random choices of one step, one of each per concept; tensors on the backbone's device.
+class Choices:
+    """What a step draws beside its ``Draw``, one for each concept.
 
-    timesteps: int64 ``[C]``. noise: ``[C, c, h, w]``. flipped: int64 ``[C]``, 1 where the image is mirrored.
-    templates: indices into the templates. coins: bools, which prompt to refine with.
-    concepts: the places of those whose losses the step is of. spread: standard Gaussian ``[C, c, h, w]``, by which
-    latents deviate from their mean; None where they are the mean. views: int64 ``[C]``, which of a concept's pictures.
+    concepts: the places of those whose losses the step is of. coins: which prompt to refine with. spread: standard
+    Gaussian ``[C, c, h, w]``, by which latents deviate from their mean; None where they are the mean.
     """
 
-    timesteps: Tensor
-    noise: Tensor
-    flipped: Tensor
-    templates: list[int]
-    coins: list[bool]
     concepts: list[int]
-    views: Tensor
-    spread: Tensor | None = None
+    coins: list[bool]
+    spread: Tensor | None
 
 
 def tried_token(attribute: str, word: int) -> str:
@@ -253,44 +243,37 @@ def tried_token(attribute: str, word: int) -> str:
     return f"<{attribute}-word-{word}>"
 
 
-class Lesson:
-    """One call of ``IceLearner.learn``: what never changes in it (latents, masks, anchors), its tokens and its phases.
+class IceLesson(Lesson):
+    """One call of ``IceLearner.learn``: its anchors, its tokens and its phases. C concepts, A attributes.
 
-    C concepts, latents ``[c, h, w]``, attention loss on an r x r grid. Each concept has V pictures, the whole image or
-    its close-ups, plain and mirrored: ``latents`` and ``latents_spread`` ``[C, V, 2, c, h, w]``, ``latent_masks``
-    ``[C, V, 2, h, w]``, ``attention_masks`` ``[C, V, 2, r, r]``.
+    word_anchors: E of the regions' words, ``[C, P]``. slot_anchors: with those of the attributes, ``[C, 1 + A, P]``.
+    mixtures: attribute tokens that are weighted means of words.
     """
 
+    settings: IceSettings
+    prefers_noise = True
+
     def __init__(self, settings: IceSettings, backbone: Backbone, task: Task) -> None:
-        self.settings, self.backbone, self.task = settings, backbone, task
-        image, regions, attributes = task.image, task.regions, task.attributes
-        self.seed, self.regions, self.attributes = task.seed, regions, attributes
-        self.names = [token_names(region, attributes) for region in regions]
-        self.resolution = settings.attention_resolution or nearest_resolution(backbone.attention_resolutions)
-        self.object_steps = (settings.steps + 1) // 2 if attributes else settings.steps
-        self.density = timestep_density(backbone.num_timesteps, *settings.timestep_range)
-        self._positions: dict[tuple[str, int], Tensor] = {}
-
-        with torch.no_grad():
-            self._take_pictures(image)
-            self.word_anchors = self._pooled([region.word for region in regions])  # [C, P]
-            if attributes:
-                texts = [settings.attribute_anchor.replace("{}", attribute.anchor) for attribute in attributes]
-                anchors = self._pooled(texts).expand(len(regions), -1, -1)
-                self.slot_anchors = torch.cat([self.word_anchors.unsqueeze(1), anchors], dim=1)  # [C, 1 + A, P]
-
-        self.rows: dict[str, nn.Parameter] = {}
-        for region, names in zip(regions, self.names, strict=True):
-            row = self._word_row(region.word).to(backbone.device)
-            self.rows |= {name: nn.Parameter(row.clone(), requires_grad=False) for name in names.values()}
-        backbone.set_tokens(self.rows)
+        self.offset = settings.noise_offset
+        self.attributes = task.attributes
+        self.names = [token_names(region, task.attributes) for region in task.regions]
+        words = [backbone.word_rows(region.word, settings.word_row) for region in task.regions]
+        tokens = {name: word for names, word in zip(self.names, words, strict=True) for name in names.values()}
+        super().__init__(settings, backbone, task, tokens)
+        self.object_steps = (settings.steps + 1) // 2 if self.attributes else settings.steps
         self.mixtures: dict[str, Mixture] = {}
+        with torch.no_grad():
+            self.word_anchors = self._embed([region.word for region in self.regions])
+            if self.attributes:
+                texts = [settings.attribute_anchor.replace("{}", attribute.anchor) for attribute in self.attributes]
+                anchors = self._embed(texts).expand(len(self.regions), -1, -1)
+                self.slot_anchors = torch.cat([self.word_anchors.unsqueeze(1), anchors], dim=1)
         self._check_prompts_fit()
 
     def run(self) -> Learned:
         """All phases, from where the checkpoint stands."""
         settings = self.settings
-        trainer = Trainer(self.rows, settings, self.task, self.learned_by + settings.refine_steps)
+        trainer = self.trainer(self.learned_by + settings.refine_steps)
         if settings.word_steps and self.attributes:
             self._weigh_words(trainer)
         if settings.attribute_rows == "words":
@@ -300,32 +283,27 @@ class Lesson:
             self._start_instances_from_hints()
         attributes_from = self.objects_from + self.object_steps
         together = settings.optimizer == "one"
-        with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
+        trainer.train(
+            "object",
+            [group for concept in range(len(self.names)) for group in self._object_groups(concept)],
+            range(self.objects_from + 1, attributes_from + 1),
+            self.object_losses,
+            self.concepts_in_a_step,
+            one_optimizer=together,
+        )
+        if self.attributes:
+            if trainer.done == attributes_from:
+                self._start_attributes()
             trainer.train(
-                "object",
-                [group for concept in range(len(self.names)) for group in self._object_groups(concept)],
-                range(self.objects_from + 1, attributes_from + 1),
-                lambda step: self.object_losses(step, maps),
+                "attributes",
+                [group for concept in range(len(self.names)) for group in self._attribute_groups(concept)],
+                range(attributes_from + 1, self.learned_by + 1),
+                self.attribute_losses,
                 self.concepts_in_a_step,
                 one_optimizer=together,
             )
-            if self.attributes:
-                if trainer.done == attributes_from:
-                    self._start_attributes()
-                trainer.train(
-                    "attributes",
-                    [group for concept in range(len(self.names)) for group in self._attribute_groups(concept)],
-                    range(attributes_from + 1, self.learned_by + 1),
-                    lambda step: self.attribute_losses(step, maps),
-                    self.concepts_in_a_step,
-                    one_optimizer=together,
-                )
-                self._settle_mixtures()
-        return self._refine(trainer) if settings.refine_steps else Learned(self._tokens())
-
-    def _tokens(self) -> dict[str, Tensor]:
-        """The tokens' rows as they are now, on the CPU."""
-        return {name: row.detach().float().cpu().clone() for name, row in self.rows.items()}
+            self._settle_mixtures()
+        return self._refine(trainer) if settings.refine_steps else self.learned()
 
     @property
     def objects_from(self) -> int:
@@ -356,7 +334,7 @@ class Lesson:
     def _object_groups(self, concept: int) -> list[Group]:
         """One concept's category and instance."""
         names, takes_part = self.names[concept], self._takes_part(concept)
-        category, instance = ({names[kind]: self.rows[names[kind]]} for kind in ("category", "instance"))
+        category, instance = (flat(self.tokens, [names[kind]]) for kind in ("category", "instance"))
         rate, own_rate = self.settings.learning_rate, self.settings.category_learning_rate
         if own_rate is None:
             return [Group(category | instance, rate, takes_part=takes_part)]
@@ -373,7 +351,7 @@ class Lesson:
         """
         names, takes_part = self.names[concept], self._takes_part(concept)
         tokens = [names[attribute.name] for attribute in self.attributes]
-        free = {name: self.rows[name] for name in tokens if name not in self.mixtures}
+        free = flat(self.tokens, [name for name in tokens if name not in self.mixtures])
         mixed = {name: self.mixtures[name].logits for name in tokens if name in self.mixtures}
         rate, word_rate = self.settings.learning_rate, self.settings.word_learning_rate
         groups = [
@@ -381,72 +359,85 @@ class Lesson:
             Group(mixed, word_rate, "word_learning_rate", takes_part),
         ]
         if self.settings.optimizer == "one":
-            groups.append(Group({names["instance"]: self.rows[names["instance"]]}, rate, takes_part=lambda _: False))
+            groups.append(Group(flat(self.tokens, [names["instance"]]), rate, takes_part=lambda _: False))
         return [group for group in groups if group.parameters]
 
     # --- Attribute tokens that are mixtures of words -----------------------------------------------------------------
+
+    def _known_words(self, attribute: Attribute) -> list[str]:
+        """The words of its vocabulary that the backbone knows."""
+        return [word for word in attribute.vocabulary if self.backbone.knows(word)]
+
+    def _rows_of(self, words: list[str]) -> dict[str, Tensor]:
+        """Words' rows by text encoder, ``[W, D]``."""
+        tokens = [self.backbone.word_rows(word, self.settings.word_row) for word in words]
+        return {
+            encoder: torch.stack([token[encoder].float() for token in tokens]).to(self.backbone.device)
+            for encoder in self.backbone.rows
+        }
+
+    def _prior_of(self, region: Region, attribute: str, words: list[str]) -> Tensor:
+        """How likely the retriever thinks each word: ``[W]``, above zero; all alike where it was not asked."""
+        hints = region.hints.get(attribute) or dict.fromkeys(words, 1.0)
+        return torch.tensor([max(hints.get(word, 0.0), LEAST_HINT) for word in words])
 
     def _build_mixtures(self) -> dict[str, Mixture]:
         """One for each attribute token whose vocabulary has two words or more that the backbone knows."""
         mixtures: dict[str, Mixture] = {}
         for attribute in self.attributes:
-            words = [word for word in attribute.vocabulary if self.backbone.knows(word)]
-            if len(words) > 1:
-                rows = torch.stack([self.backbone.word_embedding(word).float() for word in words])
+            if len(words := self._known_words(attribute)) > 1:
+                rows = self._rows_of(words)
                 for region, names in zip(self.regions, self.names, strict=True):
-                    likely = region.hints.get(attribute.name) or dict.fromkeys(words, 1.0)
-                    weights = torch.tensor([max(likely.get(word, 0.0), LEAST_HINT) for word in words])
-                    mixtures[names[attribute.name]] = Mixture(rows.to(self.backbone.device), weights)
+                    prior = self._prior_of(region, attribute.name, words)
+                    mixtures[names[attribute.name]] = Mixture(rows, prior)
         return mixtures
 
-    def _mix(self) -> None:
-        """Hand the backbone the mixtures' rows of now, with their gradients."""
-        if self.mixtures:
-            self.backbone.set_tokens(self.rows | {name: mixture.row() for name, mixture in self.mixtures.items()})
+    @property
+    def tokens_now(self) -> Tokens:
+        """All tokens, those that are mixtures as their weights have them now, with their gradients."""
+        return {**self.tokens, **{name: mixture.token() for name, mixture in self.mixtures.items()}}
 
     def _settle_mixtures(self) -> None:
         """The mixtures' rows become the tokens' own."""
         for name, mixture in self.mixtures.items():
-            self.rows[name].data.copy_(mixture.row().detach())
-        self.backbone.set_tokens(self.rows)
+            assign(self.tokens[name], mixture.token())
 
     # --- Words weighed by the denoising loss -------------------------------------------------------------------------
 
     def _weigh_words(self, trainer: Trainer) -> None:
         """Phase "words". The regions' hints are then what it found; those that they had are where it started."""
-        known = {one.name: [word for word in one.vocabulary if self.backbone.knows(word)] for one in self.attributes}
+        known = {one.name: self._known_words(one) for one in self.attributes}
         known = {name: words for name, words in known.items() if len(words) > 1}
-        rows = {
-            name: torch.stack([self._word_row(word) for word in words]).to(self.backbone.device)
-            for name, words in known.items()
-        }
+        rows = {name: self._rows_of(words) for name, words in known.items()}
         posteriors: dict[str, WordPosterior] = {}
         for region, names in zip(self.regions, self.names, strict=True):
             for attribute, words in known.items():
-                hints = region.hints.get(attribute) or dict.fromkeys(words, 1.0)
-                prior = torch.tensor([max(hints.get(word, 0.0), LEAST_HINT) for word in words])
+                prior = self._prior_of(region, attribute, words) ** self.settings.word_trust
                 posteriors[names[attribute]] = WordPosterior(rows[attribute], prior)
         for kind in ("logits", "squares", "count"):
             trainer.keep({name: getattr(each, kind) for name, each in posteriors.items()}, f"words.{kind}")
-        tried = {tried_token(name, n): row for name, words in rows.items() for n, row in enumerate(words)}
+        tried = {
+            tried_token(name, n): {encoder: of[n] for encoder, of in rows[name].items()}
+            for name, words in known.items()
+            for n in range(len(words))
+        }
         trainer.repeat("words", range(1, self.objects_from + 1), lambda step: self._word_step(step, posteriors, tried))
-        self.backbone.set_tokens(self.rows)
-        regions, sharpness = [], self.settings.word_sharpness
-        for region, names in zip(self.regions, self.names, strict=True):
+        sharpness = self.settings.word_sharpness
+        for place, names in enumerate(self.names):
             found = {
                 attribute: dict(zip(words, posteriors[names[attribute]].sharpened(sharpness).tolist(), strict=True))
                 for attribute, words in known.items()
             }
-            regions.append(replace(region, hints={**region.hints, **found}))
-        self.regions = regions
+            region = self.regions[place]
+            self.regions[place] = replace(region, hints={**region.hints, **found})
 
     @torch.no_grad()
-    def _word_step(self, step: int, posteriors: dict[str, WordPosterior], tried: dict[str, Tensor]) -> Losses:
+    def _word_step(self, step: int, posteriors: dict[str, WordPosterior], tried: Tokens) -> Losses:
         """One step of phase "words": every concept's every attribute. Returns the mean loss of the likeliest words."""
         likeliest = []
         for name, posterior in posteriors.items():
-            self.rows[name].data.copy_(posterior.row())
-        self.backbone.set_tokens(self.rows | tried)
+            assign(self.tokens[name], posterior.token())
+        tokens = {**self.tokens, **tried}
         for concept, names in enumerate(self.names):
             for attribute in self.attributes:
                 if names[attribute.name] not in posteriors:
@@ -454,107 +445,107 @@ class Lesson:
                 posterior = posteriors[names[attribute.name]]
                 words = posterior.tried()
                 generator = seeded_generator(self.seed, f"words-{names[attribute.name]}", step)
-                losses = self._losses_of_words(concept, attribute, words, generator)
+                losses = self._losses_of_words(concept, attribute, words, tokens, generator)
                 likeliest.append(losses[:, int(posterior.logits[words].argmax())].mean())
                 posterior.update(words, losses, self.settings.word_rate)
         return {"words": torch.stack(likeliest).mean()}  # by noise level: not to be drawn with the other phases'
 
     def _losses_of_words(
-        self, concept: int, attribute: Attribute, words: list[int], generator: torch.Generator
+        self, concept: int, attribute: Attribute, words: list[int], tokens: Tokens, generator: torch.Generator
     ) -> Tensor:
         """The denoising loss under each of n words, in place of the attribute's token: ``[word_draws, n]``.
 
         Weighed by ``signal_to_noise``: words differ about as much then at every noise level.
         """
-        backbone, draws = self.backbone, self.settings.word_draws
-        least, most = (share * backbone.num_timesteps for share in self.settings.word_timestep_range)
-        timesteps = (least + (most - least) * torch.rand(draws, generator=generator)).long().to(backbone.device)
+        backbone, draws, pictures = self.backbone, self.settings.word_draws, self.pictures
+        shares = uniform_shares(self.settings.word_timestep_range, draws, generator).to(backbone.device)
         noise = torch.randn(draws, *backbone.latent_shape, generator=generator).to(backbone.device)
-        view = torch.randint(self.latents.shape[1], (draws,), generator=generator)
+        view = torch.randint(pictures.latents.shape[1], (draws,), generator=generator)
         flipped = (torch.rand(draws, generator=generator) < self.settings.flip_probability).long()
         template = int(torch.randint(len(self.settings.templates), (), generator=generator))
         own = self.names[concept][attribute.name]
         prompt = self.prompt(template, self.attribute_tokens(concept))
-        prompts = [prompt.replace(own, tried_token(attribute.name, word)) for word in words]
-        latents, masks = self.latents[concept, view, flipped], self.latent_masks[concept, view, flipped]
-        noisy = backbone.add_noise(latents, noise, timesteps)
-        target = backbone.training_target(latents, noise, timesteps)
-        pairs = [(draw, word) for draw in range(draws) for word in range(len(words))]
+        conditioning = backbone.encode_prompts(
+            [prompt.replace(own, tried_token(attribute.name, word)) for word in words], tokens
+        )
+        latents, masks = pictures.latents[concept, view, flipped], pictures.masks[concept, view, flipped]
+        noisy = backbone.add_noise(latents, noise, shares)
+        target = backbone.training_target(latents, noise, shares)
         losses = []
-        for start in range(0, len(pairs), self.settings.max_batch):
-            part = pairs[start : start + self.settings.max_batch]
-            of = [draw for draw, _ in part]
-            prediction = backbone.predict(
-                noisy[of], timesteps[of], backbone.encode_prompts([prompts[w] for _, w in part])
-            )
+        for part in self.chunks(draws * len(words)):
+            of, under = [pair // len(words) for pair in part], [pair % len(words) for pair in part]
+            prediction = backbone.predict(noisy[of], shares[of], conditioning[under]).output
             losses.append(masked_denoising_loss(prediction, target[of], masks[of], by_area=True))
-        return torch.cat(losses).unflatten(0, (draws, -1)) * signal_to_noise(backbone, timesteps)[:, None]
+        return torch.cat(losses).unflatten(0, (draws, -1)) * signal_to_noise(backbone, shares)[:, None]
 
-    # --- Starting from words that were weighed or seen -----------------------------------------------------------
+    # --- Starting from words that were weighed or seen ---------------------------------------------------------------
 
-    def _hinted_row(self, region: Region, attribute: Attribute) -> Tensor | None:
-        return hinted_row(region, attribute, self.backbone, pieces=self.settings.word_row)
+    def _hinted(self, region: Region, attribute: Attribute) -> dict[str, Tensor] | None:
+        return hinted_token(region, attribute, self.backbone, pieces=self.settings.word_row)
 
     def _start_instances_from_hints(self) -> None:
         """An instance with hints starts as the mean, or the sum, of its attributes' words."""
         for region, names in zip(self.regions, self.names, strict=True):
-            hinted = [row for one in self.attributes if (row := self._hinted_row(region, one)) is not None]
+            hinted = [token for one in self.attributes if (token := self._hinted(region, one)) is not None]
             if hinted:
-                rows = torch.stack(hinted)
-                start = rows.mean(dim=0) if self.settings.instance_start == "mean" else rows.sum(dim=0)
-                self.rows[names["instance"]].data.copy_(start)
+                weight = 1 / len(hinted) if self.settings.instance_start == "mean" else 1.0
+                assign(self.tokens[names["instance"]], weighted_sum(hinted, [weight] * len(hinted)))
 
-    # --- The phases' losses, one chunk of concepts after the other -------------------------------------------------
+    def _start_attributes(self) -> None:
+        """From what was weighed or seen, or else from the learned instance (paper)."""
+        for region, names in zip(self.regions, self.names, strict=True):
+            for attribute in self.attributes:
+                hinted = self._hinted(region, attribute)
+                assign(self.tokens[names[attribute.name]], self.tokens[names["instance"]] if hinted is None else hinted)
 
-    def object_losses(self, step: int, maps: AttentionMaps) -> Iterator[Losses]:
+    # --- The phases' losses, one chunk of concepts after the other ---------------------------------------------------
+
+    def object_losses(self, step: int) -> Iterator[Losses]:
         """Phase one's losses of one step."""
-        draw = self.draw("learn", step)
-        for chunk in self.chunks(draw.concepts):
-            prompts = [self.prompt(draw.templates[i], self.object_tokens(i)) for i in chunk]
-            words = [[self.names[i]["category"], self.names[i]["instance"]] for i in chunk]
-            losses = self._denoising_losses(draw, chunk, prompts, maps)
-            pooled = self._embed(words)
+        draw, choices = self.draw(step), self.choices("learn", step)
+        for chunk in self.chunks(choices.concepts):
+            losses = self._denoising_losses(draw, choices, chunk, [self.object_tokens(place) for place in chunk])
+            words = [self.names[place][kind] for place in chunk for kind in ("category", "instance")]
+            pooled = self._embed(words).unflatten(0, (len(chunk), -1))
             losses["triplet"] = object_triplet(
                 self.word_anchors[chunk], pooled[:, 0], pooled[:, 1], self.settings.object_margin
             )
             yield self._total(losses, self.settings.object_triplet_weight, len(chunk))
 
-    def attribute_losses(self, step: int, maps: AttentionMaps) -> Iterator[Losses]:
+    def attribute_losses(self, step: int) -> Iterator[Losses]:
         """Phase two's losses of one step."""
-        draw = self.draw("learn", step)
-        for chunk in self.chunks(draw.concepts):
-            prompts = [self.prompt(draw.templates[i], self.attribute_tokens(i)) for i in chunk]
-            self._mix()
-            losses = self._denoising_losses(draw, chunk, prompts, maps)
-            losses["triplet"] = self.intrinsic_triplet(chunk)
+        draw, choices, tokens = self.draw(step), self.choices("learn", step), self.tokens_now
+        for chunk in self.chunks(choices.concepts):
+            phrases = [self.attribute_tokens(place) for place in chunk]
+            losses = self._denoising_losses(draw, choices, chunk, phrases, tokens)
+            losses["triplet"] = self.intrinsic_triplet(chunk, tokens)
             yield self._total(losses, self.settings.intrinsic_triplet_weight, len(chunk))
+            tokens = self.tokens_now  # the mixtures' graph is gone with the backward pass
 
-    def intrinsic_triplet(self, chunk: list[int]) -> Tensor:
+    def intrinsic_triplet(self, chunk: list[int], tokens: Tokens | None = None) -> Tensor:
         """The intrinsic triplet of some concepts' tokens as they are now, a mean over them."""
-        words = [[self.names[i][attribute.name] for attribute in self.attributes] for i in chunk]
-        slots = torch.cat([self._category_pooled[chunk].unsqueeze(1), self._embed(words)], dim=1)
+        words = [self.names[place][attribute.name] for place in chunk for attribute in self.attributes]
+        pooled = self._embed(words, tokens).unflatten(0, (len(chunk), -1))
+        slots = torch.cat([self._category_pooled[chunk].unsqueeze(1), pooled], dim=1)
         settings = self.settings
         return intrinsic_triplet(self.slot_anchors[chunk], slots, settings.intrinsic_margin, settings.intrinsic_form)
 
-    def refine_losses(
-        self, step: int, maps: AttentionMaps, prior: Tensor, prior_prompts: list[str]
-    ) -> Iterator[Losses]:
+    def refine_losses(self, step: int, prior: Tensor, prior_prompts: list[str]) -> Iterator[Losses]:
         """Refinement's losses of one step: each concept by one of its prompts, and as many prior images."""
-        draw = self.draw("refine", step)
+        draw, choices = self.draw(step, purpose="refine"), self.choices("refine", step)
         generator = seeded_generator(self.seed, "prior-step", step)
-        rows_too = self.refines_rows
-        for chunk in self.chunks(draw.concepts):
-            prompts = [self.prompt(draw.templates[i], self.refined_tokens(i, draw.coins[i])) for i in chunk]
-            if rows_too:
-                self._mix()
-            losses = self._denoising_losses(draw, chunk, prompts, maps)
-            if rows_too:
-                losses["triplet"] = self.intrinsic_triplet(chunk)
+        for chunk in self.chunks(choices.concepts):
+            tokens = self.tokens_now if self.refines_rows else self.tokens
+            phrases = [self.refined_tokens(place, choices.coins[place]) for place in chunk]
+            losses = self._denoising_losses(draw, choices, chunk, phrases, tokens)
+            if self.refines_rows:
+                losses["triplet"] = self.intrinsic_triplet(chunk, tokens)
             yield self._total(losses, self.settings.intrinsic_triplet_weight, len(chunk))
             if len(prior):
                 chosen = torch.randint(len(prior), (len(chunk),), generator=generator)
-                prompts = [prior_prompts[i] for i in chosen.tolist()]
-                loss = prior_loss(self.backbone, prior[chosen], prompts, draw.timesteps[chunk], draw.noise[chunk])
+                prompts = [prior_prompts[place] for place in chosen.tolist()]
+                own = draw[chunk]
+                loss = prior_loss(self.backbone, prior[chosen], prompts, own.shares, own.noise)
                 loss = loss * (len(chunk) / self.concepts_in_a_step)
                 yield {"prior": loss, "total": self.settings.prior_weight * loss}
 
@@ -568,22 +559,28 @@ class Lesson:
         phase_two = coin or self.settings.refine_prompts == "attributes"
         return self.attribute_tokens(concept) if self.attributes and phase_two else self.object_tokens(concept)
 
-    def _denoising_losses(self, draw: Draw, chunk: list[int], prompts: list[str], maps: AttentionMaps) -> Losses:
-        """L_recon and L_attention, means over the chunk."""
-        timesteps, noise = draw.timesteps[chunk], draw.noise[chunk]
-        pictures = (torch.tensor(chunk, device=draw.flipped.device), draw.views[chunk], draw.flipped[chunk])
-        latents = self.latents[pictures]
-        if draw.spread is not None:
-            latents = latents + self.latents_spread[pictures] * draw.spread[chunk]
-        noisy = self.backbone.add_noise(latents, noise, timesteps)
-        prediction = self.backbone.predict(noisy, timesteps, self.backbone.encode_prompts(prompts))
-        target = self.backbone.training_target(latents, noise, timesteps)
-        reconstruction = masked_denoising_loss(prediction, target, self.latent_masks[pictures], self.settings.by_area)
-        cross = maps.cross(self.resolution).float()
-        positions = torch.stack([self._concept_positions(prompt, cross.shape[1]) for prompt in prompts])
-        attention = torch.einsum("blhw,bl->bhw", cross, positions)
-        distance = wasserstein_distance(self.attention_masks[pictures], attention)
-        return {"reconstruction": reconstruction.mean(), "attention": distance.mean()}
+    def _denoising_losses(
+        self, draw: Draw, choices: Choices, chunk: list[int], phrases: list[str], tokens: Tokens | None = None
+    ) -> Losses:
+        """L_recon and L_attention, means over the chunk; the map of a phrase is the mean over its tokens' positions."""
+        own = draw[chunk]
+        latents, masks, attention_masks = self.shown(chunk, own)
+        if choices.spread is not None and self.pictures.spread is not None:
+            pictures = (torch.tensor(chunk, device=own.views.device), own.views, own.flipped)
+            latents = latents + self.pictures.spread[pictures] * choices.spread[chunk]
+        prompts = [self.prompt(template, phrase) for template, phrase in zip(own.templates, phrases, strict=True)]
+        prediction, target = self.denoise(latents, own, prompts, tokens, self.look)
+        words = prediction.attention.words[0].float()
+        attention = torch.stack(
+            [
+                self.attention(maps, prompt, phrase.split())
+                for maps, prompt, phrase in zip(words, prompts, phrases, strict=True)
+            ]
+        )
+        return {
+            "reconstruction": self.masked_loss(prediction, target, masks).mean(),
+            "attention": wasserstein_distance(attention_masks, attention).mean(),
+        }
 
     def _total(self, losses: Losses, triplet_weight: float, concepts: int) -> Losses:
         """Adds ``total``; all become the share of a chunk of so many concepts in a mean over the step's."""
@@ -595,66 +592,52 @@ class Lesson:
 
     # --- What goes into a step ---------------------------------------------------------------------------------------
 
-    def _take_pictures(self, image: Tensor) -> None:
-        """Fill ``latents``, ``latents_spread`` and both kinds of masks."""
-        settings, backbone = self.settings, self.backbone
-        nearest = settings.mask_cells == "nearest"
-        latent_cells, attention_cells = (nearest_mask, nearest_mask) if nearest else (latent_mask, coverage)
-        latents: list[Tensor] = []
-        spreads: list[Tensor] = []
-        latent_masks: list[Tensor] = []
-        attention_masks: list[Tensor] = []
-        whole = self._encode(torch.stack([image, image.flip(-1)])) if not settings.close_ups else None
+    def take_pictures(self) -> Pictures:
+        """The whole image, or each concept's close-ups; the autoencoder's spread where latents are drawn."""
+        settings, image = self.settings, self.task.image
+        if not settings.close_ups:
+            latents, spread = self._encode_with_spread(torch.stack([image, image.flip(-1)]))
+            shape = (len(self.regions), 1, *latents.shape)
+            masks = torch.stack([region.mask for region in self.regions]).unsqueeze(1)
+            return self.pictures_of(
+                latents.expand(shape), masks, None if spread is None else spread.expand(shape), settings.mask_cells
+            )
+        encoded, masks_of = [], []
         for region in self.regions:
-            if whole is None:
-                others = torch.zeros_like(region.mask)
-                for other in self.regions:
-                    others |= other.mask & (other is not region)
-                generator = seeded_generator(self.seed, "close-ups", region.index)
-                pictures, masks = close_ups(
-                    image, region.mask, others, settings.close_ups, settings.close_up_zoom, generator
-                )
-                both = torch.stack([pictures, pictures.flip(-1)], dim=1).flatten(0, 1)
-                parts = [self._encode(part) for part in both.split(settings.max_batch)]
-                encoded = (torch.cat([mean for mean, _ in parts]), torch.cat([spread for _, spread in parts]))
-            else:
-                masks, encoded = region.mask[None], whole
-            sides = torch.stack([masks, masks.flip(-1)], dim=1).flatten(0, 1).to(backbone.device)
-            for into, values in (
-                (latents, encoded[0]),
-                (spreads, encoded[1]),
-                (latent_masks, latent_cells(sides, backbone.latent_shape[1:])),
-                (attention_masks, attention_cells(sides, self.resolution)),
-            ):
-                into.append(values.unflatten(0, (-1, 2)))
-        self.latents, self.latents_spread = torch.stack(latents), torch.stack(spreads)
-        self.latent_masks, self.attention_masks = torch.stack(latent_masks), torch.stack(attention_masks)
-
-    def draw(self, purpose: str, step: int) -> Draw:
-        """One step's random choices for all concepts, whether or not the step is one of theirs."""
-        generator, count, device = seeded_generator(self.seed, purpose, step), len(self.regions), self.backbone.device
-        return Draw(
-            timesteps=torch.multinomial(self.density, count, replacement=True, generator=generator).to(device),
-            noise=offset_noise((count, *self.backbone.latent_shape), self.settings.noise_offset, generator).to(device),
-            flipped=(torch.rand(count, generator=generator) < self.settings.flip_probability).long().to(device),
-            templates=torch.randint(len(self.settings.templates), (count,), generator=generator).tolist(),
-            coins=(torch.rand(count, generator=generator) < 0.5).tolist(),
-            concepts=self.concepts_of(purpose, step),
-            spread=self._draw_spread(generator),
-            views=torch.randint(self.latents.shape[1], (count,), generator=generator).to(device),
+            others = torch.zeros_like(region.mask)
+            for other in self.regions:
+                others |= other.mask & (other is not region)
+            generator = seeded_generator(self.seed, "close-ups", region.index)
+            pictures, masks = close_ups(
+                image, region.mask, others, settings.close_ups, settings.close_up_zoom, generator
+            )
+            encoded.append(self._encode_with_spread(torch.stack([pictures, pictures.flip(-1)], dim=1).flatten(0, 1)))
+            masks_of.append(masks)
+        latents = torch.stack([mean.unflatten(0, (-1, 2)) for mean, _ in encoded])
+        spreads = [spread.unflatten(0, (-1, 2)) for _, spread in encoded if spread is not None]
+        return self.pictures_of(
+            latents, torch.stack(masks_of), torch.stack(spreads) if spreads else None, settings.mask_cells
         )
 
-    def _draw_spread(self, generator: torch.Generator) -> Tensor | None:
+    def _encode_with_spread(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Latents ``[N, c, h, w]`` of images, and how far samples of them spread; None where they are not sampled."""
         if self.settings.latents == "mean":
-            return None
-        shape = (len(self.regions), *self.backbone.latent_shape)
-        return torch.randn(shape, generator=generator).to(self.backbone.device)
+            return self.encode(images), None
+        if not isinstance(self.backbone, PosteriorBackbone):
+            raise InputError("learner.latents = 'sample': this backbone has no posterior to draw from; 'mean' works")
+        parts = images.to(self.backbone.device).split(self.settings.max_batch)
+        means, spreads = zip(*(self.backbone.posterior(part) for part in parts), strict=True)
+        return torch.cat(means).float(), torch.cat(spreads).float()
 
-    def chunks(self, concepts: Sequence[int] | None = None) -> list[list[int]]:
-        """The places of these concepts, or of all, at most ``max_batch`` together."""
-        places = list(range(len(self.regions)) if concepts is None else concepts)
-        size = self.settings.max_batch
-        return [places[start : start + size] for start in range(0, len(places), size)]
+    def choices(self, purpose: str, step: int) -> Choices:
+        """What a step draws beside its ``Draw``, for all concepts, whether or not the step is one of theirs."""
+        generator, count = seeded_generator(self.seed, f"{purpose}-choices", step), len(self.regions)
+        spread = None
+        if self.settings.latents == "sample":
+            shape = (count, *self.backbone.latent_shape)
+            spread = torch.randn(shape, generator=generator).to(self.backbone.device)
+        coins = (torch.rand(count, generator=generator) < 0.5).tolist()
+        return Choices(self.concepts_of(purpose, step), coins, spread)
 
     def object_tokens(self, concept: int) -> str:
         """``<instance> <category>``."""
@@ -665,65 +648,24 @@ class Lesson:
         names = self.names[concept]
         return " ".join([names["category"], *(names[attribute.name] for attribute in self.attributes[:count])])
 
-    def prompt(self, template: int, tokens: str) -> str:
-        """A template with the tokens in it."""
-        return self.settings.templates[template].replace("{}", tokens)
-
-    def _embed(self, words: list[list[str]]) -> Tensor:
-        """E of as many words for each concept: ``[B, W, P]``."""
-        return self._pooled([word for row in words for word in row]).unflatten(0, (len(words), -1))
-
-    def _pooled(self, texts: list[str]) -> Tensor:
+    def _embed(self, texts: list[str], tokens: Tokens | None = None) -> Tensor:
         """E of texts, ``[B, P]``, as the triplets read it."""
-        return self.backbone.embed_texts(texts, pool=self.settings.pooling).float()
-
-    def _word_row(self, word: str) -> Tensor:
-        """The row ``[D]`` that a token starts from which starts from this word."""
-        return self.backbone.word_embedding(word, pieces=self.settings.word_row).detach().float()
-
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents ``[B, c, h, w]`` of images, and how far samples of them spread: zero where they are not sampled."""
-        images = images.to(self.backbone.device)
-        if self.settings.latents == "mean":
-            latents = self.backbone.encode_images(images).float()
-            return latents, torch.zeros_like(latents)
-        if not isinstance(self.backbone, PosteriorBackbone):
-            raise InputError("learner.latents = 'sample': this backbone has no posterior to draw from; 'mean' works")
-        mean, deviation = self.backbone.posterior(images)
-        return mean.float(), deviation.float()
-
-    def _concept_positions(self, prompt: str, length: int) -> Tensor:
-        """Weights ``[L]`` of the mean over the positions of a prompt's extra tokens."""
-        if (prompt, length) not in self._positions:
-            tokens = [name for name in self.rows if name in prompt]
-            positions = sorted({p for found in self.backbone.token_positions(prompt, tokens) for p in found})
-            weights = torch.zeros(length)
-            weights[positions] = 1 / len(positions)
-            self._positions[prompt, length] = weights.to(self.backbone.device)
-        return self._positions[prompt, length]
+        pool = None if self.settings.pooling == "end" else self.settings.pooling
+        return self.backbone.embed_texts(texts, self.tokens if tokens is None else tokens, pool).float()
 
     @cached_property
     def _category_pooled(self) -> Tensor:
         """E of the category tokens ``[C, P]``; constant once phase one is over."""
         with torch.no_grad():
-            return self._pooled([names["category"] for names in self.names])
-
-    def _start_attributes(self) -> None:
-        """From what the retriever saw, or else from the learned instance (paper)."""
-        for region, names in zip(self.regions, self.names, strict=True):
-            for attribute in self.attributes:
-                hinted = self._hinted_row(region, attribute)
-                start = self.rows[names["instance"]] if hinted is None else hinted
-                self.rows[names[attribute.name]].data.copy_(start.data)
+            return self._embed([names["category"] for names in self.names])
 
     def _check_prompts_fit(self) -> None:
+        concepts = range(len(self.names))
+
         def fit(count: int) -> bool:
-            tokens = [self.object_tokens(i) for i in range(len(self.regions))]
-            tokens += [self.attribute_tokens(i, count) for i in range(len(self.regions))]
+            phrases = [tokens for i in concepts for tokens in (self.object_tokens(i), self.attribute_tokens(i, count))]
             try:
-                for template in self.settings.templates:
-                    for text in tokens:
-                        self.backbone.token_positions(template.replace("{}", text), text.split())
+                self.check_fits(phrases, "too long")
             except InputError:
                 return False
             return True
@@ -746,20 +688,20 @@ class Lesson:
         steps = range(self.learned_by + 1, self.learned_by + settings.refine_steps + 1)
         prior, prior_prompts = kept_prior(self.backbone, settings, self.regions, trainer)
         rate = settings.refine_learning_rate or REFINE_LEARNING_RATES[settings.refine_weights]
-        with trainer.fine_tuned(self.backbone.unet, settings.refine_weights, settings.refine_rank) as tuned:
-            with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
-                trainer.train(
-                    "refine",
-                    [Group(tuned.parameters | self._refined_rows(), rate, "refine_learning_rate")],
-                    steps,
-                    lambda step: self.refine_losses(step, maps, prior, prior_prompts),
-                )
+        with trainer.fine_tuned(self.backbone, settings.refine_weights, settings.refine_rank) as tuned:
+            trainer.train(
+                "refine",
+                [Group(tuned.parameters | self._refined_rows(), rate, "refine_learning_rate")],
+                steps,
+                lambda step: self.refine_losses(step, prior, prior_prompts),
+            )
             self._settle_mixtures()
-            return tuned.learned(self._tokens())
+            return self.learned(tuning=tuned.kept())
 
     def _refined_rows(self) -> dict[str, nn.Parameter]:
         """The attributes' tokens by name: their rows, or their words' weights; none where they are not refined."""
         if not self.refines_rows:
             return {}
         names = [concept[attribute.name] for concept in self.names for attribute in self.attributes]
-        return {name: self.mixtures[name].logits if name in self.mixtures else self.rows[name] for name in names}
+        free = flat(self.tokens, [name for name in names if name not in self.mixtures])
+        return free | {name: self.mixtures[name].logits for name in names if name in self.mixtures}

@@ -10,7 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.learning.hints import hinted_row
+from icekit.learning.hints import hinted_token
+from icekit.learning.rows import finished, weighted_sum
 from icekit.learning.training import S, Task, TaskLearner
 from icekit.protocols import (
     Attribute,
@@ -42,6 +43,9 @@ class DescribedTokenSettings(ComponentSettings):
         description="an attribute's row: the mean of the rows of its words, each as much as it is likely, which is "
         "what ICE starts from; or the row of the likeliest word alone",
     )
+    instance: Literal["mean", "sum"] = Field(
+        "mean", description="the instance's row: the mean of the attributes' rows, or their sum"
+    )
 
 
 class RandomTokenSettings(ComponentSettings):
@@ -53,16 +57,16 @@ class _Untaught(TaskLearner[S]):
 
     def teach(self, task: Task) -> Learned:
         """Look the rows up or draw them."""
-        tokens: dict[str, Tensor] = {}
+        tokens: dict[str, dict[str, Tensor]] = {}
         for region in task.regions:
             tokens |= self.rows(region, token_names(region, task.attributes), task.attributes, task.seed)
-        return Learned(tokens)
+        return Learned(finished(tokens))
 
     @abstractmethod
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
-    ) -> dict[str, Tensor]:
-        """One concept's rows by token; names: its tokens."""
+    ) -> dict[str, dict[str, Tensor]]:
+        """One concept's tokens with their rows; names: the tokens by part."""
 
 
 class WordTokens(_Untaught[WordTokenSettings]):
@@ -72,7 +76,7 @@ class WordTokens(_Untaught[WordTokenSettings]):
 
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, dict[str, Tensor]]:
         """The words' rows.
 
         Raises:
@@ -84,11 +88,11 @@ class WordTokens(_Untaught[WordTokenSettings]):
         words = {"category": region.word, "instance": region.word}
         words |= {attribute.name: attribute.anchor for attribute in attributes}
         words |= given
-        return {names[part]: self.backbone.word_embedding(words[part]).float().cpu() for part in names}
+        return {names[part]: self.backbone.word_rows(words[part]) for part in names}
 
 
 class DescribedTokens(_Untaught[DescribedTokenSettings]):
-    """The words that the retriever sees in each region (``describe``) in place of learned tokens: nothing is learned.
+    """The words that the retriever sees in each region (``naming = described``): nothing is learned.
 
     What another learner is worth beside it is what learning adds.
     """
@@ -97,25 +101,26 @@ class DescribedTokens(_Untaught[DescribedTokenSettings]):
 
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
-    ) -> dict[str, Tensor]:
-        """The category is the region's word, an attribute its described words, the instance the mean of those.
+    ) -> dict[str, dict[str, Tensor]]:
+        """The category is the region's word, an attribute its described words, the instance the mean or sum of those.
 
         Raises:
             InputError: nobody described the region.
         """
-        rows: dict[str, Tensor] = {}
+        rows: dict[str, dict[str, Tensor]] = {}
         for one in attributes:
-            row = hinted_row(region, one, self.backbone, likeliest=self.settings.rows == "likeliest")
-            if row is None:
+            token = hinted_token(region, one, self.backbone, likeliest=self.settings.rows == "likeliest")
+            if token is None:
                 raise InputError(
                     f"learner 'described' has no word for the {one.name} of {region.word!r} (concept {region.index}): "
-                    "it needs describe = true and a retriever that describes, such as clip"
+                    "it needs naming = described and a retriever that describes, such as clip"
                 )
-            rows[names[one.name]] = row
-        word = self.backbone.word_embedding(region.word).float()
-        instance = torch.stack(list(rows.values())).mean(dim=0) if rows else word
-        rows |= {names["category"]: word, names["instance"]: instance}
-        return {token: row.detach().cpu() for token, row in rows.items()}
+            rows[names[one.name]] = token
+        word = self.backbone.word_rows(region.word)
+        described = list(rows.values())
+        weight = 1 / len(rows) if rows and self.settings.instance == "mean" else 1.0
+        instance = weighted_sum(described, [weight] * len(rows)) if rows else word
+        return rows | {names["category"]: word, names["instance"]: instance}
 
 
 class RandomTokens(_Untaught[RandomTokenSettings]):
@@ -125,11 +130,12 @@ class RandomTokens(_Untaught[RandomTokenSettings]):
 
     def rows(
         self, region: Region, names: Mapping[str, str], attributes: Sequence[Attribute], seed: int
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, dict[str, Tensor]]:
         """Each row follows from the seed and its token's name."""
-        length = float(self.backbone.word_embedding(region.word).norm())
-        drawn = {
-            token: torch.randn(self.backbone.embedding_dim, generator=seeded_generator(seed, token))
-            for token in names.values()
-        }
-        return {token: row * (length / row.norm()) for token, row in drawn.items()}
+        word = self.backbone.word_rows(region.word)
+        rows: dict[str, dict[str, Tensor]] = {}
+        for token in names.values():
+            generator = seeded_generator(seed, token)
+            drawn = {encoder: torch.randn(len(row), generator=generator) for encoder, row in word.items()}
+            rows[token] = {encoder: row * (float(word[encoder].norm()) / row.norm()) for encoder, row in drawn.items()}
+        return rows

@@ -21,7 +21,7 @@ BATCH = 32
 
 
 class ImageEncoder:
-    """Pictures -> embeddings. ``encode``: float32 ``[B, 3, S, S]`` in [0, 1] -> ``[B, D]``."""
+    """Pictures -> embeddings. ``encode``: float32 ``[B, 3, H, W]`` in [0, 1] -> ``[B, D]``."""
 
     def __init__(self, encode: Callable[[Tensor], Tensor]) -> None:
         self._encode = encode
@@ -29,7 +29,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def embed(self, images: Sequence[Tensor]) -> Tensor:
-        """Pictures, float32 ``[3, S, S]`` in [0, 1] each -> float32 ``[N, D]`` on the CPU, each of length one."""
+        """Pictures, float32 ``[3, H, W]`` in [0, 1] each -> float32 ``[N, D]`` on the CPU, each of length one."""
         keys = [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in self._known}
         embedded = dict(self._known)

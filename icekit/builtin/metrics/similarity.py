@@ -70,7 +70,7 @@ def object_phrase(concept: FoundConcept, prompted_by: PromptedBy = "instance") -
 
 
 def masked(image: Tensor, mask: Tensor, background: str) -> Tensor:
-    """The image ``[3, S, S]`` masked to a concept (bool ``[S, S]``)."""
+    """The image ``[3, H, W]`` masked to a concept (bool ``[H, W]``)."""
     return isolate(image, mask) if background == "mean" else image * mask
 
 

@@ -28,7 +28,11 @@ class ClipRetriever:
     class Settings(ComponentSettings):
         """Settings of the ``clip`` retriever."""
 
-        model: str = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
+        model: str = Field(
+            "ViT-B-32",
+            description="open_clip name, hf-hub:OWNER/NAME, a folder (local-dir:PATH), or one inside an installed "
+            "package (package:NAME/FOLDER)",
+        )
         pretrained: str = Field(
             "laion2b_s34b_b79k", description="open_clip's name of the weights, or a .safetensors file; not for folders"
         )

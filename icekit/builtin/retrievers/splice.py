@@ -23,6 +23,7 @@ from torch import Tensor
 
 from icekit.builtin.retrievers.clip import ClipRetriever, check_templates
 from icekit.clip import ClipModel
+from icekit.package_paths import package_path
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
 from icekit.words import one_or_more
@@ -163,7 +164,7 @@ def image_mean(source: str, clip: ClipModel) -> Tensor | None:
 
         pictures = [_square(Image.fromarray(getattr(data, name)())) for name in SAMPLE_PHOTOGRAPHS]
         return clip.embed_images(pictures).mean(dim=0)
-    path = Path(source).expanduser()
+    path = Path(package_path(source, "retriever.image_mean")).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
         if not files:

@@ -1,9 +1,10 @@
-"""The segmentor of ICE's published implementation: segments of the self-attention, named by the cross-attention.
+"""The segmentor of ICE's published implementation: segments of like attention, each with a word of the prompt.
 
-Pixels of one object attend to the same places, so their self-attention maps, read as distributions over the image, lie
-close to one another. DiffSeg (Tian et al., "Diffuse, Attend, and Segment: Unsupervised Zero-Shot Segmentation using
-Stable Diffusion", CVPR 2024) merges such maps into a few, without knowing their number. Here a segment belongs to the
-word of the prompt that looks at it the most, and a word's mask is all of its segments (ICE, Cendra and Han, CVPR 2025).
+Places of one object look at the same places, so the maps of what they look at (a UNet's self-attention), read as
+distributions over the image, lie close to one another. DiffSeg (Tian et al., "Diffuse, Attend, and Segment:
+Unsupervised Zero-Shot Segmentation using Stable Diffusion", CVPR 2024) merges such maps into a few, without knowing
+their number. Here a segment belongs to the word of the prompt that it looks at the most, and a word's mask is all of
+its segments (ICE, Cendra and Han, CVPR 2025).
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import torch.nn.functional as F
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from icekit.attention.segmentor import (
+from icekit.attention import (
     AttentionSegmentor,
-    Resolutions,
+    Grids,
+    aggregate,
+    flat,
     normalise_over_space,
     on_grid,
     one_or_more,
     upsample,
 )
-from icekit.protocols import Backbone, Segmentation, View
+from icekit.protocols import Grid, Segmentation, View
 
 Distance = Literal["kl", "euclidean"]
 
@@ -36,16 +39,18 @@ class DiffSegSegmentor(AttentionSegmentor):
     """The segments of the image that are the word's, without training.
 
     Raises:
-        InputError: a prompt without ``{word}``, or attention resolutions that the backbone does not have.
+        InputError: the backbone does not tell what is looked at.
     """
 
     class Settings(AttentionSegmentor.Settings):
         """Settings of the ``diffseg`` segmentor."""
 
-        self_resolutions: Resolutions = Field(
-            None, description="grids of the self-attention that are brought to the largest and averaged; none: all"
+        pixel_grids: Grids = Field(
+            (64, 32, 16, 8),
+            description="attention grids that are clustered, brought to the finest and averaged: cells along the "
+            "image's shorter side; the model's nearest are taken",
         )
-        anchors: int = Field(16, ge=1, description="side of the grid of maps that merging starts from")
+        anchors: int = Field(16, ge=1, description="shorter side of the grid of maps that merging starts from")
         kl_threshold: float = Field(1.1, gt=0, description="maps closer than this, in nats of symmetric KL, are merged")
         rounds: int = Field(3, ge=1, description="rounds of merging")
         rejoin: bool = Field(
@@ -72,11 +77,7 @@ class DiffSegSegmentor(AttentionSegmentor):
                     )
             return self
 
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
-        super().__init__(settings, backbone)
-        self.settings = settings
-        self._self = settings.self_resolutions or tuple(backbone.attention_resolutions)
-        self._check_offered("self_resolutions", self._self)
+    settings: Settings
 
     @torch.no_grad()
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
@@ -86,7 +87,7 @@ class DiffSegSegmentor(AttentionSegmentor):
         """
         proposals, names = self._named(view, word, generator)
         soft = self._share(proposals, names, [word], view)
-        mask = self._mask(soft, 0.5, view) if bool((soft >= 0.5).any()) else torch.zeros_like(view.visible)
+        mask = self.to_mask(soft, 0.5, view) if bool((soft >= 0.5).any()) else torch.zeros_like(view.visible)
         if not self.settings.erase_with:
             return mask
         gone = self._share(proposals, names, [word, *self.settings.erase_with], view) >= 0.5
@@ -99,62 +100,47 @@ class DiffSegSegmentor(AttentionSegmentor):
         return self._share(proposals, names, [word], view)
 
     def _named(self, view: View, word: str, generator: torch.Generator) -> tuple[Tensor, dict[int, str]]:
-        """The proposals ``[K, n]``, and for each with a visible segment its word of the prompt, in small letters."""
-        grid = max(self._self)
-        cross, self_attention = self._attention(view, word, grid, self._self, generator)
-        proposals = self._proposals(aggregate(self_attention))
-        visible = on_grid(view.visible, grid)
-        names = name_segments(proposals.argmax(dim=0), normalise_over_space(cross.flatten(1), "l2", visible), visible)
-        words = [word, *self._rivals(word)]
+        """The proposals ``[K, h, w]``, and for each with a visible segment its word of the prompt, in small letters."""
+        cross, pixels = self.word_maps(view, word, self.settings.pixel_grids, generator)
+        proposals = self._proposals(aggregate(pixels))
+        visible = on_grid(view.visible, (cross.shape[1], cross.shape[2]))
+        cross = normalise_over_space(cross.flatten(1), "l2", visible)
+        names = name_segments(proposals.argmax(dim=0).flatten(), cross, visible)
+        words = [word, *self.rivals(word)]
         return proposals, {segment: words[index].lower() for segment, index in names.items()}
 
     def _share(self, proposals: Tensor, names: Mapping[int, str], words: Sequence[str], view: View) -> Tensor:
         """The share of these words' segments: ``[H, W]`` in [0, 1], one half where they begin, 0 where erased."""
         lower = {word.lower() for word in words}
         own = torch.tensor([names.get(segment) in lower for segment in range(len(proposals))])
-        size = (int(view.visible.shape[0]), int(view.visible.shape[1]))
-        grid = max(self._self)
-        return share_of(upsample(proposals.unflatten(1, (grid, grid)), size), own) * view.visible
+        size = (view.visible.shape[0], view.visible.shape[1])
+        return share_of(upsample(proposals, size), own) * view.visible
 
-    def _proposals(self, maps: Tensor) -> Tensor:
-        settings = self.settings
-        anchors = anchor_cells(max(self._self), settings.anchors)
+    def _proposals(self, pixels: Tensor) -> Tensor:
+        """The maps ``[K, h, w]`` that those of all places, ``[h, w, h, w]``, are merged into."""
+        settings, grid = self.settings, (pixels.shape[0], pixels.shape[1])
+        maps, anchors = flat(pixels), anchor_cells(grid, settings.anchors)
         merged = merge_maps(maps, anchors, settings.kl_threshold, settings.rounds, settings.rejoin)
-        return k_means(maps, merged, settings.kmeans, settings.kmeans_distance)
+        return k_means(maps, merged, settings.kmeans, settings.kmeans_distance).unflatten(1, grid)
 
 
-def aggregate(self_attention: Mapping[int, Tensor]) -> Tensor:
-    """One map a cell of the largest grid, from all grids:  A[q] = sum_r (r / sum r) up(A_r[q_r])  (Tian et al., eq. 1).
+def anchor_cells(grid: Grid, count: int) -> Tensor:
+    """The cells of a grid nearest to an even grid of ``count`` along the shorter side, row by row: int64 ``[N]``.
 
-    Keys are upsampled bilinearly and each map made to sum to one again; queries of a smaller grid stand for all cells
-    of the largest that they cover (q_r covers q). The larger the grid, the more it counts.
+    Along the longer side there are as many more as it is longer. N is ``count ** 2`` on a square, or all of the cells
+    where there are no more. Of two that are as near it is the first: 16 along 64 are 1, 5, ..., 61 (Tian et al.).
 
     Args:
-        self_attention: side r -> A_r, ``[r * r, r * r]``, queries first, rows sum to one.
-
-    Returns:
-        ``[R * R, R * R]`` for the largest side R, rows sum to one.
+        grid: (height, width) of cells.
+        count: 1 or more.
     """
-    side = max(self_attention)
-    total = torch.zeros(side * side, side * side)
-    for resolution, maps in self_attention.items():
-        keys = upsample(maps.unflatten(1, (resolution, resolution)), (side, side)).flatten(1)
-        keys = keys / keys.sum(dim=1, keepdim=True)
-        covered = torch.arange(side) * resolution // side
-        cells = (covered[:, None] * resolution + covered).flatten()
-        total += keys[cells] * (resolution / sum(self_attention))
-    return total
-
-
-def anchor_cells(side: int, count: int) -> Tensor:
-    """The cells of a ``side`` x ``side`` grid nearest to an even ``count`` x ``count`` grid, row by row: int64 ``[N]``.
-
-    N is ``count ** 2``, or all of the cells where there are no more. Of two that are as near it is the first: 16 along
-    64 are 1, 5, ..., 61 (Tian et al.).
-    """
-    count = min(side, count)
-    along = ((torch.arange(count) + 0.5) * side / count).ceil().long() - 1
-    return (along[:, None] * side + along).flatten()
+    shorter = min(grid)
+    counts = [round(min(shorter, count) * side / shorter) for side in grid]
+    rows, columns = (
+        ((torch.arange(number) + 0.5) * side / number).ceil().long() - 1
+        for side, number in zip(grid, counts, strict=True)
+    )
+    return (rows[:, None] * grid[1] + columns).flatten()
 
 
 def symmetric_kl(one: Tensor, other: Tensor) -> Tensor:
@@ -240,7 +226,7 @@ def k_means(maps: Tensor, means: Tensor, rounds: int, distance: Distance = "kl")
 
 
 def name_segments(segments: Tensor, cross: Tensor, visible: Tensor) -> dict[int, int]:
-    """Each segment's word: the one with the highest mean cross-attention inside the segment, where it is visible.
+    """Each segment's word: the one that it looks at most on average, where it is visible.
 
     Args:
         segments: int64 ``[n]``, the segment that each cell is of.

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from icekit.pixels import fit
 from icekit.protocols import Backbone, ComponentSettings, InputError, Proposal
 from icekit.words import WordList
 
@@ -29,8 +30,8 @@ class MaskFilesSegmentor:
     A ``protocols.Proposer``: its masks are all the regions there are.
 
     The files of a folder are taken in the natural order of their names (``mask2.png`` before ``mask10.png``), listed
-    files in the order listed. All are cropped to their centre square and resized as the image is, so they must be drawn
-    on the image as it was before cropping, or on the ``image.png`` of a run.
+    files in the order listed. All are fitted to the model's shape as the image is, so they must be drawn on the image
+    as it was before, or on the ``image.png`` of a run.
 
     Raises:
         InputError: no file, no such file, not an image, nothing white in it, or files that differ in size.
@@ -105,11 +106,11 @@ def mask_size(path: Path) -> tuple[int, int]:
     return _open(path).size
 
 
-def load_mask(path: Path, side: int) -> Tensor:
-    """One mask file -> bool ``[side, side]``: cropped to the centre square, resized half or more kept.
+def load_mask(path: Path, shape: tuple[int, int]) -> Tensor:
+    """One mask file -> bool ``shape``, (height, width): fitted to it as images are, half white or more kept.
 
     Raises:
-        InputError: not an image, or nothing white in its centre square.
+        InputError: not an image, or nothing white in the part of it that is kept.
     """
     image = _open(path)
     if image.mode.startswith(("I", "F")):  # 16-bit greys: what is not 0 in a mask of two values is the top one
@@ -118,13 +119,9 @@ def load_mask(path: Path, side: int) -> Tensor:
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-    grey = image.convert("L")
-    square = min(grey.size)
-    left, top = (grey.width - square) // 2, (grey.height - square) // 2
-    grey = grey.crop((left, top, left + square, top + square)).resize((side, side), Image.Resampling.BILINEAR)
-    mask = torch.from_numpy(np.asarray(grey) >= 128)
+    mask = torch.from_numpy(np.asarray(fit(image.convert("L"), shape, Image.Resampling.BILINEAR)) >= 128)
     if not bool(mask.any()):
-        raise InputError(f"mask {path} is empty: no pixel of its centre square is white (128 of 255 or more)")
+        raise InputError(f"mask {path} is empty: no pixel of it that the model sees is white (128 of 255 or more)")
     return mask
 
 

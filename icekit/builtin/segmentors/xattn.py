@@ -1,9 +1,9 @@
-"""The segmentor of ICE's article: which pixels the diffusion model looks at when it reads the word.
+"""The segmentor of ICE's article: which places of the picture the diffusion model looks at when it reads the word.
 
-The image is noised a little, its noise predicted once with the word and some rivals as prompt, and the cross-attention
-of the word read off: normalised over space, sharpened by propagation through self-attention, set against its rivals'
-(ICE, Cendra and Han, CVPR 2025; prompt and timestep as in its published implementation), and last brought to the
-image's own edges by ``mask_refinement``.
+The picture is noised a little, its noise predicted once with the word and some rivals as prompt, and the attention to
+the word read off: normalised over space, sharpened by propagation between places that look at one another, set against
+its rivals' (ICE, Cendra and Han, CVPR 2025; prompt and share of noise as in its published implementation), and last
+brought to the picture's own edges by ``icekit.attention.refine``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,8 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.attention.segmentor import (
-    AttentionSegmentor,
-    Normalisation,
-    normalise_over_space,
-    on_grid,
-    upsample,
-)
-from icekit.protocols import Backbone, View
+from icekit.attention import AttentionSegmentor, Normalisation, flat, normalise_over_space, on_grid, upsample
+from icekit.protocols import View
 
 Competition = Literal["ratio", "softmax", "argmax", "none"]
 
@@ -30,19 +24,24 @@ class CrossAttentionSegmentor(AttentionSegmentor):
     """A word's mask from the backbone's attention, without training.
 
     Raises:
-        InputError: a prompt without ``{word}``, or attention resolutions that the backbone does not have.
+        InputError: the backbone does not tell what is looked at.
     """
 
     class Settings(AttentionSegmentor.Settings):
         """Settings of the ``xattn`` segmentor."""
 
-        self_resolution: int | None = Field(
-            None, ge=1, description="attention grid the map is propagated on; none: the largest up to 32"
+        pixel_grid: int = Field(
+            32,
+            ge=1,
+            description="attention grid the map is propagated on: cells along the image's shorter side; the model's "
+            "nearest is taken",
         )
         normalisation: Normalisation = Field(
             "minmax", description="of each prompt word's map over space, before the words are compared"
         )
-        propagation: int = Field(1, ge=0, description="how often the maps are propagated through self-attention")
+        propagation: int = Field(
+            1, ge=0, description="how often the maps are propagated between places that look at one another"
+        )
         competition: Competition = Field("ratio", description="how the word's map is set against its rivals'")
         temperature: float = Field(
             0.5, gt=0, description="of the competition: small and the largest map takes all, large and all share"
@@ -58,22 +57,17 @@ class CrossAttentionSegmentor(AttentionSegmentor):
                 raise ValueError("between 0 and 1, or otsu")
             return threshold
 
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
-        super().__init__(settings, backbone)
-        self.settings = settings
-        offered = backbone.attention_resolutions
-        self._self = settings.self_resolution or max((r for r in offered if r <= 32), default=min(offered))
-        self._check_offered("self_resolution", (self._self,))
+    settings: Settings
 
     @torch.no_grad()
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:
         """The word's mask, bool ``[H, W]`` on the CPU, within what is visible; all False when nothing is."""
-        soft, self_attention = self._read(view, word, generator)
+        soft, pixels = self._read(view, word, generator)
         if not bool((soft > 0).any()):
             return torch.zeros_like(view.visible)
         threshold = self.settings.threshold
         level = otsu(soft, view.visible) if threshold == "otsu" else float(threshold)
-        return self._mask(soft, level, view, self_attention)
+        return self.to_mask(soft, level, view, pixels)
 
     @torch.no_grad()
     def soft_map(self, view: View, word: str, generator: torch.Generator) -> Tensor:
@@ -81,35 +75,36 @@ class CrossAttentionSegmentor(AttentionSegmentor):
         return self._read(view, word, generator)[0]
 
     def _read(self, view: View, word: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The soft map, and the self-attention ``[n, n]`` that it was propagated through."""
-        settings, grid = self.settings, self._self
-        cross, self_attention = self._attention(view, word, grid, (grid,), generator)
-        maps = propagate(cross.flatten(1), self_attention[grid], settings.propagation)
+        """The soft map, and what places look at, ``[h, w, h, w]``, along which it was propagated."""
+        settings = self.settings
+        words, (pixels,) = self.word_maps(view, word, (settings.pixel_grid,), generator)
+        grid = (words.shape[1], words.shape[2])
+        maps = propagate(words.flatten(1), flat(pixels), settings.propagation)
         maps = normalise_over_space(maps, settings.normalisation, on_grid(view.visible, grid))
         soft = compete(maps, settings.competition, settings.temperature)
-        size = (int(view.visible.shape[0]), int(view.visible.shape[1]))
-        soft = upsample(soft.reshape(1, grid, grid), size)
-        # The softmax over the prompt leaves every word some attention everywhere: the least of it means "not here".
+        size = (view.visible.shape[0], view.visible.shape[1])
+        soft = upsample(soft.reshape(1, *grid), size)
+        # Every word has some attention everywhere, whatever is there: the least of it means "not here".
         soft = normalise_over_space(soft.flatten(1), "minmax", view.visible.flatten()).reshape(size)
-        return soft, self_attention[grid]
+        return soft, pixels
 
 
-def propagate(cross: Tensor, self_attention: Tensor, steps: int) -> Tensor:
-    """Give every pixel the mean of what the pixels it attends to have:  c <- A c, ``steps`` times.
+def propagate(words: Tensor, pixels: Tensor, steps: int) -> Tensor:
+    """Give every place the mean of what the places it looks at have:  c <- A c, ``steps`` times.
 
-    Pixels of one object attend to one another, so a map that is high on a part of the object spreads over all of it.
+    Places of one object look at one another, so a map that is high on a part of the object spreads over all of it.
 
     Args:
-        cross: c, ``[T, n]``, one map a row.
-        self_attention: A, ``[n, n]``, row i are the weights of query i and sum to one.
+        words: c, ``[T, n]``, one map a row.
+        pixels: A, ``[n, n]``, row i is what place i looks at and sums to one.
         steps: 0 changes nothing.
 
     Returns:
         ``[T, n]``.
     """
     for _ in range(steps):
-        cross = cross @ self_attention.T
-    return cross
+        words = words @ pixels.T
+    return words
 
 
 def compete(maps: Tensor, how: Competition, temperature: float) -> Tensor:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from icekit.learning.denoising import masked_denoising_loss
-from icekit.learning.fine_tuning import Weights
+from icekit.learning.lesson import Draw, Lesson
+from icekit.learning.rows import flat
 from icekit.learning.templates import Templates
 from icekit.learning.training import Group, Losses, Task, TaskLearner
-from icekit.protocols import AttentionMaps, Backbone, Learned
+from icekit.protocols import Backbone, Capability, Learned, Tokens, Trained
 from icekit.randomness import seeded_generator
-from icekit_neighbours.lesson import START, Draw, Lesson, Prior, Start, WeightsSettings, instance_rows
+from icekit_neighbours.lesson import START, Prior, Start, WeightsSettings, instance_tokens
 
-WEIGHTS_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 2e-6}
+WEIGHTS_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 2e-6}
 """AdamW's learning rate of the weights by what is trained, where none is set."""
 
 
@@ -30,9 +30,6 @@ class BreakASceneSettings(WeightsSettings):
         None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 2e-6 for all (published)"
     )
     attention_weight: float = Field(1e-2, ge=0, description="weight of the cross-attention loss")
-    attention_resolution: int | None = Field(
-        None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
-    )
     batch_size: int = Field(1, ge=1, description="subsets of the concepts in one step")
     start: Start = Field("noun", description=START)
     templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
@@ -79,6 +76,7 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
 
     Settings = BreakASceneSettings
     parts = ("instance",)
+    needs: tuple[Capability, ...] = ("attention", "fine_tuning")
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
@@ -87,9 +85,9 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
             InputError: concepts that do not fit into one prompt.
         """
         settings = self.settings
-        rows = instance_rows(task, self.backbone, settings.start)
-        names = list(rows)
-        scene = Scene(settings, self.backbone, task, rows)
+        tokens = instance_tokens(task, self.backbone, settings.start)
+        names = list(tokens)
+        scene = Scene(settings, self.backbone, task, tokens)
         trainer = scene.trainer(settings.steps)
         half = (settings.steps + 1) // 2
         # The prior is the untouched model's, so its images are made before there is an adapter.
@@ -97,71 +95,64 @@ class BreakASceneLearner(TaskLearner[BreakASceneSettings]):
 
         trainer.train(
             "embeddings",
-            [Group(scene.rows, settings.learning_rate)],
+            [Group(flat(scene.tokens), settings.learning_rate)],
             range(1, half + 1),
             lambda step: scene.losses(step, names),
         )
         rate = settings.weights_learning_rate or WEIGHTS_LEARNING_RATES[settings.weights]
-        with trainer.fine_tuned(self.backbone.unet, settings.weights, settings.weights_rank) as tuned:
+        with trainer.fine_tuned(self.backbone, settings.weights, settings.weights_rank) as tuned:
             trainer.train(
                 "weights",
                 [
-                    Group(scene.rows, settings.tuning_learning_rate, "tuning_learning_rate"),
+                    Group(flat(scene.tokens), settings.tuning_learning_rate, "tuning_learning_rate"),
                     Group(tuned.parameters, rate, "weights_learning_rate"),
                 ],
                 range(half + 1, settings.steps + 1),
                 lambda step: scene.losses(step, names, prior),
             )
-            return scene.learned(names, tuned)
+            return scene.learned(tuning=tuned.kept())
 
 
 class Scene(Lesson):
-    """A lesson in all concepts of the image at once. ``attention_masks``: ``[2, C, r, r]``, covered shares of cells."""
+    """A lesson in all concepts of the image at once."""
 
-    def __init__(
-        self, settings: BreakASceneSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(settings, backbone, task, rows)
-        self._batch_size, self._attention_weight = settings.batch_size, settings.attention_weight
-        self._by_area = settings.by_area
-        self._resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
-        for template in settings.templates:  # the longest prompts, before a step is made
-            self.backbone.token_positions(template.replace("{}", " and ".join(rows)), list(rows))
+    settings: BreakASceneSettings
+
+    def __init__(self, settings: BreakASceneSettings, backbone: Backbone, task: Task, tokens: Tokens) -> None:
+        super().__init__(settings, backbone, task, tokens)
+        self.check_fits([" and ".join(tokens)], "all concepts must fit into one prompt")  # before a step is made
 
     def losses(self, step: int, names: Sequence[str], prior: Prior | None = None) -> Iterator[Losses]:
         """One step's losses, chunk by chunk."""
-        count, generator = self._batch_size, seeded_generator(self.seed, "union", step)
+        count, generator = self.settings.batch_size, seeded_generator(self.seed, "union", step)
         draw = self.draw(step, count)
         subsets = [union_sample(len(names), generator) for _ in range(count)]
         for places in self.chunks(count):
-            # Prior images have no masks, and are predicted when the maps of these are read.
-            with self.backbone.capture_attention(cross=[self._resolution], places=("down", "up")) as maps:
-                losses = self._chunk(draw, places, subsets, names, maps)
+            losses = self._chunk(draw[places], [subsets[place] for place in places], names)
             yield {name: loss * (len(places) / count) for name, loss in losses.items()}
             if prior is not None and (preserved := prior.losses(step, places, count)):
                 yield preserved
 
-    def _chunk(
-        self, draw: Draw, places: list[int], subsets: list[list[int]], names: Sequence[str], maps: AttentionMaps
-    ) -> Losses:
-        chosen = [subsets[place] for place in places]
+    def _chunk(self, draw: Draw, subsets: list[list[int]], names: Sequence[str]) -> Losses:
         prompts = [
-            self.prompt(draw.templates[place], " and ".join(names[i] for i in subset))
-            for place, subset in zip(places, chosen, strict=True)
+            self.prompt(template, " and ".join(names[i] for i in subset))
+            for template, subset in zip(draw.templates, subsets, strict=True)
         ]
-        sides = draw.flipped[places].tolist()
-        prediction, target = self.denoise(self.latents[sides], draw, places, prompts)
-        masks = [union(self.latent_masks[side, subset]) for side, subset in zip(sides, chosen, strict=True)]
-        reconstruction = masked_denoising_loss(prediction, target, torch.stack(masks), self._by_area).mean()
-        cross = maps.cross(self._resolution).float()
+        sides = draw.flipped.tolist()
+        latents = torch.stack([self.pictures.latents[0, 0, side] for side in sides])
+        prediction, target = self.denoise(latents, draw, prompts, look=self.look)
+        pairs = list(zip(subsets, sides, strict=True))
+        masks = torch.stack([union(self.pictures.masks[subset, 0, side]) for subset, side in pairs])
+        reconstruction = self.masked_loss(prediction, target, masks).mean()
+        words = prediction.attention.words[0].float()
         attention = torch.stack(
             [
                 attention_loss(
-                    torch.stack([self.attention(cross[n], prompts[n], names[i]) for i in subset]),
-                    self.attention_masks[side, subset],
+                    torch.stack([self.attention(words[n], prompts[n], [names[i]]) for i in subset]),
+                    self.pictures.attention_masks[subset, 0, side],
                 )
-                for n, (side, subset) in enumerate(zip(sides, chosen, strict=True))
+                for n, (subset, side) in enumerate(pairs)
             ]
         ).mean()
-        total = reconstruction + self._attention_weight * attention
+        total = reconstruction + self.settings.attention_weight * attention
         return {"reconstruction": reconstruction, "attention": attention, "total": total}

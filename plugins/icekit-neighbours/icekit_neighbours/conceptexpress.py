@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.learning.denoising import latent_mask, masked_denoising_loss
+from icekit.learning.denoising import latent_mask
+from icekit.learning.lesson import Lesson, LessonSettings
+from icekit.learning.rows import assign, flat, mean_token
 from icekit.learning.templates import Templates
 from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
-from icekit.protocols import AttentionMaps, Backbone, InputError, Learned
+from icekit.protocols import Backbone, Capability, Learned, Tokens
 from icekit.randomness import seeded_generator
 from icekit.words import read_vocabulary
-from icekit_neighbours.lesson import Draw, Lesson, LessonSettings, instance_name, starting_row
+from icekit_neighbours.lesson import instance_name, starting_token
 from icekit_neighbours.looking import look, mean_self_attention
 
 
@@ -56,9 +58,6 @@ class ConceptExpressSettings(LessonSettings):
         ge=0,
         description="how far split tokens start apart, in standard deviations of their row; with noun and hints only "
         "(our choice)",
-    )
-    attention_resolution: int | None = Field(
-        None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
     )
 
 
@@ -105,6 +104,11 @@ class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
     Settings = ConceptExpressSettings
     parts = ("instance",)
 
+    @staticmethod
+    def needs_with(settings: ConceptExpressSettings) -> list[Capability]:
+        """What the backbone must be able to do."""
+        return ["attention", "similarity"] if settings.attention_target == "self_attention" else ["attention"]
+
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
 
@@ -114,7 +118,7 @@ class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
         settings, count = self.settings, len(task.regions)
         merged = [instance_name(region) for region in task.regions]
         split = [[f"{name[:-1]}-split-{k}>" for k in range(settings.split_tokens)] for name in merged]
-        express = Express(settings, self.backbone, task, self._starting_rows(task, merged, split))
+        express = Express(settings, self.backbone, task, self._starting_tokens(task, merged, split))
         splitting = max(1, round(settings.split_share * settings.steps))
         each = settings.updates == "each"
         turns = [(concept, name) for concept, own in enumerate(split) for name in own]
@@ -144,32 +148,35 @@ class ConceptExpressLearner(TaskLearner[ConceptExpressSettings]):
 
         # Where one optimiser step is for all concepts, each learns as if it were alone.
         scale = 1.0 if each else float(count)
-        groups = [Group({name: express.rows[name] for name in own}, settings.learning_rate) for own in split]
+        groups = [Group(flat(express.tokens, own), settings.learning_rate) for own in split]
         trainer.train("split", groups, range(1, first + 1), split_losses, loss_scale=scale)
         if trainer.done == first:
             for name, own in zip(merged, split, strict=True):
-                mean = torch.stack([express.rows[one].data for one in own]).mean(dim=0)
-                express.rows[name].data.copy_(mean)
-        groups = [Group({name: express.rows[name]}, settings.learning_rate) for name in merged]
+                assign(express.tokens[name], mean_token([express.tokens[one] for one in own]))
+        groups = [Group(flat(express.tokens, [name]), settings.learning_rate) for name in merged]
         trainer.train("merged", groups, range(first + 1, last + 1), merged_losses, loss_scale=scale)
         return express.learned(merged)
 
-    def _starting_rows(self, task: Task, merged: Sequence[str], split: Sequence[Sequence[str]]) -> dict[str, Tensor]:
+    def _starting_tokens(
+        self, task: Task, merged: Sequence[str], split: Sequence[Sequence[str]]
+    ) -> dict[str, dict[str, Tensor]]:
         """Where all tokens start; the merged ones get their rows by the merge."""
         settings, backbone = self.settings, self.backbone
         generator = seeded_generator(task.seed, "split")
-        rows: dict[str, Tensor] = {}
+        tokens: dict[str, dict[str, Tensor]] = {}
         words = known_words(task, backbone) if settings.start == "random" else []
         for region, own in zip(task.regions, split, strict=True):
             if settings.start == "random":
                 chosen = torch.randint(len(words), (len(own),), generator=generator).tolist()
-                rows |= {name: backbone.word_embedding(words[n]) for name, n in zip(own, chosen, strict=True)}
+                tokens |= {name: backbone.word_rows(words[n]) for name, n in zip(own, chosen, strict=True)}
                 continue
-            start = starting_row(region, task.attributes, backbone, settings.start)
+            start = starting_token(region, task.attributes, backbone, settings.start)
             for name in own:
-                noise = torch.randn(start.shape, generator=generator).to(start)
-                rows[name] = start + settings.initial_noise * start.std() * noise
-        return rows | {name: rows[own[0]] for name, own in zip(merged, split, strict=True)}
+                noise = {encoder: torch.randn(row.shape, generator=generator).to(row) for encoder, row in start.items()}
+                tokens[name] = {
+                    encoder: row + settings.initial_noise * row.std() * noise[encoder] for encoder, row in start.items()
+                }
+        return tokens | {name: tokens[own[0]] for name, own in zip(merged, split, strict=True)}
 
 
 def known_words(task: Task, backbone: Backbone) -> list[str]:
@@ -182,36 +189,27 @@ def known_words(task: Task, backbone: Backbone) -> list[str]:
 class Express(Lesson):
     """A lesson of each concept in its own mask.
 
-    targets: ``[2, C, r, r]``, at least zero, where each concept's attention is drawn to, plain and mirrored.
+    targets: ``[2, C, h, w]``, at least zero, where each concept's attention is drawn to, plain and mirrored.
     """
 
     settings: ConceptExpressSettings
 
-    def __init__(
-        self, settings: ConceptExpressSettings, backbone: Backbone, task: Task, rows: Mapping[str, Tensor]
-    ) -> None:
-        super().__init__(settings, backbone, task, rows)
-        self._resolution, self.targets = self.attention_grid(settings.attention_resolution)
+    def __init__(self, settings: ConceptExpressSettings, backbone: Backbone, task: Task, tokens: Tokens) -> None:
+        super().__init__(settings, backbone, task, tokens)
+        self.targets = self.pictures.attention_masks[:, 0].transpose(0, 1)
         if settings.attention_target == "self_attention":
             self.targets = self._self_attention_targets()
         if settings.joint:
-            self._check_joint_prompt_fits([instance_name(region) for region in task.regions])
+            names = [instance_name(region) for region in task.regions]
+            self.check_fits([" and ".join(names)], "learner.joint needs all concepts in one prompt")
 
     def _self_attention_targets(self) -> Tensor:
-        offered = tuple(self.backbone.attention_resolutions)
-        self_attention, _ = look(self.backbone, self.task.image, "", resolutions=offered)
-        side = max(offered)
-        places = latent_mask(torch.stack([region.mask for region in self.regions]), (side, side))
-        maps = mean_self_attention(self_attention, places)
-        target = F.interpolate(maps.unsqueeze(1), size=self._resolution, mode="area").squeeze(1)
+        pixels, _ = look(self.backbone, self.task.image, "")
+        height, width = pixels.shape[:2]
+        places = latent_mask(torch.stack([region.mask for region in self.regions]), (height, width))
+        maps = mean_self_attention(pixels, places)
+        target = F.interpolate(maps.unsqueeze(1), size=self.grid, mode="area").squeeze(1)
         return torch.stack([target, target.flip(-1)]).to(self.backbone.device)
-
-    def _check_joint_prompt_fits(self, names: Sequence[str]) -> None:
-        for template in self.settings.templates:
-            try:
-                self.backbone.token_positions(template.replace("{}", " and ".join(names)), names)
-            except InputError as error:
-                raise InputError(f"learner.joint needs all concepts in one prompt: {error}") from None
 
     def draw_tokens(self, step: int, tokens: Sequence[Sequence[str]]) -> list[str]:
         """One of each concept's tokens."""
@@ -222,41 +220,40 @@ class Express(Lesson):
     def losses(self, step: int, concepts: Sequence[int], names: Sequence[str]) -> Iterator[Losses]:
         """Losses of some concepts, a prompt with one token each, chunk by chunk: their shares of a mean."""
         draw, count = self.draw(step, len(concepts)), len(concepts)
-        prompts = [self.prompt(draw.templates[n], names[n]) for n in range(count)]
         for chunk in self.chunks(count):
-            sides = draw.flipped[chunk]
-            chosen = torch.tensor([concepts[n] for n in chunk], device=sides.device)
-            masks = self.latent_masks[sides, chosen]
-            reconstruction, maps = self._denoising_loss(draw, chunk, [prompts[n] for n in chunk], masks)
-            attention = torch.stack([self.attention(maps[at], prompts[n], names[n]) for at, n in enumerate(chunk)])
-            distance = wasserstein_distance(self.targets[sides, chosen], attention).mean()
-            yield self._weighed(reconstruction, distance, len(chunk) / count)
+            own, chosen = draw[chunk], [concepts[n] for n in chunk]
+            latents, masks, _ = self.shown(chosen, own)
+            prompts = [self.prompt(template, names[n]) for template, n in zip(own.templates, chunk, strict=True)]
+            prediction, target = self.denoise(latents, own, prompts, look=self.look)
+            reconstruction = self.masked_loss(prediction, target, masks).mean()
+            words = prediction.attention.words[0].float()
+            attention = torch.stack([self.attention(words[at], prompts[at], [names[n]]) for at, n in enumerate(chunk)])
+            targets = self.targets[own.flipped, torch.tensor(chosen, device=own.flipped.device)]
+            yield self._weighed(reconstruction, wasserstein_distance(targets, attention).mean(), len(chunk) / count)
 
     def joint_losses(self, step: int, names: Sequence[str], share: float = 1.0) -> Losses:
         """Losses of the prompt of all concepts, inside of the union of their masks; times ``share``."""
         draw = self.draw(step, 1, "joint")
         prompt, side = self.prompt(draw.templates[0], " and ".join(names)), int(draw.flipped[0])
-        union = self.latent_masks[side].amax(dim=0, keepdim=True)
-        reconstruction, maps = self._denoising_loss(draw, [0], [prompt], union)
-        attention = torch.stack([self.attention(maps[0], prompt, name) for name in names])
-        return self._weighed(reconstruction, wasserstein_distance(self.targets[side], attention).mean(), share)
+        prediction, target = self.denoise(self.pictures.latents[:1, 0, side], draw, [prompt], look=self.look)
+        union = self.pictures.masks[:, 0, side].amax(dim=0, keepdim=True)
+        words = prediction.attention.words[0][0].float()
+        attention = torch.stack([self.attention(words, prompt, [name]) for name in names])
+        distance = wasserstein_distance(self.targets[side], attention).mean()
+        return self._weighed(self.masked_loss(prediction, target, union).mean(), distance, share)
 
     def contrast(self, tokens: Sequence[Sequence[str]]) -> Iterator[Losses]:
-        """The contrastive loss of the split tokens, if there is more than one a concept."""
+        """The contrastive loss of the split tokens, if there is more than one a concept; the mean over the encoders."""
         if len(tokens[0]) > 1:
-            rows = torch.stack([torch.stack([self.rows[name] for name in own]) for own in tokens])
-            loss = contrastive_loss(rows, self.settings.temperature)
+            each = [
+                contrastive_loss(
+                    torch.stack([torch.stack([self.tokens[name][encoder] for name in own]) for own in tokens]),
+                    self.settings.temperature,
+                )
+                for encoder in self.backbone.rows
+            ]
+            loss = torch.stack(each).mean()
             yield {"contrastive": loss, "total": self.settings.contrastive_weight * loss}
-
-    def _denoising_loss(
-        self, draw: Draw, places: Sequence[int], prompts: Sequence[str], masks: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The mean loss inside of masks ``[B, h, w]``, and the cross-attention ``[B, L, r, r]``."""
-        maps: AttentionMaps
-        with self.backbone.capture_attention(cross=[self._resolution], places=("down", "up")) as maps:
-            prediction, target = self.denoise(self.latents[draw.flipped[list(places)]], draw, places, prompts)
-            cross = maps.cross(self._resolution).float()
-        return masked_denoising_loss(prediction, target, masks, self.settings.by_area).mean(), cross
 
     def _weighed(self, reconstruction: Tensor, attention: Tensor, share: float) -> Losses:
         total = reconstruction + self.settings.attention_weight * attention

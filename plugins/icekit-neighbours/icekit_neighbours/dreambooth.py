@@ -8,14 +8,14 @@ from typing import Literal
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.learning.fine_tuning import Weights
-from icekit.learning.hints import described_row
+from icekit.learning.hints import described_token
+from icekit.learning.lesson import Lesson
 from icekit.learning.training import Group, Losses, Task, TaskLearner
-from icekit.protocols import InputError, Learned, token_names
-from icekit_neighbours.lesson import Lesson, Prior, WeightsSettings
+from icekit.protocols import Capability, InputError, Learned, Trained, token_names
+from icekit_neighbours.lesson import Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings
 
-WEIGHTS_LEARNING_RATES: dict[Weights, float] = {"lora": 1e-4, "all": 5e-6}
+WEIGHTS_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 5e-6}
 """AdamW's learning rate of the weights by what is trained, where none is set."""
 
 
@@ -57,6 +57,7 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
 
     Settings = DreamBoothSettings
     parts = ("category", "instance")
+    needs: tuple[Capability, ...] = ("fine_tuning",)
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
@@ -70,15 +71,15 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
                 f"learner.identifiers: {len(settings.identifiers)} rare words for {len(regions)} concepts;"
                 " give one for each"
             )
-        rows: dict[str, Tensor] = {}
+        tokens: dict[str, dict[str, Tensor]] = {}
         phrases = []
-        tokens = [token_names(region, ()) for region in regions]
-        for region, names, identifier in zip(regions, tokens, settings.identifiers, strict=False):
-            described = described_row(region, task.attributes, self.backbone) if settings.start == "hints" else None
-            rows[names["instance"]] = self.backbone.word_embedding(identifier) if described is None else described
-            rows[names["category"]] = self.backbone.word_embedding(region.word)
+        names_of = [token_names(region, ()) for region in regions]
+        for region, names, identifier in zip(regions, names_of, settings.identifiers, strict=False):
+            described = described_token(region, task.attributes, self.backbone) if settings.start == "hints" else None
+            tokens[names["instance"]] = self.backbone.word_rows(identifier) if described is None else described
+            tokens[names["category"]] = self.backbone.word_rows(region.word)
             phrases.append(f"{names['instance']} {names['category']}")
-        lesson = Lesson(settings, self.backbone, task, rows)
+        lesson = Lesson(settings, self.backbone, task, tokens)
         trainer = lesson.trainer(settings.steps)
         book, prior = PictureBook(lesson, settings), Prior(lesson, settings, trainer)
 
@@ -89,11 +90,11 @@ class DreamBoothLearner(TaskLearner[DreamBoothSettings]):
                     yield preserved
 
         rate = settings.weights_learning_rate or WEIGHTS_LEARNING_RATES[settings.weights]
-        with trainer.fine_tuned(self.backbone.unet, settings.weights, settings.weights_rank) as tuned:
+        with trainer.fine_tuned(self.backbone, settings.weights, settings.weights_rank) as tuned:
             trainer.train(
                 "weights",
                 [Group(tuned.parameters, rate, "weights_learning_rate")],
                 range(1, settings.steps + 1),
                 losses,
             )
-            return lesson.learned(rows, tuned)
+            return lesson.learned(tuning=tuned.kept())

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
+from icekit.protocols import Grid
+
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -108,11 +110,12 @@ def finch(distributions: Array, limit: float = np.inf, touching: sparse.spmatrix
             return partitions
 
 
-def grid_touching(side: int) -> sparse.spmatrix:
-    """Which cells of a square grid share an edge: ``[side * side, side * side]``, cells row by row."""
-    line = sparse.diags([np.ones(side - 1), np.ones(side - 1)], [-1, 1])
-    one = sparse.identity(side)
-    return sparse.csr_matrix(sparse.kron(line, one) + sparse.kron(one, line))
+def grid_touching(grid: Grid) -> sparse.spmatrix:
+    """Which cells of a grid (h, w) share an edge: ``[h * w, h * w]``, cells row by row."""
+    (down, same_row), (across, same_column) = (
+        (sparse.diags([np.ones(side - 1), np.ones(side - 1)], [-1, 1]), sparse.identity(side)) for side in grid
+    )
+    return sparse.csr_matrix(sparse.kron(down, same_column) + sparse.kron(same_row, across))
 
 
 def clusters_touching(touching: sparse.spmatrix, labels: Labels) -> Mask:

@@ -28,12 +28,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from icekit.learning.denoising import masked_denoising_loss, offset_noise, timestep_density
-from icekit.learning.hints import hinted_row
+from icekit.learning.hints import hinted_token
+from icekit.learning.lesson import Draw, Lesson, LessonSettings
+from icekit.learning.rows import assign, flat, mean_token
 from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
-from icekit.protocols import AttentionMaps, Backbone, InputError, Learned, token_names
-from icekit.randomness import seeded_generator
+from icekit.protocols import Backbone, Capability, Learned, token_names
 from icekit_neighbours.hyperbolic import (
     aperture_sine,
     busemann,
@@ -44,7 +44,6 @@ from icekit_neighbours.hyperbolic import (
     mobius_add,
     principal_directions,
 )
-from icekit_neighbours.lesson import Draw, Lesson, LessonSettings
 
 
 class HyperExpressSettings(LessonSettings):
@@ -91,9 +90,6 @@ class HyperExpressSettings(LessonSettings):
         8, ge=1, description="geodesic directions of the projection, or one fewer than anchors, if less (our choice)"
     )
     noise_offset: float = Field(0.1, ge=0, description="standard deviation of the noise added to whole channels")
-    attention_resolution: int | None = Field(
-        None, description="side of the attention grid of the attention loss; by default 16 or the model's nearest to it"
-    )
 
 
 # --- The losses, on points of the ball -------------------------------------------------------------------------------
@@ -207,6 +203,7 @@ class HyperExpressLearner(TaskLearner[HyperExpressSettings]):
     """
 
     Settings = HyperExpressSettings
+    needs: tuple[Capability, ...] = ("attention",)
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``.
@@ -220,29 +217,31 @@ class HyperExpressLearner(TaskLearner[HyperExpressSettings]):
 class Hierarchy(Lesson):
     """A lesson of each concept in its own mask, its tokens ordered in the ball. C concepts, A attributes.
 
-    attention_masks: ``[2, C, r, r]``, covered shares of cells. tangent_map: W ``[P, P]``, P a text embedding's size.
-    log_weights: by category token ``[1 + A]``, the logarithms of what parts weigh in the whole, times 1 + A.
+    tangent_map: W ``[P, P]``, P a text embedding's size. log_weights: by category token ``[1 + A]``, the logarithms of
+    what parts weigh in the whole, times 1 + A.
     """
 
     settings: HyperExpressSettings
+    prefers_noise = True
 
     def __init__(self, settings: HyperExpressSettings, backbone: Backbone, task: Task) -> None:
+        self.offset = settings.noise_offset
         self.names = [token_names(region, task.attributes) for region in task.regions]
         self.attributes = task.attributes
-        words = [backbone.word_embedding(region.word).float() for region in task.regions]
         self._hinted = [
-            {one.name: row for one in task.attributes if (row := hinted_row(region, one, backbone)) is not None}
+            {one.name: token for one in task.attributes if (token := hinted_token(region, one, backbone)) is not None}
             for region in task.regions
         ]
-        rows: dict[str, Tensor] = {}
-        for names, word, hinted in zip(self.names, words, self._hinted, strict=True):
-            rows |= dict.fromkeys(names.values(), word)
+        tokens: dict[str, dict[str, Tensor]] = {}
+        for region, names, hinted in zip(task.regions, self.names, self._hinted, strict=True):
+            tokens |= dict.fromkeys(names.values(), backbone.word_rows(region.word))
             if hinted:
-                rows[names["instance"]] = torch.stack(list(hinted.values())).mean(dim=0)
-        super().__init__(settings, backbone, task, rows)
-        self._check_prompts_fit()
-        self.resolution, self.attention_masks = self.attention_grid(settings.attention_resolution)
-        self.density = timestep_density(backbone.num_timesteps, *settings.timestep_range)
+                tokens[names["instance"]] = mean_token(list(hinted.values()))
+        super().__init__(settings, backbone, task, tokens)
+        self.check_fits(
+            [phrase for i in range(len(self.names)) for phrase in (self.object_tokens(i), self.attribute_tokens(i))],
+            f"one prompt must hold a concept's category and all of its attributes, here {len(self.attributes)}",
+        )
         with torch.no_grad():
             self.words = backbone.embed_texts([region.word for region in task.regions]).float()  # [C, P]
             if task.attributes:
@@ -291,11 +290,11 @@ class Hierarchy(Lesson):
                     lambda step: self.attribute_losses(step, composer),
                     loss_scale=count,
                 )
-        return Learned({name: row.detach().float().cpu().clone() for name, row in self.rows.items()})
+        return self.learned()
 
     def object_losses(self, step: int) -> Iterator[Losses]:
         """Phase one's losses of one step, chunk by chunk."""
-        draw = self.draw(step, len(self.regions))
+        draw = self.draw(step)
         for chunk in self.chunks(len(self.regions)):
             losses = self._denoising_losses(draw, chunk, [self.object_tokens(place) for place in chunk])
             tokens = self._points([[self.names[place][kind] for kind in ("category", "instance")] for place in chunk])
@@ -309,7 +308,7 @@ class Hierarchy(Lesson):
 
     def attribute_losses(self, step: int, composer: Composer | None = None) -> Iterator[Losses]:
         """Phase two's losses of one step, chunk by chunk; phase three's with a composer."""
-        settings, draw = self.settings, self.draw(step, len(self.regions))
+        settings, draw = self.settings, self.draw(step)
         for chunk in self.chunks(len(self.regions)):
             losses = self._denoising_losses(draw, chunk, [self.attribute_tokens(place) for place in chunk])
             slots = ["category", *(one.name for one in self.attributes)]
@@ -331,27 +330,22 @@ class Hierarchy(Lesson):
                 losses["composition"] = composition_loss(composer.wholes[chunk], composer.represent(tokens), weights)
             yield self._total(losses, len(chunk))
 
-    def _denoising_losses(self, draw: Draw, chunk: list[int], tokens: list[str]) -> Losses:
-        """L_recon and L_attention, means over the chunk; the map of a prompt is the mean over its tokens."""
-        prompts = [self.prompt(draw.templates[place], each) for place, each in zip(chunk, tokens, strict=True)]
-        sides, places = draw.flipped[chunk], torch.tensor(chunk, device=draw.flipped.device)
-        with self.backbone.capture_attention(cross=[self.resolution], places=("down", "up")) as maps:
-            prediction, target = self.denoise(self.latents[sides], draw, chunk, prompts)
-            attention = self._attention_of(maps, prompts, tokens)
-        reconstruction = masked_denoising_loss(
-            prediction, target, self.latent_masks[sides, places], self.settings.by_area
-        )
-        distance_to_mask = wasserstein_distance(self.attention_masks[sides, places], attention)
-        return {"reconstruction": reconstruction.mean(), "attention": distance_to_mask.mean()}
-
-    def _attention_of(self, maps: AttentionMaps, prompts: list[str], tokens: list[str]) -> Tensor:
-        cross = maps.cross(self.resolution).float()
-        return torch.stack(
+    def _denoising_losses(self, draw: Draw, chunk: list[int], phrases: list[str]) -> Losses:
+        """L_recon and L_attention, means over the chunk; the map of a prompt is the mean over its tokens' maps."""
+        own = draw[chunk]
+        latents, masks, attention_masks = self.shown(chunk, own)
+        prompts = [self.prompt(template, phrase) for template, phrase in zip(own.templates, phrases, strict=True)]
+        prediction, target = self.denoise(latents, own, prompts, look=self.look)
+        attention = torch.stack(
             [
-                torch.stack([self.attention(one, prompt, token) for token in each.split()]).mean(dim=0)
-                for one, prompt, each in zip(cross, prompts, tokens, strict=True)
+                torch.stack([self.attention(maps, prompt, [token]) for token in phrase.split()]).mean(dim=0)
+                for maps, prompt, phrase in zip(prediction.attention.words[0].float(), prompts, phrases, strict=True)
             ]
         )
+        return {
+            "reconstruction": self.masked_loss(prediction, target, masks).mean(),
+            "attention": wasserstein_distance(attention_masks, attention).mean(),
+        }
 
     def _total(self, losses: Losses, concepts: int) -> Losses:
         """Adds ``total``; all of them become the chunk's share of a mean over all concepts."""
@@ -366,24 +360,13 @@ class Hierarchy(Lesson):
             total = total + settings.composition_weight * losses["composition"]
         return {name: loss * (concepts / len(self.regions)) for name, loss in (losses | {"total": total}).items()}
 
-    def draw(self, step: int, count: int, purpose: str = "learn") -> Draw:
-        """One step's random choices, with ICE's timesteps and noise."""
-        generator, device = seeded_generator(self.seed, purpose, step), self.backbone.device
-        shape = (count, *self.backbone.latent_shape)
-        return Draw(
-            timesteps=torch.multinomial(self.density, count, replacement=True, generator=generator).to(device),
-            noise=offset_noise(shape, self.settings.noise_offset, generator).to(device),
-            flipped=(torch.rand(count, generator=generator) < self.settings.flip_probability).long().to(device),
-            templates=torch.randint(len(self.settings.templates), (count,), generator=generator).tolist(),
-        )
-
     def to_ball(self, pooled: Tensor) -> Tensor:
         """exp_0(W E): embeddings of texts ``[..., P]`` as points of the ball."""
         return exponential_map(pooled @ self.tangent_map.T)
 
     def _points(self, texts: list[list[str]]) -> Tensor:
         """As many texts for each concept, in the ball: ``[B, T, P]``."""
-        pooled = self.backbone.embed_texts([text for own in texts for text in own]).float()
+        pooled = self.backbone.embed_texts([text for own in texts for text in own], self.tokens).float()
         return self.to_ball(pooled.unflatten(0, (len(texts), -1)))
 
     def object_tokens(self, place: int) -> str:
@@ -397,25 +380,13 @@ class Hierarchy(Lesson):
 
     def _group(self, names: Mapping[str, str], kinds: Sequence[str]) -> Group:
         """Some of one concept's tokens: it learns as if it were alone."""
-        return Group({names[kind]: self.rows[names[kind]] for kind in kinds}, self.settings.learning_rate)
+        return Group(flat(self.tokens, [names[kind] for kind in kinds]), self.settings.learning_rate)
 
     def _start_attributes(self) -> None:
         """From what the retriever saw, or else from the learned instance."""
         for names, hinted in zip(self.names, self._hinted, strict=True):
             for one in self.attributes:
-                self.rows[names[one.name]].data.copy_(hinted.get(one.name, self.rows[names["instance"]]).data)
-
-    def _check_prompts_fit(self) -> None:
-        for template in self.settings.templates:
-            for place in range(len(self.regions)):
-                for tokens in (self.object_tokens(place), self.attribute_tokens(place)):
-                    try:
-                        self.backbone.token_positions(template.replace("{}", tokens), tokens.split())
-                    except InputError as error:
-                        raise InputError(
-                            f"one prompt must hold a concept's category and all of its attributes, here "
-                            f"{len(self.attributes)}: {error}"
-                        ) from None
+                assign(self.tokens[names[one.name]], hinted.get(one.name, self.tokens[names["instance"]]))
 
 
 class Composer:
@@ -441,7 +412,7 @@ class Composer:
             self.directions, self.spread = found.to(anchors), torch.ones((), device=anchors.device)
             self.spread = self.represent(anchors).square().mean().sqrt()
             wholes = [hierarchy.object_tokens(place) for place in range(len(hierarchy.regions))]
-            self.wholes = self.represent(hierarchy.to_ball(backbone.embed_texts(wholes).float()))
+            self.wholes = self.represent(hierarchy.to_ball(backbone.embed_texts(wholes, hierarchy.tokens).float()))
 
     def represent(self, points: Tensor) -> Tensor:
         """R: how far points ``[..., P]`` are towards each direction, minus their Busemann values: ``[..., n]``.

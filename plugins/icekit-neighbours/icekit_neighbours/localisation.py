@@ -1,12 +1,13 @@
 """ConceptExpress's localisation (Hao et al., ECCV 2024): the salient parts of an image, without a word.
 
 The self-attention of a diffusion model says for every place of the image which places belong to it. These
-distributions are clustered by FINCH under symmetric KL; clusters that the prompt's end-of-text token hardly looks at
+distributions are clustered by FINCH under symmetric KL; clusters that hardly look at the prompt's end-of-text token
 are background; what is left is clustered on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -16,14 +17,8 @@ from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 from torch import Tensor
 
-from icekit.attention.refinement import refine, without_islands
-from icekit.attention.segmentor import Timesteps, upsample
-from icekit.protocols import (
-    Backbone,
-    ComponentSettings,
-    InputError,
-    Proposal,
-)
+from icekit.attention import Grids, Shares, flat, refine, require_similarity, upsample, without_islands
+from icekit.protocols import Backbone, Capability, ComponentSettings, InputError, Proposal
 from icekit_neighbours.finch import (
     Array,
     Labels,
@@ -34,15 +29,17 @@ from icekit_neighbours.finch import (
     means,
     renumbered,
 )
-from icekit_neighbours.looking import look
+from icekit_neighbours.looking import GRIDS, look
 
 
 class ConceptExpressSegmentor:
     """The regions of an image by its self-attention: a ``protocols.Proposer``. Words are the retriever's to find.
 
     Raises:
-        InputError: attention resolutions that the backbone does not have.
+        InputError: the backbone does not tell what is looked at.
     """
+
+    needs: Collection[Capability] = ("attention", "similarity")
 
     class Settings(ComponentSettings):
         """Settings of the ``conceptexpress`` segmentor; the defaults are the published ones, or are said to be ours."""
@@ -50,7 +47,7 @@ class ConceptExpressSegmentor:
         caption: str = Field("", description="prompt under which the attention is looked at; by default no word at all")
         salient_by: Literal["end_token", "last_word"] = Field(
             "end_token",
-            description="whose cross-attention tells objects from background: the end-of-text token's, as published, "
+            description="whose attention maps tell objects from background: the end-of-text token's, as published, "
             "or the caption's last word's, for a model that hides the end token from its noise predictor",
         )
         salience: float = Field(
@@ -58,18 +55,16 @@ class ConceptExpressSegmentor:
             gt=0,
             description="a cluster is background if its attention is below this many times the mean (our choice)",
         )
-        timestep: Timesteps = Field(
+        shares: Shares = Field(
             (0.0,), description="where the model is asked, 0 to 1 of the noise schedule; several are averaged"
         )
-        noise: bool = Field(False, description="add that timestep's noise to the image; published: a clean latent")
-        draws: int = Field(
-            4, ge=1, description="draws of the noise that are averaged, for each timestep; with noise only"
-        )
+        noise: bool = Field(False, description="add that much noise to the image; published: a clean latent")
+        draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each share; with noise only")
         noise_seed: int = Field(0, ge=0, description="seed of the noise")
-        resolution: int | None = Field(
-            None,
-            ge=1,
-            description="attention grid that is clustered; none: all of them, brought to the largest (published: 64)",
+        grids: Grids = Field(
+            GRIDS,
+            description="attention grids that are read, brought to the finest: cells along the image's shorter side; "
+            "the model's nearest are taken",
         )
         adjacent: bool = Field(True, description="link only clusters that touch in the grid (published)")
         clusters: int = Field(
@@ -97,14 +92,9 @@ class ConceptExpressSegmentor:
             return self
 
     def __init__(self, settings: Settings, backbone: Backbone) -> None:
+        require_similarity(backbone)
         self.settings = settings
         self._backbone = backbone
-        offered = tuple(backbone.attention_resolutions)
-        self._resolutions = (settings.resolution,) if settings.resolution else offered
-        self._grid = max(self._resolutions)
-        if self._grid not in offered:
-            choices = ", ".join(str(one) for one in offered)
-            raise InputError(f"segmentor.resolution: {self._grid} is none of the backbone's grids: {choices}")
 
     @torch.no_grad()
     def propose(self, image: Tensor) -> list[Proposal]:
@@ -113,16 +103,17 @@ class ConceptExpressSegmentor:
         Raises:
             InputError: the model hides the end token, and ``salient_by`` is ``end_token``.
         """
-        settings, grid = self.settings, self._grid
-        self_attention, salience = self._attention(image)
+        settings = self.settings
+        pixels, salience = self._attention(image)
+        grid = (pixels.shape[0], pixels.shape[1])
         labels = salient_clusters(
-            self_attention.double().numpy(),
+            flat(pixels).double().numpy(),
             salience.flatten().double().numpy(),
             clusters=settings.clusters,
             salience=settings.salience,
             merge_below=settings.merge_below,
             touching=grid_touching(grid) if settings.adjacent else None,
-        ).reshape(grid, grid)
+        ).reshape(grid)
         if settings.apart:
             labels = connected_parts(labels)
         return [Proposal(mask) for mask in self._masks(labels, image)]
@@ -142,7 +133,7 @@ class ConceptExpressSegmentor:
             if self.settings.refinement:
                 mask = refine(soft[number], image.cpu(), level=0.5)
             elif bool(mask.any()):
-                mask = torch.from_numpy(without_islands(mask.numpy(), 0.1))
+                mask = without_islands(mask, 0.1)
             mask &= free
             if bool(mask.any()) and float(mask.float().mean()) >= self.settings.min_area:
                 masks.append(mask)
@@ -150,27 +141,27 @@ class ConceptExpressSegmentor:
         return masks
 
     def _attention(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Self-attention ``[r * r, r * r]``, each row sums to one, and how much the token that stands for the whole
-        caption looks at each place, ``[r, r]``; float32 on the CPU.
+        """What places look at, ``[h, w, h, w]``, and how much each of them looks at the token that stands for the whole
+        caption, ``[h, w]``; float32 on the CPU.
         """
         settings = self.settings
-        self_attention, cross = look(
+        pixels, words = look(
             self._backbone,
             image,
             settings.caption,
-            resolutions=self._resolutions,
-            timestep=settings.timestep,
+            settings.grids,
+            shares=settings.shares,
             noise=settings.noise,
             draws=settings.draws,
             noise_seed=settings.noise_seed,
         )
-        salience = cross[self._summary_position()]
+        salience = words[self._summary_position()]
         if not bool((salience > 0).any()):
             raise InputError(
                 "segmentor.salient_by: this model hides the end token from its noise predictor; use last_word and a"
                 " caption, as in --set segmentor.salient_by=last_word --set 'segmentor.caption=a photo of things'"
             )
-        return self_attention, salience
+        return pixels, salience
 
     def _summary_position(self) -> int:
         """The position that has read the whole caption (the encoder is causal): its last word, or the end after it."""
@@ -193,7 +184,7 @@ def salient_clusters(
 
     Args:
         self_attention: ``[n, n]``, each row (one place of the grid) sums to one.
-        attention: ``[n]``, how much the summarising token looks at each place.
+        attention: ``[n]``, how much each place looks at the summarising token.
         clusters: background is removed in the coarsest partition with this many clusters or more (or the finest).
         salience: a cluster is background if its mean attention is below this many times the mean of all places.
         merge_below: symmetric KL divergence under which salient clusters are merged further, nats; the first clustering
@@ -224,7 +215,7 @@ def salient_clusters(
 
 
 def connected_parts(labels: Labels) -> Labels:
-    """Number each 4-connected part of equal labels by itself: int64 ``[r, r]``, -1 stays -1."""
+    """Number each 4-connected part of equal labels by itself: int64 ``[h, w]``, -1 stays -1."""
     parts = np.full(labels.shape, -1, dtype=np.int64)
     for label in range(int(labels.max()) + 1):
         pieces, _ = ndimage.label(labels == label)

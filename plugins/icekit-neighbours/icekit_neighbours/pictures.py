@@ -14,9 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from icekit.learning.lesson import Lesson, LessonSettings
 from icekit.learning.training import Losses
 from icekit.randomness import seeded_generator
-from icekit_neighbours.lesson import Lesson, LessonSettings
 
 Shown = Literal["alone", "image"]
 
@@ -49,15 +49,14 @@ def alone(image: Tensor, mask: Tensor, colours: Tensor) -> Tensor:
 def picture_latents(lesson: Lesson, settings: PictureSettings) -> Tensor:
     """Each concept's pictures, plain and mirrored, as latents ``[C, 2, V, c, h, w]``: V backgrounds, or 1 image."""
     if settings.shown == "image":
-        return lesson.latents[None, :, None].expand(len(lesson.regions), -1, 1, -1, -1, -1)
+        return lesson.pictures.latents.transpose(1, 2)
     encoded = []
     for region in lesson.regions:
         generator = seeded_generator(lesson.seed, "backgrounds", region.index)
         colours = torch.rand(settings.backgrounds, 3, generator=generator)
         pictures = alone(lesson.task.image, region.mask, colours)
-        both = torch.cat([pictures, pictures.flip(-1)]).split(settings.max_batch)
-        latents = [lesson.backbone.encode_images(part.to(lesson.backbone.device)).float() for part in both]
-        encoded.append(torch.cat(latents).unflatten(0, (2, settings.backgrounds)))
+        latents = lesson.encode(torch.cat([pictures, pictures.flip(-1)]))
+        encoded.append(latents.unflatten(0, (2, settings.backgrounds)))
     return torch.stack(encoded)
 
 
@@ -87,9 +86,9 @@ class PictureBook:
         pictures = self.open(step, draw.flipped)
         for places in lesson.chunks(count):
             prompts = [lesson.prompt(draw.templates[place], phrases[self.concepts[place]]) for place in places]
-            prediction, target = lesson.denoise(pictures[places], draw, places, prompts)
-            each = (prediction - target).square().mean(dim=(1, 2, 3))
+            prediction, target = lesson.denoise(pictures[places], draw[places], prompts)
+            each = (prediction.output.float() - target).square().mean(dim=(1, 2, 3))
             if self._by_area:
-                each = each / lesson.latent_masks[0, [self.concepts[place] for place in places]].mean(dim=(1, 2))
+                each = each / lesson.pictures.masks[[self.concepts[place] for place in places], 0, 0].mean(dim=(1, 2))
             loss = each.mean() * (len(places) / count)
             yield places, {"reconstruction": loss, "total": loss}

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from icekit.learning.lesson import Lesson
+from icekit.learning.rows import flat
 from icekit.learning.training import Group, Task, TaskLearner
 from icekit.protocols import Learned
-from icekit_neighbours.lesson import START, Lesson, Start, instance_rows
+from icekit_neighbours.lesson import START, Start, instance_tokens
 from icekit_neighbours.pictures import PictureBook, PictureSettings
 
 
@@ -35,15 +37,15 @@ class TextualInversionLearner(TaskLearner[TextualInversionSettings]):
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``."""
         settings = self.settings
-        rows = instance_rows(task, self.backbone, settings.start)
-        lesson = Lesson(settings, self.backbone, task, rows)
+        tokens = instance_tokens(task, self.backbone, settings.start)
+        lesson = Lesson(settings, self.backbone, task, tokens)
         book = PictureBook(lesson, settings)
 
         lesson.trainer(settings.steps).train(
             "embeddings",
-            [Group({name: lesson.rows[name]}, settings.learning_rate * settings.batch_size) for name in rows],
+            [Group(flat(lesson.tokens, [name]), settings.learning_rate * settings.batch_size) for name in tokens],
             range(1, settings.steps + 1),
-            lambda step: (losses for _, losses in book.losses(step, list(rows))),
+            lambda step: (losses for _, losses in book.losses(step, list(tokens))),
             loss_scale=len(task.regions),
         )
-        return lesson.learned(rows)
+        return lesson.learned()

@@ -70,9 +70,11 @@ def test_only_what_touches_is_linked() -> None:
     a, b = [0.8, 0.1, 0.1], [0.1, 0.8, 0.1]
     rows = np.array([a, b, a] * 3)
     assert finch(rows)[0].tolist() == [0, 1, 0] * 3
-    touching = grid_touching(3)
+    touching = grid_touching((3, 3))
     assert touching.toarray()[4].tolist() == [0, 1, 0, 1, 0, 1, 0, 1, 0]  # the middle has four neighbours
     assert touching.toarray()[0].tolist() == [0, 1, 0, 1, 0, 0, 0, 0, 0]
+    wide = grid_touching((2, 3)).toarray()
+    assert wide[1].tolist() == [1, 0, 1, 0, 1, 0] and wide[3].tolist() == [1, 0, 0, 0, 1, 0]
     apart = finch(rows, touching=touching)[0]
     assert apart.tolist() == [0, 1, 2] * 3
     assert clusters_touching(touching, apart).tolist() == [[True, True, False], [True, True, True], [False, True, True]]

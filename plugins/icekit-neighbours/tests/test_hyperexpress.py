@@ -23,13 +23,13 @@ from icekit_neighbours.hyperexpress import (
     entailment_loss,
     object_triplet,
 )
-from learning import Killed, Memory, assert_same, learn_watched, two_regions
+from learning import Killed, Memory, Taught, assert_same, learn_watched, row_of, two_regions
 from torch import Tensor
 
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.learning.training import Task
 from icekit.plugins import installed
-from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step
+from icekit.protocols import Attribute, InputError, Region, RunError, Step
 
 ATTRIBUTES = (
     Attribute("colour", anchor="colour", vocabulary=("red", "green")),
@@ -116,7 +116,7 @@ def regions() -> list[Region]:
     return two_regions()
 
 
-Learn = Callable[..., tuple[Learned, list[Step]]]
+Learn = Callable[..., tuple[Taught, list[Step]]]
 IMAGE = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
 
 
@@ -129,7 +129,7 @@ def learn(backbone: StableDiffusion, regions: list[Region]) -> Learn:
         attributes: tuple[Attribute, ...] = ATTRIBUTES,
         seed: int = 0,
         **settings: Any,
-    ) -> tuple[Learned, list[Step]]:
+    ) -> tuple[Taught, list[Step]]:
         learner = HyperExpressLearner(HyperExpressSettings(**({"steps": 4} | settings)), backbone)
         return learn_watched(learner, only or regions, attributes, checkpoint=checkpoint, kill_at=kill_at, seed=seed)
 
@@ -143,7 +143,7 @@ def test_every_concept_gets_its_tokens(learn: Learn, backbone: StableDiffusion) 
     assert set(tokens) == {
         f"<{stem}{kind}>" for stem in ("cup-0", "metal-ball-1") for kind in ("", "-instance", "-colour", "-material")
     }
-    assert all(row.dtype == torch.float32 and row.shape == (backbone.embedding_dim,) for row in tokens.values())
+    assert all(row.dtype == torch.float32 and row.shape == (backbone.rows["clip_l"],) for row in tokens.values())
     assert len({tuple(row.tolist()) for row in tokens.values()}) == len(tokens)
     assert not learned.lora
     assert [step.phase for step in steps] == ["object"] * 4 + ["attributes"] * 2 + ["compose"] * 2
@@ -183,8 +183,8 @@ def test_the_category_stays_after_phase_one(learn: Learn) -> None:
         learn(memory, kill_at=3, steps=4)
     assert memory.held is not None and memory.held[1]["step"] == 2
     learned, _ = learn(steps=4)
-    assert torch.equal(memory.held[0]["row/<cup-0>"], learned.tokens["<cup-0>"])
-    assert torch.equal(memory.held[0]["row/<cup-0-instance>"], learned.tokens["<cup-0-instance>"])
+    assert torch.equal(memory.held[0]["row/<cup-0>/clip_l"], learned.tokens["<cup-0>"])
+    assert torch.equal(memory.held[0]["row/<cup-0-instance>/clip_l"], learned.tokens["<cup-0-instance>"])
 
 
 def test_attributes_start_from_the_instance_or_from_hints(
@@ -195,7 +195,7 @@ def test_attributes_start_from_the_instance_or_from_hints(
     torch.testing.assert_close(tokens["<cup-0-colour>"], tokens["<cup-0-instance>"])
     hinted = replace(regions[0], hints={"colour": {"red": 0.75, "green": 0.25}})
     tokens = learn(only=[hinted], **still)[0].tokens
-    mean = 0.75 * backbone.word_embedding("red") + 0.25 * backbone.word_embedding("green")
+    mean = 0.75 * row_of(backbone, "red") + 0.25 * row_of(backbone, "green")
     torch.testing.assert_close(tokens["<cup-0-colour>"], mean.float())
     torch.testing.assert_close(tokens["<cup-0-instance>"], mean.float())
     torch.testing.assert_close(tokens["<cup-0-material>"], mean.float())  # no hints of its own: the instance

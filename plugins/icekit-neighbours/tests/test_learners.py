@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from icekit_neighbours import break_a_scene, conceptexpress, dreambooth, looking, pictures, textual_inversion
-from learning import Killed, Memory, assert_same, learn_watched, two_regions
+from learning import Killed, Memory, Taught, assert_same, learn_watched, row_of, two_regions
 
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.learning.training import Task
-from icekit.protocols import Attribute, InputError, Learned, Region, RunError, Step, parts_of
+from icekit.protocols import Attribute, InputError, Region, RunError, Step, parts_of
 from icekit.words import read_vocabulary
 
 COLOUR = Attribute("colour", anchor="colour", vocabulary=("red", "green"))
@@ -125,7 +125,7 @@ def regions() -> list[Region]:
     return two_regions()
 
 
-Learn = Callable[..., tuple[Learned, list[Step]]]
+Learn = Callable[..., tuple[Taught, list[Step]]]
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def learn(backbone: StableDiffusion, regions: list[Region], monkeypatch: pytest.
         kill_at: int | None = None,
         only: Sequence[Region] | None = None,
         **settings: Any,
-    ) -> tuple[Learned, list[Step]]:
+    ) -> tuple[Taught, list[Step]]:
         cls: Any = LEARNERS[name]
         learner = cls(cls.Settings(**({"steps": 2} | QUICK[name] | settings)), backbone)
         return learn_watched(learner, only or regions, (COLOUR,), checkpoint=checkpoint, kill_at=kill_at)
@@ -153,7 +153,7 @@ def test_no_token_is_made_up(learn: Learn, backbone: StableDiffusion, name: str)
     kinds = ("-instance", "") if name == "dreambooth" else ("-instance",)
     assert set(tokens) == {f"<{stem}{kind}>" for stem in ("cup-0", "metal-ball-1") for kind in kinds}
     assert len(parts_of(LEARNERS[name], ["colour"])) == len(kinds)
-    assert all(row.dtype == torch.float32 and row.shape == (backbone.embedding_dim,) for row in tokens.values())
+    assert all(row.dtype == torch.float32 and row.shape == (backbone.rows["clip_l"],) for row in tokens.values())
     assert not torch.equal(tokens["<cup-0-instance>"], tokens["<metal-ball-1-instance>"])
     updates = 1 * 2 * 2 + 1 * (2 + 1) if name == "conceptexpress" else 2
     assert [step.step for step in steps] == list(range(1, updates + 1))
@@ -166,7 +166,7 @@ def test_no_token_is_made_up(learn: Learn, backbone: StableDiffusion, name: str)
 def test_textual_inversion_learns_tokens_and_nothing_else(learn: Learn, backbone: StableDiffusion) -> None:
     learned, steps = learn("textual-inversion", batch_size=2)
     assert not learned.lora
-    assert not torch.equal(learned.tokens["<cup-0-instance>"], backbone.word_embedding("cup"))
+    assert not torch.equal(learned.tokens["<cup-0-instance>"], row_of(backbone, "cup"))
     assert [step.phase for step in steps] == ["embeddings", "embeddings"]
     assert set(steps[0].losses) == {"reconstruction", "total"}
 
@@ -174,15 +174,15 @@ def test_textual_inversion_learns_tokens_and_nothing_else(learn: Learn, backbone
 def test_textual_inversion_scales_its_rate_by_the_batch(learn: Learn, backbone: StableDiffusion) -> None:
     # AdamW's first step moves every number by the learning rate.
     row = learn("textual-inversion", steps=1, batch_size=3, learning_rate=1e-3, weight_decay=0)[0].tokens
-    moved = (row["<cup-0-instance>"] - backbone.word_embedding("cup")).abs()
+    moved = (row["<cup-0-instance>"] - row_of(backbone, "cup")).abs()
     assert float(moved.median()) == pytest.approx(3e-3, rel=1e-2)
 
 
 def test_dreambooth_binds_a_rare_word_by_the_weights(learn: Learn, backbone: StableDiffusion) -> None:
     learned, steps = learn("dreambooth")
-    assert torch.equal(learned.tokens["<cup-0-instance>"], backbone.word_embedding("sks"))
-    assert torch.equal(learned.tokens["<metal-ball-1-instance>"], backbone.word_embedding("ohwx"))
-    assert torch.equal(learned.tokens["<cup-0>"], backbone.word_embedding("cup"))
+    assert torch.equal(learned.tokens["<cup-0-instance>"], row_of(backbone, "sks"))
+    assert torch.equal(learned.tokens["<metal-ball-1-instance>"], row_of(backbone, "ohwx"))
+    assert torch.equal(learned.tokens["<cup-0>"], row_of(backbone, "cup"))
     assert set(steps[0].losses) == {"reconstruction", "prior", "total"}
     assert all(bool(weight.any()) for key, weight in learned.lora.items() if ".lora_B." in key)  # they start at zero
     with pytest.raises(InputError, match="1 rare words for 2 concepts"):
@@ -198,7 +198,11 @@ def test_break_a_scene_learns_tokens_then_weights_from_subsets(
 ) -> None:
     prompts: list[str] = []
     encode = backbone.encode_prompts
-    monkeypatch.setattr(backbone, "encode_prompts", lambda given: prompts.extend(given) or encode(given))
+    monkeypatch.setattr(
+        backbone,
+        "encode_prompts",
+        lambda given, tokens: prompts.extend(given) or encode(given, tokens),
+    )
     learned, steps = learn("break-a-scene", steps=4, prior_images=0, batch_size=3)
     assert [step.phase for step in steps] == ["embeddings"] * 2 + ["weights"] * 2
     cup, ball = "<cup-0-instance>", "<metal-ball-1-instance>"
@@ -232,7 +236,7 @@ def test_conceptexpress_merges_its_split_tokens(learn: Learn) -> None:
         with pytest.raises(Killed):
             learn("conceptexpress", memory, kill_at=merged_at + 1, updates=updates, **still)
         assert memory.held is not None and memory.held[1]["step"] == merged_at
-        split = torch.stack([memory.held[0][f"row/<cup-0-instance-split-{k}>"] for k in range(3)])
+        split = torch.stack([memory.held[0][f"row/<cup-0-instance-split-{k}>/clip_l"] for k in range(3)])
         assert len(split.unique(dim=0)) > 1
         learned, steps = learn("conceptexpress", updates=updates, **still)
         torch.testing.assert_close(learned.tokens["<cup-0-instance>"], split.mean(dim=0))
@@ -244,7 +248,9 @@ def test_conceptexpress_steps_once_for_every_split_token_and_joint_prompt(
 ) -> None:
     prompts: list[tuple[str, ...]] = []
     encode = backbone.encode_prompts
-    monkeypatch.setattr(backbone, "encode_prompts", lambda given: prompts.append(tuple(given)) or encode(given))
+    monkeypatch.setattr(
+        backbone, "encode_prompts", lambda given, tokens: prompts.append(tuple(given)) or encode(given, tokens)
+    )
     cup, ball = "<cup-0-instance>", "<metal-ball-1-instance>"
     steps = learn("conceptexpress", steps=2, split_tokens=2, attention_target="mask")[1]
     assert [step.phase for step in steps] == ["split"] * 4 + ["merged"] * 3
@@ -271,6 +277,7 @@ def test_conceptexpress_draws_attention_to_what_its_mask_attends_to(
 ) -> None:
     """By hand: two places of three see themselves and the third; the model's own maps are distributions."""
     self_attention = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25, 0.0, 0.75, 0.0], [0, 0, 0, 1.0]])
+    self_attention = self_attention.view(2, 2, 2, 2)
     mask = torch.tensor([[[1.0, 0.0], [1.0, 0.0]]])  # places 0 and 2
     expected = torch.tensor([[[0.375, 0.0], [0.625, 0.0]]])
     torch.testing.assert_close(looking.mean_self_attention(self_attention, mask), expected)
@@ -278,7 +285,7 @@ def test_conceptexpress_draws_attention_to_what_its_mask_attends_to(
     settings = conceptexpress.ConceptExpressSettings()
     image = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0))
     task = Task(image, regions, (), 0, Memory(), lambda step: None)
-    rows = {f"<{region.label}-{region.index}-instance>": backbone.word_embedding("cup") for region in regions}
+    rows = {f"<{region.label}-{region.index}-instance>": backbone.word_rows("cup") for region in regions}
     targets = conceptexpress.Express(settings, backbone, task, rows).targets
     assert targets.shape == (2, 2, 16, 16)
     torch.testing.assert_close(targets[1], targets[0].flip(-1))
@@ -297,12 +304,12 @@ def test_conceptexpress_starts_from_random_words(learn: Learn, backbone: StableD
         assert memory.held is not None
         return [row for name, row in memory.held[0].items() if name.startswith("row/") and "split" in name]
 
-    words = torch.stack([backbone.word_embedding(word) for word in known_words()])
+    words = torch.stack([row_of(backbone, word) for word in known_words()])
     random = torch.stack(started())
     assert len(random) == 6 and len(random.unique(dim=0)) > 2
     assert (random[:, None] - words).abs().amax(dim=2).amin(dim=1).max() < 1e-6
     cup = torch.stack(started(start="noun", initial_noise=0)[:3])
-    torch.testing.assert_close(cup, backbone.word_embedding("cup").expand(3, -1))
+    torch.testing.assert_close(cup, row_of(backbone, "cup").expand(3, -1))
     assert len(torch.stack(started(start="noun")[:3]).unique(dim=0)) == 3
 
 
@@ -316,7 +323,7 @@ def known_words() -> list[str]:
 def test_start_from_the_words_that_were_seen(learn: Learn, backbone: StableDiffusion, regions: list[Region]) -> None:
     seen = [replace(regions[0], hints={"colour": {"red": 0.75, "green": 0.25}}), regions[1]]
     still: dict[str, Any] = {"steps": 2, "learning_rate": 1e-12, "weight_decay": 0, "start": "hints"}
-    cup, red, green = (backbone.word_embedding(word) for word in ("cup", "red", "green"))
+    cup, red, green = (row_of(backbone, word) for word in ("cup", "red", "green"))
     started = (cup + 0.75 * red + 0.25 * green) / 2
     settings: dict[str, dict[str, Any]] = {
         "textual-inversion": {},
@@ -327,12 +334,12 @@ def test_start_from_the_words_that_were_seen(learn: Learn, backbone: StableDiffu
         tokens = learn(name, only=seen, **still, **more)[0].tokens
         torch.testing.assert_close(tokens["<cup-0-instance>"], started)
         # A region that nobody described: its word.
-        torch.testing.assert_close(tokens["<metal-ball-1-instance>"], backbone.word_embedding("metal ball"))
+        torch.testing.assert_close(tokens["<metal-ball-1-instance>"], row_of(backbone, "metal ball"))
         noun = learn(name, only=seen, **(still | more | {"start": "noun"}))[0].tokens
         torch.testing.assert_close(noun["<cup-0-instance>"], cup)
     tokens = learn("dreambooth", only=seen, steps=1, prior_images=0, start="hints")[0].tokens
     torch.testing.assert_close(tokens["<cup-0-instance>"], 0.75 * red + 0.25 * green)
-    assert torch.equal(tokens["<metal-ball-1-instance>"], backbone.word_embedding("ohwx"))
+    assert torch.equal(tokens["<metal-ball-1-instance>"], row_of(backbone, "ohwx"))
     assert torch.equal(tokens["<cup-0>"], cup)
 
 
@@ -340,17 +347,17 @@ def test_start_from_the_words_that_were_seen(learn: Learn, backbone: StableDiffu
 def test_timesteps_and_area(
     learn: Learn, backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    told: list[int] = []
+    told: list[float] = []
     add_noise = backbone.add_noise
     monkeypatch.setattr(
         backbone,
         "add_noise",
-        lambda latents, noise, steps: told.extend(steps.tolist()) or add_noise(latents, noise, steps),
+        lambda latents, noise, shares: told.extend(shares.tolist()) or add_noise(latents, noise, shares),
     )
     options = {"steps": 4, "attention_weight": 0} if name in ("break-a-scene", "conceptexpress") else {"steps": 4}
     options |= {"prior_images": 0} if name in ("break-a-scene", "dreambooth") else {}
     plain = learn(name, timestep_range=(0.4, 0.45), **options)[1]
-    assert told and all(400 <= step < 450 for step in told)
+    assert told and all(0.4 <= share <= 0.45 for share in told)
     weighed = learn(name, timestep_range=(0.4, 0.45), by_area=True, **options)[1]
     assert weighed[0].losses["reconstruction"] > 2 * plain[0].losses["reconstruction"]
     with pytest.raises(ValueError, match="two rising shares"):

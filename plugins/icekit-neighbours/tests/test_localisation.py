@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from types import SimpleNamespace
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,73 +11,88 @@ import torch
 from icekit_neighbours.localisation import ConceptExpressSegmentor, connected_parts, salient_clusters
 from torch import Tensor
 
-from icekit.protocols import InputError, Proposer
+from icekit.protocols import (
+    NO_TOKENS,
+    Attention,
+    Conditioning,
+    InputError,
+    Look,
+    Prediction,
+    Proposer,
+    Tokens,
+    nearest_grids,
+)
 
 GRID = 8
+CELL = 4
+"""Side of the grid of a square picture, and of one cell in pixels."""
 
 
-def two_squares() -> Tensor:
-    """0 for the background, 1 and 2 for two squares: int64 ``[8, 8]``."""
-    things = torch.zeros(GRID, GRID, dtype=torch.int64)
-    things[1:4, 1:4], things[5:8, 4:8] = 1, 2
+def two_squares(width: int = GRID) -> Tensor:
+    """0 for the background, 1 and 2 for two squares, the second at the right: int64 ``[8, width]``."""
+    things = torch.zeros(GRID, width, dtype=torch.int64)
+    things[1:4, 1:4], things[5:8, -4:] = 1, 2
     return things
 
 
 class PlantedBackbone:
-    """Places of one thing attend to one another alone; ``seen[i]`` is what prompt position i looks at, ``[r, r]``."""
+    """Places of one thing look at one another alone; ``seen[i]`` is what looks at prompt position i, ``[h, w]``."""
 
-    image_size, latent_shape, num_timesteps = 32, (4, 8, 8), 1000
     device = torch.device("cpu")
-    attention_resolutions = (GRID,)
 
     def __init__(self, things: Tensor, seen: dict[int, Tensor]) -> None:
         self.things, self.seen = things, seen
+        height, width = things.shape
+        self.image_size, self.latent_shape = (height * CELL, width * CELL), (4, height, width)
+        self.word_grids: tuple[tuple[int, int], ...] = ((height, width),)
+        self.pixel_grids = self.word_grids
+        self.shares: list[float] = []
         self.noised = 0
         self.prompts: list[str] = []
 
-    def token_positions(self, prompt: str, words: Sequence[str]) -> list[list[int]]:
+    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
         return [[1 + prompt.split().index(word)] for word in words]
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Any:
+    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
         self.prompts += prompts
-        return SimpleNamespace()
+        return Conditioning({})
 
     def encode_images(self, images: Tensor) -> Tensor:
         return torch.zeros(len(images), *self.latent_shape)
 
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
         self.noised += 1
         return latents + noise
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Any) -> Tensor:
-        return noisy
+    def predict(self, noisy: Tensor, shares: Tensor, prompts: Conditioning, look: Look | None = None) -> Prediction:
+        assert look is not None
+        self.shares.append(round(shares.item(), 6))
+        words = [self.words(grid)[None] for grid in nearest_grids(self.word_grids, look.words)]
+        pixels = [self.pixels(grid)[None] for grid in nearest_grids(self.pixel_grids, look.pixels)]
+        return Prediction(noisy, Attention(tuple(words), tuple(pixels)))
 
-    @contextlib.contextmanager
-    def capture_attention(self, cross: Any = (), self_: Any = (), places: Any = ()) -> Iterator[Any]:
-        yield SimpleNamespace(cross=self.cross, self_=self.self_attention)
-
-    def cross(self, resolution: int) -> Tensor:
-        maps = torch.zeros(1, 10, resolution, resolution)
+    def words(self, grid: tuple[int, int]) -> Tensor:
+        maps = torch.zeros(10, *grid)
         for position, seen in self.seen.items():
-            maps[0, position] = seen
+            maps[position] = seen
         return maps
 
-    def self_attention(self, resolution: int) -> Tensor:
+    def pixels(self, grid: tuple[int, int]) -> Tensor:
         flat = self.things.flatten()
         same = (flat[:, None] == flat[None, :]).float() + 0.01
-        return (same / same.sum(dim=1, keepdim=True))[None]
+        return (same / same.sum(dim=1, keepdim=True)).view(*grid, *grid)
 
 
 def proposals(backbone: PlantedBackbone, **settings: Any) -> list[Tensor]:
     segmentor = ConceptExpressSegmentor(ConceptExpressSegmentor.Settings(**settings), backbone)  # type: ignore[arg-type]
     assert isinstance(segmentor, Proposer)
-    found = segmentor.propose(torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    found = segmentor.propose(torch.rand(3, *backbone.image_size, generator=torch.Generator().manual_seed(0)))
     assert all(proposal.word is None for proposal in found)
     return [proposal.mask for proposal in found]
 
 
 def enlarged(thing: Tensor) -> Tensor:
-    return thing.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    return thing.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
 
 
 def overlap(mask: Tensor, other: Tensor) -> float:
@@ -93,6 +106,15 @@ def test_what_the_end_token_hardly_looks_at_is_background() -> None:
     assert overlap(masks[0], enlarged(things == 2)) > 0.8  # largest first
     assert overlap(masks[1], enlarged(things == 1)) > 0.8
     assert not (masks[0] & masks[1]).any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"adjacent": False}, {"refinement": True}, {"apart": True}])
+def test_a_picture_that_is_no_square(settings: dict[str, Any]) -> None:
+    for things in (two_squares(13), two_squares(13).T.contiguous()):
+        masks = proposals(PlantedBackbone(things, {1: 0.1 + 0.5 * (things > 0).float()}), clusters=2, **settings)
+        assert [mask.shape for mask in masks] == [enlarged(things).shape] * 2
+        assert overlap(masks[0], enlarged(things == 2)) > 0.7
+        assert overlap(masks[1], enlarged(things == 1)) > 0.7
 
 
 def test_a_thing_that_is_not_looked_at_goes_with_the_background() -> None:
@@ -155,9 +177,10 @@ def test_published_is_a_clean_latent_on_all_grids() -> None:
     things = two_squares()
     backbone = PlantedBackbone(things, {1: 0.1 + 0.5 * (things > 0).float()})
     proposals(backbone, clusters=2)
-    assert backbone.noised == 0
-    proposals(backbone, clusters=2, noise=True, timestep=[0.1, 0.2], draws=3)
-    assert backbone.noised == 6
+    assert backbone.noised == 0 and backbone.shares == [0.0]
+    backbone.shares.clear()
+    proposals(backbone, clusters=2, noise=True, shares=[0.1, 0.2], draws=3)
+    assert backbone.noised == 6 and backbone.shares == [0.1] * 3 + [0.2] * 3
 
 
 def test_connected_parts() -> None:
@@ -168,5 +191,13 @@ def test_connected_parts() -> None:
 def test_settings_refuse_what_cannot_work() -> None:
     with pytest.raises(ValueError, match="caption must have a word"):
         ConceptExpressSegmentor.Settings(salient_by="last_word")
-    with pytest.raises(InputError, match=r"segmentor.resolution: 16 is none of the backbone's grids: 8"):
-        proposals(PlantedBackbone(two_squares(), {}), resolution=16)
+    with pytest.raises(ValueError, match="grids"):
+        ConceptExpressSegmentor.Settings.model_validate({"grids": []})
+
+
+def test_a_model_that_does_not_tell_is_refused() -> None:
+    assert set(ConceptExpressSegmentor.needs) == {"attention", "similarity"}
+    backbone = PlantedBackbone(two_squares(), {})
+    backbone.pixel_grids = ()
+    with pytest.raises(InputError, match="tells which places look at one another, and this backbone's does not"):
+        proposals(backbone)

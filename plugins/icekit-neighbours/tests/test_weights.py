@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from icekit_neighbours import break_a_scene, dreambooth
-from learning import Killed, Memory, assert_same, learn_watched, recorded_generation, two_regions
+from learning import Killed, Memory, Taught, assert_same, learn_watched, recorded_generation, two_regions
 
 from icekit.backbones.stable_diffusion import StableDiffusion
-from icekit.protocols import Learned, Step
+from icekit.protocols import Step
 
 LEARNERS: dict[str, type] = {
     "break-a-scene": break_a_scene.BreakASceneLearner,
@@ -27,7 +27,7 @@ def backbone(sd_folder: Path) -> StableDiffusion:
 
 def learn(
     backbone: StableDiffusion, name: str, memory: Memory, kill_at: int | None = None, **settings: Any
-) -> tuple[Learned, list[Step]]:
+) -> tuple[Taught, list[Step]]:
     cls: Any = LEARNERS[name]
     quick = {"steps": 2, "prior_images": 1, "prior_steps": 1, "weights": "all", "weight_decay": 0}
     learner = cls(cls.Settings(**(quick | settings)), backbone)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
 
 from icekit.backbones.stable_diffusion import StableDiffusion
-from icekit.protocols import InputError
+from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
 from icekit_tabletop.captions import WORDS
-from icekit_tabletop.weights import clip_dir, model_dir
-from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES, TABLES, TEXTURES, WALLS
+from icekit_tabletop.weights import model_dir
+from icekit_tabletop.world import COLOURS, MATERIALS, TABLES, TEXTURES, WALLS
 
 OWN_MODEL = "icekit-tabletop"
 """Name of the model that comes with the package, in ``Tabletop.Settings.model``."""
@@ -44,55 +43,20 @@ class Tabletop(StableDiffusion):
             "beside it",
         )
 
-    def __init__(self, settings: StableDiffusion.Settings, device: torch.device | str) -> None:
+    preset = "tabletop"
+    _settings: Settings
+
+    def __init__(self, settings: Settings, device: torch.device | str) -> None:
         if settings.model == OWN_MODEL:
             settings = settings.model_copy(update={"model": str(_own(model_dir))})
         super().__init__(settings, device)
 
-    @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """The CLIP model, the object words and the background of the same world."""
-        return {
-            "retriever.model": f"local-dir:{_own(clip_dir)}",
-            "retriever.vocabulary": list(SHAPES),
-            "retriever.background": ["an empty table"],
-            "retriever.top": len(SHAPES),
-            "retriever.splice.l1_penalty": 0.1,
-            "retriever.splice.image_mean": "none",
-            "retriever.splice.rerank_model": f"local-dir:{_own(clip_dir)}",
-            "segmentor.prompt": "a {word}",
-            "segmentor.timestep": [0.15],
-            "segmentor.xattn.competition": "none",
-            "segmentor.xattn.propagation": 1,
-            "segmentor.xattn.threshold": 0.55,
-            "segmentor.smoothness": 3.0,
-            "segmentor.diffseg.kl_threshold": 0.12,
-            "segmentor.xattn.draws": 8,
-            "segmentor.one_piece": True,
-            "segmentor.xattn.dip": 0.03,
-            "segmentor.conceptexpress.caption": "a photo of things on a table",
-            "segmentor.conceptexpress.salient_by": "last_word",
-            "segmentor.conceptexpress.apart": True,
-            "learner.steps": 40,
-            "learner.max_batch": 16,
-            "learner.ice.word_steps": 16,
-            "learner.ice.close_ups": 4,
-            "learner.learning_rate": 5e-3,
-            "learner.ice.learning_rate": 3e-3,
-            "learner.ice.instance_start": "sum",
-            "learner.ice.category_learning_rate": 2e-4,
-            "learner.word_learning_rate": 0.02,
-            "learner.prior_images": 8,
-            "learner.prior_guidance": 4.0,
-            "learner.timestep_range": [0.35, 0.85],
-            "learner.by_area": True,
-            "learner.attribute_rows": "words",
-            "retriever.crop": False,
-            "rename": True,
-            "guidance_scale": 4.0,
-            "divide": True,
-            "describe": True,
-        }
+    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
+        """As Stable Diffusion's, or, with ``words_only``, with a mask of the words; see ``protocols.Backbone``."""
+        if not self._settings.words_only:
+            return super().encode_prompts(prompts, tokens)
+        states, mask = self._text.encode_words(prompts, self._own_rows(tokens))
+        return Conditioning({"sequence": states, "mask": mask})
 
     def knows(self, word: str) -> bool:
         """Whether captions say this word of objects; "beige" and "slate" were only ever said of walls and tables."""

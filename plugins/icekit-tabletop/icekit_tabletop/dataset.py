@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from pydantic import Field
 
+from icekit.pixels import middle
 from icekit.protocols import BenchPicture, ComponentSettings, TrueConcept
 from icekit_tabletop.render import Scene, render_scene
-from icekit_tabletop.weights import clip_dir
 from icekit_tabletop.world import Split
 
 FIRST_SEED, LAST_SEED = 3_000_000_000, 2**32
@@ -29,22 +28,10 @@ class TabletopDataset:
         split: Split = Field("held-out", description="combinations of shape, colour and material: held-out, train, any")
         objects: int | None = Field(None, ge=1, le=4, description="objects a scene; by default 1, 2 and 3 in turn")
 
+    preset = "tabletop-bench"
+
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-
-    @property
-    def suggestions(self) -> Mapping[str, Any]:
-        """The backbone of the same world, fewer denoising steps, and its own CLIP to compare pictures with."""
-        suggested = {
-            "components.backbone": "tabletop",
-            "sample_steps": 12,
-            "guidance_scale": 4.0,
-            "metric.background": "mean",
-        }
-        try:
-            return suggested | {"metric.clip": f"local-dir:{clip_dir()}"}
-        except FileNotFoundError:  # never trained: then there is none to suggest
-            return suggested
 
     @property
     def metrics(self) -> Sequence[str]:
@@ -52,19 +39,22 @@ class TabletopDataset:
         general = ("miou", "recall", "word_accuracy", "sim_i", "sim_c", "acc1", "acc3")
         return (*general, "attribute_words", "attribute_images", "transfer", "leakage", "recompose")
 
-    def pictures(self, count: int | None, seed: int, size: int) -> Sequence[BenchPicture]:
-        """Scene ``i`` follows from the seed and ``i`` alone."""
+    def pictures(self, count: int | None, seed: int, size: tuple[int, int]) -> Sequence[BenchPicture]:
+        """Scene ``i`` follows from the seed and ``i`` alone; of a scene, which is square, the middle is used."""
+        side = max(size)
+        left, top, right, bottom = middle((side, side), size)
         pictures = []
         for number in range(DEFAULT_COUNT if count is None else count):
             objects = self.settings.objects or 1 + number % 3
-            scene = distinct_scene([seed, number], (FIRST_SEED, LAST_SEED), objects, size, self.settings.split)
+            scene = distinct_scene([seed, number], (FIRST_SEED, LAST_SEED), objects, side, self.settings.split)
+            masks = [mask[top:bottom, left:right] for mask in scene.masks]
             concepts = tuple(
                 TrueConcept(
                     torch.from_numpy(mask),
                     spec.shape,
                     {"colour": spec.colour, "material": spec.material, "texture": spec.texture},
                 )
-                for spec, mask in zip(scene.objects, scene.masks, strict=True)
+                for spec, mask in zip(scene.objects, masks, strict=True)
                 if mask.any()
             )
             pictures.append(BenchPicture(f"scene-{number:03d}", scene.image, concepts))

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icekit.pixels import to_tensor
+from icekit.protocols import Look
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.probe import shipped_probe
@@ -51,7 +52,7 @@ class Options:
     device: str = "cpu"
     n: int = 500
     split: Split = "held-out"
-    timestep: int = 150
+    share: float = 0.15
     steps: int = 20
     guidance: float = 4.0
     sheet: Path | None = None
@@ -135,19 +136,19 @@ def evaluate_vae(options: Options) -> dict[str, float]:
 
 @torch.no_grad()
 def word_attention(
-    backbone: Tabletop, images: Tensor, prompts: list[str], timestep: int, generator: torch.Generator
+    backbone: Tabletop, images: Tensor, prompts: list[str], share: float, generator: torch.Generator
 ) -> Tensor:
-    """Cross-attention at 16x16, mean over all layers of that resolution: [B, tokens, 16, 16].
+    """Cross-attention at 16x16, mean over all layers of that grid: [B, tokens, 16, 16].
 
-    `images` in -1..1, [B, 3, 64, 64], are noised to the timestep and denoised under their prompts once, attending to
-    the words alone as the backbone does.
+    `images` in -1..1, [B, 3, 64, 64], are noised to this share of the noise schedule and denoised under their prompts
+    once, attending to the words alone as the backbone does.
     """
     latents = backbone.encode_images(images.to(backbone.device) / 2 + 0.5)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    steps = torch.full((len(images),), timestep, device=backbone.device)
-    with backbone.capture_attention(cross=[latents.shape[-1]]) as maps:
-        backbone.predict(backbone.add_noise(latents, noise, steps), steps, backbone.encode_prompts(prompts))
-        return maps.cross(latents.shape[-1]).float().cpu()
+    shares = torch.full((len(images),), share, device=backbone.device)
+    noisy = backbone.add_noise(latents, noise, shares)
+    [maps] = backbone.predict(noisy, shares, backbone.encode_prompts(prompts), Look(words=(16,))).attention.words
+    return maps.float().cpu()
 
 
 def intersection_over_union(found: Tensor, truth: Tensor) -> float:
@@ -182,7 +183,7 @@ def evaluate_attention(options: Options) -> dict[str, float]:
     for start in tqdm(range(0, len(cases), 50), desc="attention", file=sys.stderr):
         part = cases[start : start + 50]
         maps = word_attention(
-            backbone, images[[case[0] for case in part]], [case[2] for case in part], options.timestep, generator
+            backbone, images[[case[0] for case in part]], [case[2] for case in part], options.share, generator
         )
         for (_, name, prompt, word, mask), attention in zip(part, maps, strict=True):
             [place, *_] = backbone.token_positions(prompt, [word])[0]
@@ -302,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", default=defaults.device)
     parser.add_argument("--n", type=int, default=defaults.n, help="scenes or images")
     parser.add_argument("--split", choices=("held-out", "train", "any"), default=defaults.split)
-    parser.add_argument("--timestep", type=int, default=defaults.timestep, help="of the attention maps, 0 to 999")
+    parser.add_argument("--share", type=float, default=defaults.share, help="of the noise, for attention; 0 to 1")
     parser.add_argument("--steps", type=int, default=defaults.steps, help="of sampling")
     parser.add_argument("--guidance", type=float, default=defaults.guidance)
     parser.add_argument("--sheet", type=Path, help="PNG to write generated images to")

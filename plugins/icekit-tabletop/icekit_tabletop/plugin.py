@@ -42,8 +42,9 @@ def register_metrics(register: Callable[[str, type], None]) -> None:
 
 @hookimpl
 def register_presets(register: Callable[[str, Path], None]) -> None:
-    """The published method with the numbers that belong to this model."""
-    register("published-tabletop", Path(__file__).parent / "presets" / "published-tabletop.toml")
+    """What suits the model and the data set, and the published method with the numbers that belong to this model."""
+    for name in ("tabletop", "tabletop-bench", "published-tabletop"):
+        register(name, Path(__file__).parent / "presets" / f"{name}.toml")
 
 
 @hookimpl

@@ -18,11 +18,12 @@ from icekit_tabletop.world import ObjectSpec, is_held_out
 from PIL import Image
 
 from icekit import Region
+from icekit.pixels import fit
 from icekit.protocols import BenchImage, FoundConcept, Match, TrueConcept
 
 
-def pictures(count: int, seed: int = 7, **settings: Any) -> list[Any]:
-    return list(TabletopDataset(TabletopDataset.Settings(**settings)).pictures(count, seed, 64))
+def pictures(count: int, seed: int = 7, size: tuple[int, int] = (64, 64), **settings: Any) -> list[Any]:
+    return list(TabletopDataset(TabletopDataset.Settings(**settings)).pictures(count, seed, size))
 
 
 def test_scenes():
@@ -39,6 +40,15 @@ def test_scenes():
     assert all(np.array_equal(a.picture, b.picture) for a, b in zip(again, three, strict=False))
     assert not np.array_equal(pictures(1, seed=8)[0].picture, three[0].picture)
     assert [len(one.concepts) for one in pictures(2, objects=2)] == [2, 2]
+
+
+def test_scenes_of_two_sides():
+    """The middle of the square scene: its masks are those of the picture as the bench fits it."""
+    for whole, one in zip(pictures(3), pictures(3, size=(64, 48)), strict=True):
+        assert np.array_equal(fit(one.picture, (64, 48)), np.asarray(whole.picture)[:, 8:56])
+        masks = {concept.word: concept.mask for concept in whole.concepts}
+        for concept in one.concepts:
+            assert torch.equal(concept.mask, masks[concept.word][:, 8:56])
 
 
 @dataclass

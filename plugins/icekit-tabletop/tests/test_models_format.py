@@ -104,7 +104,7 @@ def test_diffusers_loads_the_export(exported: Path) -> None:
 
 def test_words_alone_are_attended_to(exported: Path) -> None:
     backbone = Tabletop(Tabletop.Settings(model=str(exported / "models" / "stable-diffusion")), "cpu")
-    maps = word_attention(backbone, torch.zeros(2, 3, 64, 64), TEXTS[:2], 150, torch.Generator().manual_seed(0))
+    maps = word_attention(backbone, torch.zeros(2, 3, 64, 64), TEXTS[:2], 0.15, torch.Generator().manual_seed(0))
     assert maps.shape == (2, 6, 16, 16)  # start, at most four words, end
     torch.testing.assert_close(maps.sum(1), torch.ones(2, 16, 16))
     assert maps[:, -1].max() < 1e-6  # end

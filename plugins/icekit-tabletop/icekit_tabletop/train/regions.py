@@ -28,7 +28,7 @@ from icekit import plugins
 from icekit.clip import ClipModel
 from icekit.pixels import isolate
 from icekit.protocols import View
-from icekit.run.orchestrator import build_component
+from icekit.run.models import build_component
 from icekit_tabletop.backbone import Tabletop
 from icekit_tabletop.captions import describe
 from icekit_tabletop.train.checkpoint import append_log
@@ -69,11 +69,10 @@ class Finder:
     def __init__(self, models: Path) -> None:
         device = torch.device("cpu")
         backbone = Tabletop(Tabletop.Settings(model=str(models / "stable-diffusion")), device)
-        chosen = icekit.Settings.model_validate({"segmentor": {"draws": DRAWS}, "components": {"segmentor": "xattn"}})
         installed = plugins.installed()
-        self._segmentor = build_component(
-            installed, installed.resolve(chosen, backbone.suggestions), "segmentor", backbone
-        )
+        chosen = {"segmentor": {"draws": DRAWS}, "components": {"backbone": "tabletop", "segmentor": "xattn"}}
+        settings = installed.resolve(icekit.Settings.model_validate(chosen))
+        self._segmentor = build_component(installed, settings, "segmentor", backbone)
         self._clip = ClipModel(f"local-dir:{models / 'open-clip'}", "", device)
 
     def find(self, image: Tensor, objects: tuple[ObjectSpec, ...], seed: int) -> NDArray[np.bool_]:

@@ -7,11 +7,13 @@ import plain_components as plain
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from icekit import ConceptLibrary, Extraction, InputError, extract
 from icekit.plugins import Origin, Plugins
-from icekit.protocols import Region, Step
-from icekit.run.directory import FileCheckpoint, Located, RunDirectory, StepLog, write_atomically
+from icekit.protocols import FineTuning, Learned, Region, Step
+from icekit.run.atomic import write_atomically, write_json_atomically
+from icekit.run.directory import FileCheckpoint, Located, RunDirectory, StepLog
 from icekit.settings import Settings, load_settings
 
 
@@ -41,7 +43,9 @@ def test_concepts_of_a_run(run_dir: Path) -> None:
     cup, bowl = run.concepts
     assert cup.mask().shape == (32, 32)
     assert cup.mask().mean() == pytest.approx(cup.area, abs=1e-4)
-    assert torch.equal(run.tokens["<red-bowl-1-colour>"], bowl.embeddings["colour"])
+    assert run.tokens["<red-bowl-1-colour>"] is bowl.embeddings["colour"]
+    assert {encoder: tuple(row.shape) for encoder, row in bowl.embeddings["colour"].items()} == {"clip_l": (plain.DIM,)}
+    assert run.identity == "the words of plain"
     assert run.concept() is cup
     assert run.concept(1) is run.concept("1") is run.concept("red-bowl") is bowl
     with pytest.raises(InputError, match=r"has no concept 'vase': choose from 0 \(cup\), 1 \(red-bowl\)"):
@@ -59,9 +63,9 @@ def test_what_is_not_a_complete_run(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not complete: .*--resume"):
         Extraction.open(tmp_path / "run")
     (tmp_path / "new").mkdir()
-    manifest = json.loads((run_dir / "manifest.json").read_text()) | {"schema_version": 2, "icekit_version": "9.9"}
+    manifest = json.loads((run_dir / "manifest.json").read_text()) | {"schema_version": 3, "icekit_version": "9.9"}
     (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(InputError, match=r"schema version 2 \(icekit 9.9\); this icekit reads version 1"):
+    with pytest.raises(InputError, match=r"schema version 3 \(icekit 9.9\); this icekit reads up to version 2: .*new"):
         Extraction.open(tmp_path / "new")
 
 
@@ -115,6 +119,47 @@ def test_killed_while_beginning_is_still_icekits(tmp_path: Path) -> None:
     (tmp_path / "image.png").touch()
     assert usable(tmp_path, resume=True) == ""
     assert RunDirectory(tmp_path).started() is None
+
+
+@pytest.mark.parametrize("lengths", [{"clip_l": 4}, {"clip_l": 4, "clip_g": 6}])
+def test_tokens_of_one_text_encoder_and_of_several(tmp_path: Path, lengths: dict[str, int]) -> None:
+    run = begun(tmp_path)
+    names = ("<cup-0>", "<cup-0-colour>")
+    tokens = {name: {encoder: torch.randn(length) for encoder, length in lengths.items()} for name in names}
+    run.save_learned(Learned(tokens))
+    whole = load_file(tmp_path / "embeddings.safetensors")
+    alone = load_file(tmp_path / "embeddings" / "cup-0-colour.safetensors")
+    if len(lengths) == 1:
+        assert (whole.keys(), alone.keys()) == ({*names}, {"<cup-0-colour>"})
+    else:
+        assert whole.keys() == {f"{name}.{encoder}" for name in names for encoder in lengths}
+        assert alone.keys() == lengths.keys()
+    found = run.load_tokens(list(lengths))
+    assert found is not None and found.keys() == tokens.keys()
+    for name, rows in tokens.items():
+        assert found[name].keys() == rows.keys()
+        assert all(torch.equal(found[name][encoder], row) for encoder, row in rows.items())
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        FineTuning(),
+        FineTuning(lora={"transformer.to_q.lora_A.weight": torch.ones(2)}, folder="transformer"),
+        FineTuning(lora={"unet.to_q.lora_A.weight": torch.ones(2)}),
+        FineTuning(weights={"x": torch.ones(2)}, weights_config={"a": 1}, folder="transformer"),
+        FineTuning(weights={"x": torch.ones(2)}, weights_config={"a": 1}),
+    ],
+)
+def test_what_was_made_of_the_noise_predictor_comes_back(tmp_path: Path, tuning: FineTuning) -> None:
+    run = begun(tmp_path)
+    run.save_learned(Learned({}, tuning))
+    found = run.load_tuning()
+    assert (found.folder, found.weights_config) == (tuning.folder, tuning.weights_config)
+    assert (found.lora.keys(), found.weights.keys()) == (tuning.lora.keys(), tuning.weights.keys())
+    assert (tmp_path / tuning.folder / "config.json").is_file() == bool(tuning.weights)
+    run.begin(Settings(), "photo.png", "abc", Image.new("RGB", (8, 8)))  # another run in its place
+    assert not run.load_tuning() and not (tmp_path / tuning.folder).exists()
 
 
 def test_regions_come_back(tmp_path: Path) -> None:
@@ -184,6 +229,14 @@ def test_log_of_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
         log.write(Step(10, 10, "phase", {}))
     lines = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines == list(range(1, 11))
+
+
+def test_what_is_no_json_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json_atomically(tmp_path / "results.json", {"value": float("nan")})
+    with StepLog(tmp_path / "log.jsonl") as log, pytest.raises(ValueError, match="JSON"):
+        log.write(Step(1, 1, "phase", {"total": float("inf")}))
+    assert [path.name for path in tmp_path.iterdir() if path.stat().st_size] == []
 
 
 def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,59 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from icekit.learning.lora import lora_adapter
-from icekit.protocols import Learned
-
-Weights = Literal["lora", "all"]
-"""What is trained: a LoRA adapter on the attention, or every weight."""
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """A noise predictor that is being trained.
-
-    parameters: what is trained, by diffusers' key (a LoRA adapter's begin with ``unet.``), float32.
-    """
-
-    weights: Weights
-    parameters: dict[str, nn.Parameter]
-    unet: nn.Module
-
-    def learned(self, tokens: dict[str, Tensor]) -> Learned:
-        """These tokens and the weights as they are now; to be asked for before the predictor is put back."""
-        if self.weights == "lora":
-            lora = {name: weight.detach().float().cpu().clone() for name, weight in self.parameters.items()}
-            return Learned(tokens, lora=lora)
-        return Learned(tokens, weights=half_precision(self.unet.state_dict()), weights_config=configuration(self.unet))
+from icekit.backbones.lora import ATTENTION_PROJECTIONS, lora_adapter
+from icekit.protocols import FineTuning, Trained, Tuned
 
 
 @contextmanager
-def fine_tuned(unet: nn.Module, weights: Weights, rank: int, generator: torch.Generator) -> Iterator[Tuned]:
+def fine_tuned(
+    module: nn.Module,
+    trained: Trained,
+    rank: int,
+    generator: torch.Generator,
+    *,
+    targets: Sequence[str] = ATTENTION_PROJECTIONS,
+    folder: str = "unet",
+) -> Iterator[Tuned]:
     """Make a noise predictor trainable; when the block ends it is as it was before, bit for bit.
 
     Args:
-        unet: the noise predictor.
-        weights: what is to be trained.
+        module: the noise predictor.
+        trained: what is to be trained.
         rank: of the LoRA adapter, see ``lora_adapter``.
         generator: draws the adapter's first weights.
+        targets: the ends of the names of the linear layers that the adapter changes.
+        folder: what the family's pipeline calls the noise predictor.
 
     Raises:
         InputError: a LoRA adapter is asked for, and the noise predictor is not a diffusers model.
     """
-    if weights == "lora":
-        with lora_adapter(unet, rank, generator) as parameters:
-            yield Tuned(weights, parameters, unet)
+    if trained == "lora":
+        with lora_adapter(module, rank, generator, targets, folder) as adapter:
+
+            def kept() -> FineTuning:
+                lora = {name: weight.detach().float().cpu().clone() for name, weight in adapter.items()}
+                return FineTuning(lora=lora, folder=folder)
+
+            yield Tuned(adapter, kept)
     else:
-        with whole_weights(unet) as parameters:
-            yield Tuned(weights, parameters, unet)
+        with whole_weights(module) as parameters:
+            yield Tuned(
+                parameters,
+                lambda: FineTuning(
+                    weights=half_precision(module.state_dict()), weights_config=configuration(module), folder=folder
+                ),
+            )
 
 
 @contextmanager

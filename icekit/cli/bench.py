@@ -1,0 +1,140 @@
+"""``icekit bench``: combinations of components, measured on a data set."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from icekit import plugins
+from icekit.cli.common import Invocation, preset_option, print_table, table_of
+from icekit.settings import merge, parse_assignment, read_settings_file
+
+
+def _several(role: str, what: str) -> Callable[[Any], Any]:
+    return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what)
+
+
+def _parse_part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise click.BadParameter(f"{value!r} is no part: it is K/N with K from 1 to N, as in 1/2")
+    return int(found[1]), int(found[2])
+
+
+@click.command("bench")
+@click.argument("dataset", metavar="DATASET")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bench directory")
+@click.option(
+    "--n", "count", type=click.IntRange(min=1), metavar="N", help="Number of images [default: the data set's]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which "
+              "images, where there is a choice, and every other random choice.")  # fmt: skip
+@preset_option
+@_several("retriever", "Measure this retriever; give it once for each")
+@_several("segmentor", "Measure this segmentor; give it once for each")
+@_several("learner", "Measure this learner; give it once for each")
+@_several("attribute", "Learn this attribute; give it once for each")
+@_several("metric", "Measure this; give it once for each [default: all that suit the data set]")
+@click.option("--backbone", metavar="NAME", help="Text-to-image model [default: the data set's, or sd21]")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML); a table "
+              "[rows.NAME] in it is a row of its own, with settings over the others")  # fmt: skip
+@click.option("--path", type=click.Path(path_type=Path), metavar="FOLDER", help="The pictures, for the data set folder")
+@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400 "
+              "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the bench in DIR, with the same settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the bench in DIR.")
+@click.option("--part", metavar="K/N", callback=_parse_part, default="1/1", help="Measure every N-th image alone, from "
+              "the K-th on; the table is for a last call without this.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+@click.pass_context
+def run_bench(
+    context: click.Context,
+    dataset: str,
+    out: Path,
+    count: int | None,
+    seed: int,
+    preset: str | None,
+    retrievers: Sequence[str],
+    segmentors: Sequence[str],
+    learners: Sequence[str],
+    attributes: Sequence[str],
+    metrics: Sequence[str],
+    backbone: str | None,
+    config: Path | None,
+    path: Path | None,
+    device: str | None,
+    assignments: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    part: tuple[int, int],
+    as_json: bool,
+) -> None:
+    """Measure every combination of the components given on DATASET, a floor and a ceiling.
+
+    Prints a table of means with their 95 % bootstrap intervals over images, and writes results.json, results.csv and
+    bench.html into DIR. What was measured is kept: --resume goes on where a bench was interrupted, and measures
+    learners, metrics or images that were added.
+
+    icekit bench tabletop --n 8 --learner ice --learner textual-inversion --out runs/bench
+    """
+    settings = read_settings_file(config) if config is not None else {}
+    for assignment in assignments:
+        settings = merge(settings, parse_assignment(assignment))
+    options = {"preset": preset, "attributes": list(attributes), "device": device}
+    settings = merge(settings, {key: value for key, value in options.items() if value})
+    if path is not None:
+        settings = merge(settings, {"dataset": {"path": str(path)}})
+    components = {"retriever": retrievers, "segmentor": segmentors, "learner": learners}
+    components |= {"backbone": [backbone] if backbone else []}
+
+    typed = shlex.join(["icekit", *sys.argv[1:]])
+    if isinstance(context.find_root().obj, Invocation):
+        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+        context.find_root().obj.resume = shlex.join(["icekit", *again, "--resume"])
+    from icekit.bench import bench
+    from icekit.bench.results import cell, heading, notes
+    from icekit.cli.progress import BenchProgress
+
+    found = plugins.installed()
+    with BenchProgress([str(broken) for broken in found.broken]) as progress:
+        made = bench(
+            dataset,
+            out,
+            count=count,
+            seed=seed,
+            components=components,
+            metrics=metrics,
+            settings=settings,
+            resume=resume,
+            overwrite=overwrite,
+            part=part,
+            command=typed,
+            on_progress=progress.show,
+            installed=found,
+        )
+    if as_json:
+        click.echo(json.dumps(made, indent=1, ensure_ascii=False))
+        return
+    if part[1] > 1:
+        click.echo(f"{out}: part {part[0]} of {part[1]} is measured ({made['n']} images)")
+        return
+    columns = list(made["columns"])
+    at_once = max(1, (shutil.get_terminal_size().columns - 20) // 21) if sys.stdout.isatty() else len(columns)
+    for start in range(0, len(columns), at_once):
+        shown = columns[start : start + at_once]
+        table = table_of("", *(heading(column, made["columns"][column]) for column in shown))
+        for row in made["rows"]:
+            table.add_row(row["name"], *(cell(row["values"].get(column)) for column in shown))
+        print_table(table)
+    for note in notes(made):
+        click.echo(note)
+    click.echo(f"{out} (page: {out / 'bench.html'})")

@@ -1,0 +1,55 @@
+"""``icekit compose``: images from a prompt that mixes concepts of earlier runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from icekit.protocols import InputError
+
+
+@click.command("compose")
+@click.argument("prompt")
+@click.argument("concepts", nargs=-1, required=True, metavar="NAME=RUN_DIR[:CONCEPT]...")
+@click.option("--n", default=4, show_default=True, metavar="N", help="Number of images.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="Every random choice follows from it.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: a new folder in compositions/]")
+@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the model runs [default: as the run's]")
+@click.option("--overwrite", is_flag=True, help="Replace the composition in DIR.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
+def compose(
+    prompt: str,
+    concepts: Sequence[str],
+    n: int,
+    seed: int,
+    out: Path | None,
+    device: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Generate images from PROMPT, mixing concepts of earlier runs.
+
+    Each NAME=RUN_DIR[:CONCEPT] binds a concept (by index or label; the first one if left out) to a name of the prompt:
+    {a} is the object, {a.colour} its colour, {a.category} the kind of thing it is, {a.instance} what makes it this one.
+
+    icekit compose "a cup, {b.material} {b.colour}" b=runs/photo:bowl
+    """
+    bindings = {}
+    for concept in concepts:
+        name, equals, reference = concept.partition("=")
+        if not equals or not reference:
+            raise InputError(f"{concept!r}: expected NAME=RUN_DIR[:CONCEPT], as in a=runs/photo:cup")
+        if name in bindings:
+            raise InputError(f"{concept!r}: the name {name!r} is given twice")
+        bindings[name] = reference
+
+    from icekit.run.compose import compose as compose_images
+
+    made = compose_images(prompt, bindings, n=n, seed=seed, out=out, device=device, overwrite=overwrite)
+    if as_json:
+        click.echo((made.out / "prompt.json").read_text(encoding="utf-8").rstrip())
+    else:
+        for path in made.images:
+            click.echo(path)

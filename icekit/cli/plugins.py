@@ -1,0 +1,96 @@
+"""``icekit plugins``: what is installed, and the settings of each."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from icekit import plugins
+from icekit.cli.common import CommandGroup, print_table, table_of
+from icekit.protocols import InputError
+from icekit.settings import Preset, nearest
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+
+@click.group("plugins", cls=CommandGroup, invoke_without_command=True)
+@click.pass_context
+def plugins_group(context: click.Context) -> None:
+    """What is installed: components, attributes and presets by name, and plugins that are broken."""
+    if context.invoked_subcommand is None:
+        context.invoke(list_plugins, as_json=False)
+
+
+@plugins_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def list_plugins(as_json: bool) -> None:
+    """List components, attributes and presets by name, and plugins that are broken."""
+    found = plugins.installed()
+    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
+    if as_json:
+        listed = [
+            {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)} for one in everything
+        ]
+        broken = [{**vars(one.origin), "reason": one.reason} for one in found.broken]
+        click.echo(json.dumps({"plugins": listed, "broken": broken}, indent=1))
+        return
+    table = table_of("kind", "name", "what it is", "from")
+    for one in everything:
+        table.add_row(one.role, one.name, one.summary, f"{one.origin.distribution} {one.origin.version}")
+    print_table(table)
+    for trouble in found.broken:
+        click.echo(str(trouble))
+
+
+@plugins_group.command("show")
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
+def show_plugin(name: str, as_json: bool) -> None:
+    """Show what NAME is, and its settings: a component's with defaults and meaning, a preset's as they are."""
+    found = plugins.installed()
+    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
+    matching = [one for one in everything if name in (one.name, *getattr(one.value, "aliases", ()))]
+    if not matching:
+        suspects = "".join(f"; {broken}" for broken in found.broken)
+        raise InputError(f"nothing is called {name!r}: {nearest(name, {one.name for one in everything})}{suspects}")
+    if as_json:
+        click.echo(json.dumps([_describe(one) for one in matching], indent=1))
+        return
+    for one in matching:
+        click.echo(f"{one.role} {one.name}: {one.summary}\n{one.origin}")
+        if isinstance(one.value, Preset):
+            click.echo(f"\n{one.value.text.rstrip()}")
+        elif one.settings is None:
+            click.echo(f"vocabulary: {', '.join(one.value.vocabulary)}")
+        else:
+            for row in _describe(one)["settings"]:
+                click.echo(f"\n  {row['key']} = {json.dumps(row['default'], ensure_ascii=False)}  ({row['type']})")
+                click.echo(f"      {row['meaning']}")
+
+
+def _describe(one: plugins.Registered) -> dict[str, Any]:
+    description: dict[str, Any] = {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)}
+    if isinstance(one.value, Preset):
+        return description | {"settings": one.value.values}
+    if one.settings is None:
+        return description | {"anchor": one.value.anchor, "vocabulary": list(one.value.vocabulary)}
+    properties = one.settings.model_json_schema()["properties"] if one.settings.model_fields else {}
+    rows = [
+        {
+            "key": f"{one.role}.{key}",
+            "type": _type_name(field),
+            "default": None if field.is_required() else properties[key].get("default"),
+            "meaning": field.description or "",
+        }
+        for key, field in one.settings.model_fields.items()
+    ]
+    return description | {"settings": rows}
+
+
+def _type_name(field: FieldInfo) -> str:
+    kind: Any = field.annotation
+    name = kind.__name__ if isinstance(kind, type) and not getattr(kind, "__args__", None) else str(kind)
+    return name.replace("typing.", "").replace("pathlib.", "")

@@ -1,0 +1,104 @@
+"""``icekit run``: an image's concepts into a run directory."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from icekit import plugins
+from icekit.cli.common import Invocation, preset_option, print_table, table_of
+from icekit.settings import load_settings
+
+if TYPE_CHECKING:
+    from icekit.run.directory import Extraction
+
+
+def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]:
+    return click.option(f"--{role}", metavar="NAME", help=f"{what} [default: {default}; `icekit plugins` lists them]")
+
+
+@click.command("run")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory [default: runs/<image stem>]"
+)
+@preset_option
+@component_option("backbone", "Text-to-image model", "sd21")
+@component_option("retriever", "What finds words for the image", "clip")
+@component_option("segmentor", "What finds a word's place in the image", "xattn")
+@component_option("learner", "What learns the tokens", "ice")
+@click.option("--attribute", "attributes", multiple=True, metavar="NAME", help="Learn this attribute; give it once for "
+              "each [default: colour and material]")  # fmt: skip
+@click.option("--max-concepts", type=int, metavar="N", help="Stop looking after this many concepts [default: 10]")
+@click.option("--seed", type=int, metavar="N", help="Every random choice follows from it [default: 0]")
+@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
+@click.option("--config", type=click.Path(path_type=Path), metavar="FILE.toml", help="Settings file; the settings.toml "
+              "of a run directory is one")  # fmt: skip
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400; "
+              "`icekit plugins show NAME` lists a component's")  # fmt: skip
+@click.option("--resume", is_flag=True, help="Go on with the run in DIR where it was interrupted, with its settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the run in DIR. Files that are not icekit's stay.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+@click.pass_context
+def run(
+    context: click.Context,
+    image: Path,
+    out: Path | None,
+    preset: str | None,
+    attributes: Sequence[str],
+    max_concepts: int | None,
+    seed: int | None,
+    device: str | None,
+    config: Path | None,
+    assignments: Sequence[str],
+    resume: bool,
+    overwrite: bool,
+    as_json: bool,
+    **components: str | None,
+) -> None:
+    """Extract the concepts of IMAGE into a run directory.
+
+    Settings come in layers, later ones win: defaults, the backbone's own preset, --preset, --config, --set, the
+    options above.
+    An interrupted run keeps what it has done; --resume goes on with it.
+    """
+    chosen = {role: name for role, name in components.items() if name is not None}
+    options: dict[str, Any] = {"preset": preset, "attributes": attributes, "max_concepts": max_concepts, "seed": seed}
+    options |= {"device": device}
+    given = {key: value for key, value in (options | {"components": chosen}).items() if value not in (None, (), {})}
+    settings = load_settings(config, assignments, given)
+
+    from icekit.cli.progress import Progress
+    from icekit.run.orchestrator import extract
+
+    if isinstance(context.find_root().obj, Invocation):
+        folder = out or Path("runs") / image.stem
+        context.find_root().obj.resume = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume"])
+    found = plugins.installed()
+    progress = Progress([str(broken) for broken in found.broken])
+    extraction = extract(
+        image, out, settings, resume=resume, overwrite=overwrite, observers=[progress], installed=found
+    )
+    if as_json:
+        click.echo(json.dumps(extraction.manifest, indent=1, ensure_ascii=False))
+    else:
+        _print_concepts(extraction)
+
+
+def _print_concepts(extraction: Extraction) -> None:
+    attributes = extraction.manifest["attributes"]
+    table = table_of("", "concept", "score", "area", *attributes, "tokens")
+    for concept in extraction.concepts:
+        words = [", ".join(concept.words.get(attribute, [])) or "–" for attribute in attributes]
+        tokens = " ".join(concept.tokens.values())
+        table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
+    print_table(table)
+    preset, steps = extraction.manifest.get("preset"), extraction.manifest.get("learning_steps")
+    if steps is not None:
+        click.echo(f"{steps} learning steps, {f'preset {preset}' if preset else 'no preset'}")
+    click.echo(f"{extraction.run_dir} (report: {extraction.run_dir / 'report.html'})")

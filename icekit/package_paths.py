@@ -1,0 +1,34 @@
+"""Paths in settings that lead into an installed package, wherever it is installed: ``package:NAME/FOLDER``."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from icekit.protocols import InputError
+
+PREFIX = "package:"
+
+
+def package_path(value: str, setting: str) -> str:
+    """``package:icekit_tabletop/models/open-clip`` -> where that is on this machine; anything else as it is.
+
+    Args:
+        value: of a setting that takes a folder or a file.
+        setting: its key, for messages.
+
+    Raises:
+        InputError: no such package is installed, or it has no such folder or file.
+    """
+    if not value.startswith(PREFIX):
+        return value
+    package, _, inside = value.removeprefix(PREFIX).partition("/")
+    if not inside:
+        raise InputError(f"{setting}: {value}: say what of the package, as in {PREFIX}{package or 'NAME'}/FOLDER")
+    try:
+        path = Path(str(files(package).joinpath(inside)))
+    except (ImportError, TypeError, ValueError) as error:
+        raise InputError(f"{setting}: {value}: there is no package {package!r} in this Python environment") from error
+    if not path.exists():
+        raise InputError(f"{setting}: {value}: the package {package!r} has no {inside}")
+    return str(path)

@@ -1,0 +1,64 @@
+"""A run's models: the settings' components, built on one device, and kernels that give the same bits each time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from icekit.plugins import Plugins
+from icekit.protocols import Backbone, InputError
+from icekit.settings import Role, Settings
+
+
+def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> Backbone:
+    """The settings' backbone, loaded."""
+    name = settings.name_of("backbone")
+    values = found.component_settings("backbone", name, settings.values_of("backbone"))
+    backbone: Backbone = found.component("backbone", name)(values, device)
+    return backbone
+
+
+# Any, for a retriever and a segmentor both: what a component must offer was checked at registration.
+def build_component(found: Plugins, settings: Settings, role: Role, backbone: Backbone) -> Any:
+    """The settings' retriever, segmentor or learner on this backbone."""
+    name = settings.name_of(role)
+    return found.component(role, name)(found.component_settings(role, name, settings.values_of(role)), backbone)
+
+
+def resolve_device(name: str) -> torch.device:
+    """``"auto"`` becomes the best device there is.
+
+    Raises:
+        InputError: the device asked for is not there.
+    """
+    there: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    available = [device for device, is_there in there.items() if is_there()]
+    if name == "auto":
+        return torch.device(available[0])
+    if name not in available:
+        raise InputError(f"device {name!r} is not available here: choose auto or {' or '.join(available)}")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def reproducible() -> Iterator[None]:
+    """Deterministic kernels for the length of the block: the same seed on the same machine gives the same bits.
+
+    An operation that has none on this device only warns: rather a run that may differ in its last bits than none.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when CUDA is first used
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only_before)
