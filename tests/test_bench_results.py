@@ -8,7 +8,7 @@ import pytest
 import icekit
 from icekit.bench.bootstrap import bootstrap
 from icekit.bench.page import choose
-from icekit.bench.results import cell, notes, portable, says_nothing, summarise, to_csv
+from icekit.bench.results import cell, difference, notes, portable, says_nothing, summarise, to_csv
 from icekit.protocols import Column
 
 
@@ -83,6 +83,24 @@ def test_summary() -> None:
     assert lines[2] == "floor,,,,,0.5,0.5,0.5,3"
     assert cell(None) == "–"
     assert cell({"mean": 0.5, "low": 0.25, "high": 0.754}) == "0.50 [0.25, 0.75]"
+
+
+def test_a_row_is_held_against_another_image_by_image() -> None:
+    """Differences by hand, of the images in which both have a value."""
+    values = {
+        "words": {"a": measured(0.1), "b": measured(0.9), "c": measured(0.5)},
+        "ice": {"a": measured(0.2), "b": measured(1.0), "c": measured(None)},
+    }
+    components = {name: dict.fromkeys(("backbone", "retriever", "segmentor", "learner"), "x") for name in values}
+    made = summarise(
+        values=values, columns={"m": {"x": Column("x")}}, images=["a", "b", "c"], components=components, seed=0,
+        record={"n": 3}, against="words",
+    )  # fmt: skip
+    words, ice = made["rows"]
+    assert "differences" not in words
+    assert ice["differences"]["x"] == pytest.approx({"mean": 0.1, "low": 0.1, "high": 0.1, "n": 2})
+    assert difference(ice["differences"]["x"]) == "+0.10 [+0.10, +0.10]"
+    assert difference(None) == "–"
 
 
 def test_best_median_and_worst() -> None:

@@ -112,6 +112,18 @@ def test_rows_of_one_table(place: Path, run: Run) -> None:
     assert "longer: plain and plain with <code>components.learner = &#34;plain&#34;, learner.steps = 6</code>" in page
 
 
+def test_rows_are_held_against_one_of_them(place: Path, run: Run) -> None:
+    status, out, err = run(*MEASURE, "--config", "rows.toml", "--out", "against", "--set", "bench.against=bare")
+    assert status == 0, err
+    lines = out.splitlines()
+    start = lines.index("against bare, image by image:")
+    assert [line.split()[0] for line in lines[start + 2 : start + 4]] == ["whole", "longer"]
+    assert "+" in lines[start + 2]
+    assert "Against bare, image by image" in (place / "against" / "bench.html").read_text()
+    status, _, err = run(*MEASURE, "--config", "rows.toml", "--out", "other", "--set", "bench.against=bar")
+    assert status == 2 and "bench.against = 'bar' is no row: did you mean 'bare'?" in err
+
+
 def test_rows_go_on_and_are_shared_out(place: Path, run: Run) -> None:
     arguments = [*MEASURE, "--config", "rows.toml", "--resume", "--out", "parts"]
     for part in ("1/2", "2/2"):

@@ -535,7 +535,8 @@ def test_what_the_retriever_saw_is_where_weighing_starts(learn: Learn, regions: 
 def test_how_much_the_retriever_is_trusted(learn: Learn, backbone: StableDiffusion, regions: list[Region]) -> None:
     """Nothing is weighed at a rate of nothing: its probabilities, squared and sharpened, are what is left."""
     seen = [replace(regions[0], hints={"colour": {"red": 0.4, "green": 0.6}}), regions[1]]
-    still = {"word_rate": 1e-9, "word_sharpness": 1.0, "word_trust": 2.0, "learning_rate": 1e-12, "weight_decay": 0}
+    still = {"word_sharpness": 1.0, "word_trust": 2.0, "weight_decay": 0}
+    still |= {"word_rate": 1e-9, "learning_rate": 1e-12, "word_learning_rate": 1e-12}
     token = learn(only=seen, **WEIGHED | still)[0].tokens["<cup-0-colour>"]
     red, green = (row_of(backbone, word) for word in ("red", "green"))
     torch.testing.assert_close(token, (0.16 * red + 0.36 * green) / 0.52)

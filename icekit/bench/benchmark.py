@@ -50,6 +50,11 @@ class BenchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: int = Field(8, ge=1, description="images generated for each prompt that a metric asks for")
+    against: str | None = Field(
+        None,
+        description="a row that every other is held against, image by image: by how much it is better, and the "
+        "interval of that; two rows' own intervals overlap long after their difference is sure",
+    )
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,9 @@ class _Bench:
         self.bench = validate(BenchSettings, merge(*layers), prefix="bench.")
         self.plain = self._resolved(self.first)
         self.combinations = self._combinations()
+        names = [one.name for one in self.combinations]
+        if self.bench.against is not None and self.bench.against not in names:
+            raise InputError(f"bench.against = {self.bench.against!r} is no row: {nearest(self.bench.against, names)}")
         # A region's hints are there for those rows that want them.
         described_last = sorted(self.combinations, key=lambda one: one.settings.naming == "described")
         self.locating = {one.stage_one: one.settings for one in described_last}
@@ -364,6 +372,7 @@ class _Bench:
             components={one.name: one.settings.components.model_dump() for one in self.combinations},
             overrides={one.name: one.overrides for one in self.combinations if one.overrides is not None},
             seed=self.seed,
+            against=self.bench.against,
             record=self._record()
             | {
                 "command": command,

@@ -75,6 +75,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
     )
     environment.filters["duration"] = duration
     environment.filters["cell"] = results.cell
+    environment.filters["difference"] = results.difference
     environment.filters["settings"] = _settings
     folder = Path(__file__).parents[1] / "report" / "templates"
     style = Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in ("report.css", "bench.css")))

@@ -43,6 +43,7 @@ def summarise(
     seed: int,
     record: Mapping[str, Any],
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    against: str | None = None,
 ) -> dict[str, Any]:
     """Put everything that was measured together, as in ``results.json``.
 
@@ -54,13 +55,15 @@ def summarise(
         seed: of the bootstrap.
         record: what was measured and how; comes first.
         overrides: named row -> its own settings, nested.
+        against: the row that every other is held against.
 
     Returns:
         ``record`` with ``columns`` (name -> metric, meaning, higher_is_better, says_nothing) and ``rows``: name,
         components (None for floor and ceiling), overrides (None but for named rows),
         ``values`` (column -> mean, low, high, n), ``images`` (image -> column
         -> value), ``errors`` (image -> why its run failed) and ``seconds`` (means over images). Columns that nobody has
-        a value for are left out.
+        a value for are left out. With ``against`` every other row has ``differences``, too: as ``values``, of its value
+        less that row's in the images in which both have one.
     """
     rows: list[dict[str, Any]] = []
     for name, by_image in values.items():
@@ -69,10 +72,8 @@ def summarise(
         for metric in columns.values():
             for column in metric:
                 numbers = [value for image in images if (value := table[image].get(column)) is not None]
-                if (estimate := bootstrap(numbers, seed)) is not None:
-                    estimates[column] = {
-                        "mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.count
-                    }  # fmt: skip
+                if numbers:
+                    estimates[column] = _estimate(numbers, seed)
         seconds = [by_image[image]["seconds"] for image in images if by_image[image].get("seconds")]
         rows.append(
             {
@@ -85,6 +86,11 @@ def summarise(
                 "seconds": _mean_seconds(seconds) if name in components else {},
             }
         )
+    if against is not None:
+        other = next(row["images"] for row in rows if row["name"] == against)
+        for row in rows:
+            if row["name"] != against:
+                row["differences"] = _differences(row["images"], other, columns, seed)
     by_name = {row["name"]: row["values"] for row in rows}
     described = {}
     for metric_name, metric in columns.items():
@@ -97,6 +103,29 @@ def summarise(
                     "says_nothing": says_nothing(by_name, column, what.higher_is_better),
                 }
     return {"schema_version": SCHEMA_VERSION, **record, "columns": described, "rows": rows}
+
+
+def _estimate(numbers: Sequence[float], seed: int) -> dict[str, float]:
+    """The mean of one number or more and its interval, JSON-able."""
+    estimate = bootstrap(numbers, seed)
+    assert estimate is not None
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.count}
+
+
+def _differences(
+    table: Mapping[str, Mapping[str, float | None]],
+    other: Mapping[str, Mapping[str, float | None]],
+    columns: Mapping[str, Mapping[str, Column]],
+    seed: int,
+) -> dict[str, dict[str, float]]:
+    """By how much one row's values are above another's, image by image: column -> mean, low, high, n."""
+    found = {}
+    for column in (column for metric in columns.values() for column in metric):
+        pairs = [(values.get(column), other[image].get(column)) for image, values in table.items()]
+        numbers = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+        if numbers:
+            found[column] = _estimate(numbers, seed)
+    return found
 
 
 def says_nothing(rows: Mapping[str, Mapping[str, Any]], column: str, higher_is_better: bool) -> bool:
@@ -113,6 +142,13 @@ def cell(estimate: Mapping[str, float] | None) -> str:
     if estimate is None:
         return "–"
     return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
+
+
+def difference(estimate: Mapping[str, float] | None) -> str:
+    """``+0.06 [+0.02, +0.10]``; a dash where nothing was measured."""
+    if estimate is None:
+        return "–"
+    return f"{estimate['mean']:+.2f} [{estimate['low']:+.2f}, {estimate['high']:+.2f}]"
 
 
 def heading(column: str, what: Mapping[str, Any]) -> str:

@@ -101,7 +101,7 @@ def run_bench(
         again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
         context.find_root().obj.resume = shlex.join(["icekit", *again, "--resume"])
     from icekit.bench import bench
-    from icekit.bench.results import cell, heading, notes
+    from icekit.bench.results import cell, difference, heading, notes
     from icekit.cli.progress import BenchProgress
 
     found = plugins.installed()
@@ -135,6 +135,16 @@ def run_bench(
         for row in made["rows"]:
             table.add_row(row["name"], *(cell(row["values"].get(column)) for column in shown))
         print_table(table)
+    against = made["settings"]["bench"]["against"]
+    if against is not None:
+        click.echo(f"against {against}, image by image:")
+        for start in range(0, len(columns), at_once):
+            shown = columns[start : start + at_once]
+            table = table_of("", *(heading(column, made["columns"][column]) for column in shown))
+            for row in made["rows"]:
+                if "differences" in row and row["components"]:
+                    table.add_row(row["name"], *(difference(row["differences"].get(column)) for column in shown))
+            print_table(table)
     for note in notes(made):
         click.echo(note)
     click.echo(f"{out} (page: {out / 'bench.html'})")
