@@ -377,7 +377,7 @@ def test_the_published_preset_runs(photo: Path, sd_folder: Path, clip_folder: Pa
     done = icekit(["run", "photo.png", "--preset", "published", *arguments, "--out", "run", "--json"], photo)
     assert done.returncode == 0, done.stderr
     manifest = json.loads(done.stdout)
-    assert manifest["preset"] == "published"
+    assert manifest["presets"] == ["published"]
     assert list(manifest["components"].values()) == ["sd21", "splice", "diffseg", "ice"]
     settings = tomllib.loads((photo / "run" / "settings.toml").read_text())
     assert (settings["preset"], settings["erase"], settings["learner"]["steps"]) == ("published", "black", 4)
@@ -396,7 +396,7 @@ def test_a_run_goes_on_with_its_preset(
     assert run(*arguments, "--overwrite")[0] == 0
     status, out, err = run("run", "photo.png", "--out", "run", "--resume", "--json")
     assert status == 0, err
-    assert json.loads(out)["preset"] == "published"
+    assert json.loads(out)["presets"] == ["plain", "published"]
     assert 'preset = "published"' in (tmp_path / "run" / "settings.toml").read_text()
 
 

@@ -148,9 +148,9 @@ def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     before = read_page(report.write_report(run))
     assert "words alone" not in before.text  # a run of before there were any
-    assert "preset" not in before.text
+    assert "presets" not in before.text
 
-    manifest |= {"preset": "published", "learning_steps": 1100}
+    manifest |= {"presets": ["tabletop", "published"], "learning_steps": 1100}
     manifest["concepts"][0]["words_alone"] = {"object": "white cup", "colour": "white cup", "material": "cup"}
     manifest["concepts"][0]["described"] = {"colour": ["white", "grey"]}
     write_manifest(run, manifest)
@@ -163,18 +163,18 @@ def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
     text = " ".join(page.text.split())
     for said in ("words alone: white, grey", "words alone: none for its material"):
         assert said in text
-    for fact in ("presetpublished", "learning steps1100"):
+    for fact in ("presetstabletop, published", "learning steps1100"):
         assert fact in text
     assert "the difference is what learning added" in text
 
     for file in (run / "samples").glob("*-words-*.png"):
         file.unlink()
-    manifest["preset"] = None
+    manifest["presets"] = []
     write_manifest(run, manifest)
     page = read_page(report.write_report(run))
     assert len(page.all("img")) == len(before.all("img"))
     assert "the difference is what learning added" not in page.text
-    assert "presetnone" in " ".join(page.text.split())
+    assert "presetsnone" in " ".join(page.text.split())
 
 
 @pytest.mark.parametrize("fine_tuned", [False, True])

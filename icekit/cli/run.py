@@ -98,7 +98,7 @@ def _print_concepts(extraction: Extraction) -> None:
         tokens = " ".join(concept.tokens.values())
         table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
     print_table(table)
-    preset, steps = extraction.manifest.get("preset"), extraction.manifest.get("learning_steps")
+    presets, steps = extraction.manifest.get("presets"), extraction.manifest.get("learning_steps")
     if steps is not None:
-        click.echo(f"{steps} learning steps, {f'preset {preset}' if preset else 'no preset'}")
+        click.echo(f"{steps} learning steps; presets: {', '.join(presets or []) or 'none'}")
     click.echo(f"{extraction.run_dir} (report: {extraction.run_dir / 'report.html'})")

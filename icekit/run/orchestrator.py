@@ -309,7 +309,7 @@ class _Run:
                 "height": height,
                 "fitted": self.source.fitting((height, width)),
             },
-            "preset": self.settings.preset,
+            "presets": [preset.name for preset in self.plugins.presets_of(self.settings)],
             "components": self.settings.components.model_dump(),
             "backbone": {"identity": self.backbone.identity, "rows": dict(self.backbone.rows)} | self._pipeline(),
             "attributes": list(self.settings.attributes),
