@@ -6,7 +6,7 @@ import csv
 import io
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from icekit.bench.bootstrap import bootstrap
@@ -73,7 +73,7 @@ def summarise(
             for column in metric:
                 numbers = [value for image in images if (value := table[image].get(column)) is not None]
                 if numbers:
-                    estimates[column] = _estimate(numbers, seed)
+                    estimates[column] = estimate_of(numbers, seed)
         seconds = [by_image[image]["seconds"] for image in images if by_image[image].get("seconds")]
         rows.append(
             {
@@ -88,9 +88,10 @@ def summarise(
         )
     if against is not None:
         other = next(row["images"] for row in rows if row["name"] == against)
+        names = [column for metric in columns.values() for column in metric]
         for row in rows:
             if row["name"] != against:
-                row["differences"] = _differences(row["images"], other, columns, seed)
+                row["differences"] = differences(row["images"], other, names, seed)
     by_name = {row["name"]: row["values"] for row in rows}
     described = {}
     for metric_name, metric in columns.items():
@@ -105,26 +106,29 @@ def summarise(
     return {"schema_version": SCHEMA_VERSION, **record, "columns": described, "rows": rows}
 
 
-def _estimate(numbers: Sequence[float], seed: int) -> dict[str, float]:
+def estimate_of(numbers: Sequence[float], seed: int) -> dict[str, float]:
     """The mean of one number or more and its interval, JSON-able."""
     estimate = bootstrap(numbers, seed)
     assert estimate is not None
     return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high, "n": estimate.count}
 
 
-def _differences(
+def differences(
     table: Mapping[str, Mapping[str, float | None]],
     other: Mapping[str, Mapping[str, float | None]],
-    columns: Mapping[str, Mapping[str, Column]],
+    columns: Iterable[str],
     seed: int,
 ) -> dict[str, dict[str, float]]:
-    """By how much one row's values are above another's, image by image: column -> mean, low, high, n."""
+    """By how much one row's values are above another's, image by image: column -> mean, low, high, n.
+
+    table, other: image -> column -> value.
+    """
     found = {}
-    for column in (column for metric in columns.values() for column in metric):
+    for column in columns:
         pairs = [(values.get(column), other[image].get(column)) for image, values in table.items()]
         numbers = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
         if numbers:
-            found[column] = _estimate(numbers, seed)
+            found[column] = estimate_of(numbers, seed)
     return found
 
 
