@@ -62,7 +62,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest == run.manifest
     assert list(manifest) == [
-        "schema_version", "icekit_version", "image", "preset", "components", "backbone", "attributes", "seed",
+        "schema_version", "icekit_version", "image", "presets", "components", "backbone", "attributes", "seed",
         "concepts", "learning_steps", "timings",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
