@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icekit.package_paths import PREFIX, package_path
+from icekit.model_files import (
+    Hub,
+    check_counts,
+    check_finite,
+    check_folder,
+    check_vocabulary,
+    count_tensors,
+    one_line,
+    read_json,
+)
+from icekit.package_paths import PREFIX, resolved_path
 from icekit.protocols import InputError, RunError, View
+
+CONFIGURATION = "open_clip_config.json"
+HUB_WEIGHTS = "open_clip_model.safetensors"
+"""What open_clip calls safetensors weights on the hub, and looks for first in a folder."""
+PICKLED = (".bin", ".pth", ".pt", ".ckpt")
+TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
+TOKENIZER_OPTIONS = ("additional_special_tokens", "clean", "language", "reduction_mask", "strip_sep_token")
+"""What a configuration may hand to its tokenizer."""
+WAYS_OUT = (
+    "give an open_clip folder, or a model that was downloaded before "
+    "(HF_HUB_OFFLINE=1 in the environment then uses the cache alone)"
+)
 
 TEXT_BATCH = 256
 """Prompts encoded at once."""
@@ -118,7 +141,7 @@ def preprocess(image: Tensor, model: Any) -> Tensor:
 
 
 def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "") -> tuple[Any, Any]:
-    """A frozen open_clip model and its tokenizer. Weights are read as tensors only, never as pickled programs.
+    """A frozen open_clip model and its tokenizer, of safetensors and JSON files; no code of theirs is run.
 
     Args:
         model: a name of ``open_clip.list_models()``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``, a folder or
@@ -128,42 +151,221 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
         prefix: of the settings ``model`` and ``pretrained`` in messages.
 
     Raises:
-        InputError: no such model, weights or folder.
-        RunError: the weights cannot be fetched.
+        InputError: no such model, weights or folder, damaged ones, or the hub does not give them.
+        RunError: it cannot be built, or gives NaN or infinity.
     """
     import open_clip
 
     setting = f"retriever.{prefix}"
-    folder = Path(package_path(model.removeprefix("local-dir:"), f"{setting}model")).expanduser()
-    local = model.startswith(("local-dir:", PREFIX)) or (folder.is_dir() and model not in open_clip.list_models())
-    if local:
-        _check_folder(f"{setting}model", model, folder)
-        name, weights = f"local-dir:{folder}", None
-    elif model.startswith("hf-hub:"):
-        name, weights = model, None
-    else:
-        _check_name(setting, model, pretrained)
-        name, weights = model, pretrained
+    found = _find(model, pretrained, setting)
     try:
+        text = _checked_text(found)
         loaded = open_clip.create_model_from_pretrained(
-            name, pretrained=weights, device=device, weights_only=True, return_transform=False
+            found.name,
+            pretrained=found.weights,
+            device=device,
+            weights_only=True,
+            return_transform=False,
+            **found.preprocessing,
+            **({"text_cfg": text} if text else {}),
         )
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:  # open_clip, the hub, the file system: each fails in its own way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if local:
-            raise InputError(f"{setting}model: {model} is not a folder that open_clip can load: {reason}") from error
-        raise RunError(f"CLIP model {model} ({weights or 'its weights'}) cannot be loaded: {reason}") from error
-    return loaded.requires_grad_(False).eval(), tokenizer
+        loaded = loaded.requires_grad_(False).eval()
+        tokenizer = _load_tokenizer(found)
+        _try_out(loaded, tokenizer, device)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except RunError as error:
+        raise RunError(f"CLIP model {model}: {error}") from error
+    except Exception as error:  # open_clip, transformers, the file system: each fails in its own way
+        reason = one_line(error)
+        if isinstance(error, InputError):
+            raise InputError(reason if reason.startswith(found.named) else f"{found.named}: {reason}") from error
+        if found.folder:
+            raise InputError(f"{found.named}: {reason}") from error
+        raise RunError(f"CLIP model {model} ({found.weights}) cannot be loaded: {reason}") from error
+    return loaded, tokenizer
 
 
-def _check_folder(setting: str, model: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise InputError(f"{setting}: no such folder: {model}")
-    if not (folder / "open_clip_config.json").is_file():
-        raise InputError(f"{setting}: {model} is no open_clip folder: it has no open_clip_config.json")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"{setting}: {model} has no weights as .safetensors (pickled weights are not loaded)")
+@dataclass(frozen=True)
+class _Found:
+    """A CLIP model's files, checked.
+
+    named: how messages begin.
+    name: as open_clip takes it.
+    configuration: its ``model_cfg``.
+    folder: where its files are; None for an architecture that open_clip has itself.
+    tokenizer: the folder of transformers' tokenizer; None for a tokenizer of open_clip's own, or one of the hub.
+    weights: a safetensors file, where the name does not say.
+    preprocessing: what the images of these weights are normalised with, where the name does not say.
+    """
+
+    named: str
+    name: str
+    configuration: dict[str, Any]
+    folder: Path | None = None
+    tokenizer: Path | None = None
+    weights: str | None = None
+    preprocessing: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def text(self) -> dict[str, Any]:
+        text: dict[str, Any] = self.configuration["text_cfg"]
+        return text
+
+
+def _find(model: str, pretrained: str, setting: str) -> _Found:
+    """Where a CLIP model's files are, fetched and checked before open_clip sees them."""
+    import open_clip
+
+    hub = model.startswith("hf-hub:")
+    folder = Path() if hub else resolved_path(model.removeprefix("local-dir:"), f"{setting}model")
+    local = not hub and (
+        model.startswith(("local-dir:", PREFIX)) or (model not in open_clip.list_models() and folder.is_dir())
+    )
+    if not (hub or local):
+        return _find_named(model, pretrained, setting)
+    if local:
+        named = f"{setting}model: {model} is not a folder that open_clip can load"
+        if not folder.is_dir():
+            raise InputError(f"{setting}model: no such folder: {model}")
+        if not (folder / CONFIGURATION).exists():
+            raise InputError(f"{setting}model: {model} is no open_clip folder: it has no {CONFIGURATION}")
+        weights = weights_in(folder, f"{setting}model: {model}")
+    else:
+        named = f"{setting}model: {model} cannot be loaded"
+        repository = Hub(model.removeprefix("hf-hub:"), CONFIGURATION, f"{setting}model: {model}:", WAYS_OUT)
+        weights = repository.file(HUB_WEIGHTS)
+        folder = repository.folder(TOKENIZER_FILES)
+    check_folder(folder, named)
+    configuration = read_json(folder / CONFIGURATION, named).get("model_cfg")
+    where = f"{named}: {CONFIGURATION}"
+    if not isinstance(configuration, dict):
+        raise InputError(f"{where}: its model_cfg should be a JSON object")
+    for part in ("text_cfg", "vision_cfg"):
+        if not isinstance(configuration.get(part), dict):
+            raise InputError(f"{where}: its model_cfg.{part} should be a JSON object")
+    check_counts(configuration, count_tensors(weights, named), where)
+    return _Found(named, f"local-dir:{folder}", configuration, folder, folder if local else None)
+
+
+def weights_in(folder: Path, named: str) -> Path:
+    """The safetensors file that open_clip reads from a folder.
+
+    Raises:
+        InputError: there is none, or open_clip might read another: it prefers names to formats.
+    """
+    for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"):
+        if (folder / name).exists():
+            return folder / name
+    weights = sorted(folder.glob("*.safetensors"))
+    others = sorted(path.name for ending in PICKLED for path in folder.glob(f"*{ending}"))
+    if not weights:
+        raise InputError(f"{named} has no weights as .safetensors (pickled weights are not loaded)")
+    if others or len(weights) > 1:
+        raise InputError(
+            f"{named} has several weights ({', '.join([*(path.name for path in weights), *others])}): "
+            f"name the right .safetensors file {HUB_WEIGHTS}"
+        )
+    return weights[0]
+
+
+def _find_named(model: str, pretrained: str, setting: str) -> _Found:
+    """A name of open_clip with a tag of its weights or a file."""
+    import open_clip
+
+    _check_name(setting, model, pretrained)
+    configuration = open_clip.get_model_config(model.replace("/", "-"))
+    named = f"{setting}pretrained: {model} with weights {pretrained!r}"
+    tag = open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained)
+    if not tag:
+        file = resolved_path(pretrained, f"{setting}pretrained")
+        count_tensors(file, named)
+        return _Found(named, model, configuration, weights=str(file))
+    place = safe_weights(tag)
+    if place is None:
+        raise InputError(f"{named}: they are pickled, and pickled weights are not loaded; take another tag")
+    hub = Hub(*place, f"{named}:", f"{WAYS_OUT}; weights that are pickled alone are not loaded: take another tag then")
+    count_tensors(hub.first, named)
+    normalised = {f"image_{key}": tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key)}
+    return _Found(named, model, configuration, weights=str(hub.first), preprocessing=normalised)
+
+
+def safe_weights(tag: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Where on the hub a tag of open_clip has safetensors weights: repository and file; None where it has pickles.
+
+    tag: open_clip's entry for it, whose ``hf_hub`` is ``OWNER/NAME/`` or ``OWNER/NAME/FILE``.
+    """
+    repository, _, name = str(tag.get("hf_hub") or "").rpartition("/")
+    if not repository:
+        return None
+    if name in ("", "open_clip_pytorch_model.bin"):
+        return repository, HUB_WEIGHTS
+    return repository, str(Path(name).with_suffix(".safetensors"))
+
+
+def _checked_text(found: _Found) -> dict[str, Any]:
+    """The text encoder's configuration where it is a model of transformers, to be built of checked files alone.
+
+    Empty for a text encoder of open_clip's own.
+    """
+    vision = found.configuration["vision_cfg"].get("timm_model_name")
+    if vision is not None and not (isinstance(vision, str) and ":" not in vision):
+        raise InputError(f"{CONFIGURATION}: vision_cfg.timm_model_name should be a name of timm's, and is {vision!r}")
+    options = found.text.get("tokenizer_kwargs", {})
+    unknown = sorted(set(options) - set(TOKENIZER_OPTIONS)) if isinstance(options, dict) else [repr(options)]
+    if unknown:
+        raise InputError(
+            f"{CONFIGURATION}: text_cfg.tokenizer_kwargs can have {', '.join(TOKENIZER_OPTIONS)}, not {unknown[0]}"
+        )
+    name = found.text.get("hf_model_name")
+    if not name:
+        return {}
+    if not isinstance(name, str) or Path(name).exists():
+        raise InputError(f"{CONFIGURATION}: text_cfg.hf_model_name should be the owner/name of a hub model: {name!r}")
+    file = Hub(name, "config.json", f"{found.named}: its text encoder {name}:", WAYS_OUT).first
+    read_json(file, found.named)
+    return {**found.text, "hf_model_name": str(file.parent), "hf_model_pretrained": False}
+
+
+def _load_tokenizer(found: _Found) -> Any:
+    """The model's tokenizer, whose files were looked at."""
+    import open_clip
+
+    name = found.text.get("hf_tokenizer_name")
+    if not name:
+        return open_clip.get_tokenizer(found.name)
+    folder = found.tokenizer
+    if folder is None:
+        named = f"{found.named}: its tokenizer {name}"
+        folder = Hub(str(name), "tokenizer_config.json", f"{named}:", WAYS_OUT).folder(TOKENIZER_FILES)
+        check_folder(folder, named)
+    return open_clip.tokenizer.HFTokenizer(
+        str(folder),
+        context_length=found.text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
+        tokenizer_mode=found.text.get("tokenizer_mode"),
+        trust_remote_code=False,
+        local_files_only=True,
+        **found.text.get("tokenizer_kwargs", {}),
+    )
+
+
+@torch.no_grad()
+def _try_out(model: Any, tokenizer: Any, device: torch.device) -> None:
+    """Embed a text and an image once: what does not fit together shows here.
+
+    Raises:
+        InputError: the tokenizer is another model's.
+        RunError: it gives NaN or infinity.
+    """
+    tower = getattr(model, "text", model)
+    embedding = getattr(tower, "token_embedding", None)
+    rows = tower.vocab_size if embedding is None else embedding.num_embeddings
+    size = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
+    check_vocabulary(size, rows, *tokenizer(["cup", "ball"]).tolist())
+    advice = "its weights are damaged: get the model again"
+    check_finite(model.encode_text(tokenizer(["a cup"]).to(device)), "CLIP's text encoder", advice)
+    image = preprocess(torch.zeros(3, 8, 8), model)[None].to(device)
+    check_finite(model.encode_image(image), "CLIP's image encoder", advice)
 
 
 def _check_name(setting: str, model: str, pretrained: str) -> None:
@@ -174,7 +376,9 @@ def _check_name(setting: str, model: str, pretrained: str) -> None:
         hint = _nearest(model, names) or "a folder, hf-hub:OWNER/NAME or a name of open_clip.list_models()"
         raise InputError(f"{setting}model: there is no {model!r}; it can be {hint}")
     tags = open_clip.list_pretrained_tags_by_model(model.replace("/", "-"))
-    if pretrained in tags or (Path(pretrained).is_file() and Path(pretrained).suffix == ".safetensors"):
+    if open_clip.get_pretrained_cfg(model.replace("/", "-"), pretrained):
+        return
+    if pretrained.endswith(".safetensors") and resolved_path(pretrained, f"{setting}pretrained").is_file():
         return
     hint = _nearest(pretrained, tags) or ", ".join(tags) or "a .safetensors file: open_clip has no weights for it"
     raise InputError(f"{setting}pretrained: {model} has no weights {pretrained!r}; they can be {hint}")

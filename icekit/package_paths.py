@@ -1,4 +1,4 @@
-"""Paths in settings that lead into an installed package, wherever it is installed: ``package:NAME/FOLDER``."""
+"""Paths in settings: inside an installed package (``package:NAME/FOLDER``), of the home folder, relative ones."""
 
 from __future__ import annotations
 
@@ -32,3 +32,24 @@ def package_path(value: str, setting: str) -> str:
     if not path.exists():
         raise InputError(f"{setting}: {value}: the package {package!r} has no {inside}")
     return str(path)
+
+
+def resolved_path(value: str, setting: str) -> Path:
+    """Where a setting's path leads, whole: inside a package, ``~``, ``./`` and links followed. It need not exist.
+
+    Args:
+        value: of a setting that takes a folder or a file.
+        setting: its key, for messages.
+
+    Raises:
+        InputError: it is no path, a package or a home folder that is not there, or what it names cannot be looked at.
+    """
+    try:
+        path = Path(package_path(value, setting)).expanduser().resolve()
+        path.is_dir()  # refused where a folder above it may not be entered, or a name is too long
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"{setting}: {value if len(value) < 200 else value[:197] + '...'!r}: {reason}") from error
+    return path

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor
@@ -40,6 +41,27 @@ def fit(
 ) -> Image.Image:
     """A picture in another shape, (height, width): its ``middle`` is cut out and resized, antialiased."""
     return picture.crop(middle(picture.size, shape)).resize((shape[1], shape[0]), resample)
+
+
+def cover(mask: NDArray[np.bool_], shape: tuple[int, int]) -> Tensor:
+    """A mask in another shape, its ``middle`` as of a picture: what is thin is kept.
+
+    A cell is in it that is covered at least half as much as the most covered one, which usually is covered whole. An
+    object that is thinner than half a cell would vanish otherwise, or become another one.
+
+    Args:
+        mask: bool ``[H, W]``.
+        shape: (height, width).
+
+    Returns:
+        bool ``shape``; all False only where the middle of the mask is.
+    """
+    picture = Image.fromarray(mask.astype(np.float32))
+    box = middle(picture.size, shape)
+    larger = shape[1] > box[2] - box[0] or shape[0] > box[3] - box[1]
+    resample = Image.Resampling.BILINEAR if larger else Image.Resampling.BOX  # the latter is the covered area
+    covered = torch.from_numpy(np.array(picture.crop(box).resize((shape[1], shape[0]), resample)))
+    return (covered >= covered.max() / 2) & (covered > 1e-6)
 
 
 def erase(image: Tensor, visible: Tensor, how: Literal["inpaint", "black", "mean"]) -> Tensor:

@@ -38,7 +38,8 @@ _PROTOCOLS: dict[str, type] = {
 }
 KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
 """All that plugins can register by name."""
-RESERVED_TOKENS = ("category", "instance")
+RESERVED_TOKENS = ("category", "instance", "object")
+"""What a concept's parts and samples are called already: no attribute can have such a name."""
 CAPABILITIES: dict[Capability, str] = {
     "attention": "maps of words over the picture",
     "similarity": "maps of places over places",
@@ -461,7 +462,7 @@ def check_attribute(attribute: object) -> None:
     """
     if not isinstance(attribute, Attribute):
         raise PluginError(f"register_attributes was given {attribute!r}, not an icekit.Attribute")
-    if attribute.name in RESERVED_TOKENS or not attribute.name.isidentifier():
+    if attribute.name.lower() in RESERVED_TOKENS or not attribute.name.isidentifier():
         raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
 
 

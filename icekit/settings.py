@@ -24,6 +24,7 @@ and ``--set learner.steps=400``. ``"none"`` is None, for a setting that may be: 
 from __future__ import annotations
 
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,18 +32,18 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from icekit.files import read_text, user_path
 from icekit.protocols import InputError
+from icekit.protocols.strict import StrictSettings, typed_number
 
 Role = Literal["backbone", "retriever", "segmentor", "learner"]
 ROLES: tuple[Role, ...] = ("backbone", "retriever", "segmentor", "learner")
 
 
-class Components(BaseModel):
+class Components(StrictSettings):
     """Which plugin does what, by registered name."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     backbone: str = Field("sd21", description="pre-trained text-to-image model")
     retriever: str = Field("clip", description="image -> words")
@@ -50,10 +51,8 @@ class Components(BaseModel):
     learner: str = Field("ice", description="image, regions, attributes -> tokens")
 
 
-class Settings(BaseModel):
+class Settings(StrictSettings):
     """All settings of a run. The components' own ones are checked against the components' models by ``resolve``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn")
     max_concepts: int = Field(10, ge=1, description="stop looking after this many concepts")
@@ -134,6 +133,10 @@ class Settings(BaseModel):
 Model = TypeVar("Model", bound=BaseModel)
 NONE = "none"
 """None in a settings file and on the command line, for a setting that may be None."""
+MAX_DEPTH = 16
+"""How deep a settings file may nest its values: more than any setting needs, less than makes Python give up."""
+MAX_SHOWN = 160
+"""Most characters of a wrong value that a message shows."""
 BENCH_TABLES = ("metric", "bench")
 """Tables of a preset that are for ``icekit bench`` alone; a run passes them over."""
 
@@ -160,7 +163,8 @@ class Preset:
             InputError: the file cannot be read, one of its own keys is unknown, or it does not say which component a
                 setting is for. The components' own keys are not looked at.
         """
-        values = read_settings_file(file)
+        text = _read(file)
+        values = _values_of(text, file)
         validate(Settings, {key: value for key, value in values.items() if key not in BENCH_TABLES})
         for role in (*ROLES, "metric"):
             table = values.get(role, {})
@@ -170,7 +174,6 @@ class Preset:
                         f"preset {name!r} does not say which {role} its setting {f'{role}.{key}'!r} is for: "
                         f"put it under [{role}.NAME]"
                     )
-        text = file.read_text(encoding="utf-8")
         summary = text.partition("\n")[0].lstrip("# ") if text.startswith("#") else ""
         return cls(name, text, summary, values)
 
@@ -197,43 +200,104 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, or not TOML.
     """
+    return _values_of(_read(path), path)
+
+
+def _read(path: Path) -> str:
+    file = user_path(path, "settings file")
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_text(file)
     except OSError as error:
         raise InputError(f"settings file {path}: {(error.strerror or str(error)).lower()}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"settings file {path} is not TOML: {error}") from error
+
+
+def _values_of(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return _parse(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"settings file {path} is not TOML: {error}") from error
+    except ValueError as error:
+        raise InputError(f"settings file {path}: {error}") from error
+
+
+def _parse(text: str) -> dict[str, Any]:
+    """TOML's values. A float remembers how it was typed.
+
+    Raises:
+        ValueError: not TOML (``TOMLDecodeError``), nested more than ``MAX_DEPTH`` deep, or with an endless number.
+    """
+    too_deep = f"a value in it is nested more than {MAX_DEPTH} deep"
+    try:
+        values = tomllib.loads(text, parse_float=lambda number: typed_number(float(number), number))
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError as error:  # Python reads no integer of more than 4300 digits
+        raise ValueError("a number in it has too many digits") from error
+    level: list[Any] = [values]
+    for _ in range(MAX_DEPTH):
+        within = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, Mapping | list)]
+        level = [value for values_of_one in within for value in values_of_one]
+    if any(isinstance(one, Mapping | list) for one in level):
+        raise ValueError(too_deep)
+    return values
 
 
 def parse_assignment(assignment: str) -> dict[str, Any]:
     """``"learner.steps=400"`` -> ``{"learner": {"steps": 400}}``. The value is TOML, or else plain text.
 
+    A number remembers how it was typed, for a setting that takes text.
+
     Raises:
-        InputError: no ``=``, or an empty key.
+        InputError: no ``=``, an empty key, or a value that is nested too deeply or has too many digits.
     """
     key, equals, text = assignment.partition("=")
     parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise InputError(f"--set {assignment}: expected KEY=VALUE, as in learner.steps=400")
+    text = text.removeprefix("\ufeff").strip()
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise InputError(f"--set {_shortened(assignment)}: expected KEY=VALUE, as in learner.steps=400")
+    value: Any = text
     try:
-        value = tomllib.loads(f"value = {text.strip()}")["value"]
+        parsed = _parse(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        value = text.strip()
+        parsed = {}
+    except ValueError as error:
+        raise InputError(f"--set {_shortened(assignment)}: {error}") from error
+    if parsed.keys() == {"value"}:
+        value = parsed["value"]
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = typed_number(value, text)
     if not isinstance(value, (bool, int, float, str, list, dict)):  # a folder named like a date is still a folder
-        value = text.strip()
+        value = text
     nested: Any = value
     for part in reversed(parts):
         nested = {part: nested}
     return dict(nested)
 
 
-def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries put over one another, the lowest first."""
+def merge(*layers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries put over one another, the lowest first.
+
+    prefix: put before keys in messages.
+
+    Raises:
+        InputError: a table lies over a value that is none, which would pass unnoticed.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
             below = merged.get(key)
-            merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+            if isinstance(value, Mapping) and isinstance(below, Mapping):
+                value = merge(below, value, prefix=f"{prefix}{key}.")
+            elif isinstance(value, Mapping) and below not in (None, NONE):
+                where = _shortened(f"{prefix}{key}")
+                raise InputError(
+                    f"setting {where!r} cannot be {_shown(below)}: it should be a table, as in {where}.KEY=VALUE"
+                )
+            merged[key] = value
     return merged
 
 
@@ -287,7 +351,23 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
         return f"unknown setting {key!r}: {nearest(key, known)}"
     message = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.removeprefix("a valid ").replace("\n", " ")
-    return f"setting {key!r} cannot be {problem['input']!r}: it should be {message}"
+    if problem["type"] == "model_type":
+        message = f"a table, as in {key}.KEY=VALUE"
+    return f"setting {_shortened(key)!r} cannot be {_shown(problem['input'])}: it should be {message}"
+
+
+def _shown(value: Any) -> str:
+    """A wrong value in a message of one line, however long it is."""
+    if isinstance(value, int) and value.bit_length() > 1024:  # Python writes none of more than 4300 digits
+        return f"a number of some {round(value.bit_length() * math.log10(2))} digits"
+    try:
+        return _shortened(repr(value))
+    except (ValueError, RecursionError):
+        return f"this {type(value).__name__}"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 20]}... ({len(text)} characters)"
 
 
 def _spelled_out(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from icekit.files import read_text, user_path
 from icekit.package_paths import package_path
 from icekit.protocols import InputError
 
@@ -35,13 +35,16 @@ def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
     if vocabulary is None:
         lines = files("icekit").joinpath("vocabulary", "nouns.txt").read_text(encoding="utf-8").splitlines()
     elif isinstance(vocabulary, str):
-        file = Path(package_path(vocabulary, "retriever.vocabulary")).expanduser()
+        file = user_path(package_path(vocabulary, "retriever.vocabulary"), "retriever.vocabulary")
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = read_text(file).splitlines()
         except FileNotFoundError as error:
             raise InputError(f"retriever.vocabulary: no such file: {vocabulary}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"retriever.vocabulary: {vocabulary} is not a text file with one word a line") from error
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise InputError(
+                f"retriever.vocabulary: {vocabulary} is not a text file with one word a line: {why}"
+            ) from error
     else:
         lines = list(vocabulary)
     words = list(dict.fromkeys(word for line in lines if (word := line.partition("#")[0].strip().lower())))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -16,8 +14,9 @@ from torch import Tensor
 from icekit.backbones.attention_capture import attention_layers, capture_attention, grids_of, maps_of
 from icekit.backbones.common import ImageSize, fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
 from icekit.backbones.fine_tuning import fine_tuned
+from icekit.backbones.loading import load_pipeline
 from icekit.backbones.text_encoder import TextEncoder
-from icekit.package_paths import package_path
+from icekit.model_files import check_finite, one_line
 from icekit.protocols import (
     NO_TOKENS,
     ComponentSettings,
@@ -26,6 +25,7 @@ from icekit.protocols import (
     InputError,
     Look,
     Prediction,
+    RunError,
     Tokens,
     Trained,
     Tuned,
@@ -33,11 +33,13 @@ from icekit.protocols import (
 )
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a noise predictor of this family can be trained to return, as diffusers' schedulers name it."""
+DAMAGED = "its weights are damaged or another model's: get the model again"
+"""The way out where a number format is not to blame."""
 ENCODER_NAMES = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 """What other tools call a CLIP text encoder, by the length of its rows; ``clip_l`` where that tells nothing."""
 
@@ -101,14 +103,13 @@ class StableDiffusion:
         return self
 
     def _take_apart(self, pipeline: StableDiffusionPipeline, settings: Settings, device: torch.device) -> None:
-        from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-
+        named = f"backbone.model = {settings.model!r}"
         self._pipeline = pipeline
         self._settings = settings
         self.unet, self._vae = pipeline.unet, pipeline.vae
         if self.unet.config.in_channels != self._vae.config.latent_channels:
             raise InputError(
-                f"backbone.model = {settings.model!r}: its noise predictor takes {self.unet.config.in_channels} "
+                f"{named}: its noise predictor takes {self.unet.config.in_channels} "
                 "channels (an inpainting or editing model?), a text-to-image model takes "
                 f"{self._vae.config.latent_channels}"
             )
@@ -118,14 +119,17 @@ class StableDiffusion:
                 module.eval().requires_grad_(False).to(device, torch.float32)
             self.unet.to(dtype=getattr(torch, dtype))
         self.device = device
-        self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
+        self._predicts_finite = False
+        try:
+            self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
+        except InputError as error:
+            raise InputError(f"{named}: {error}") from error
         self._encoder = ENCODER_NAMES.get(self._text.dim, "clip_l")
         self.rows: Mapping[str, int] = {self._encoder: self._text.dim}
         self.identity = fingerprint({self._encoder: self._text.table})
 
         factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        trained_size = self.unet.config.sample_size * factor
-        self.image_size = settings.image_size or (trained_size, trained_size)
+        self.image_size = settings.image_size or _trained_size(self.unet.config.sample_size, factor, named)
         if any(side % factor for side in self.image_size):
             raise InputError(f"backbone.image_size = {list(self.image_size)}: both sides must be multiples of {factor}")
         height, width = (side // factor for side in self.image_size)
@@ -133,16 +137,38 @@ class StableDiffusion:
         self._layers = attention_layers(self.unet, (height, width))
         self.word_grids, self.pixel_grids = grids_of(self._layers, "cross"), grids_of(self._layers, "self")
 
-        self._schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self._schedule, self._sampler = _schedules(pipeline.scheduler.config, settings.steps, named)
         self._prediction_type = self._schedule.config.prediction_type
-        if self._prediction_type not in PREDICTION_TYPES:
-            raise InputError(
-                f"backbone.model = {settings.model!r}: its scheduler says that it predicts {self._prediction_type!r}; "
-                f"supported are {', '.join(PREDICTION_TYPES)}"
-            )
-        self._sampler = DPMSolverMultistepScheduler.from_config(
-            pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
-        )
+        self._try_out(named)
+
+    @torch.no_grad()
+    def _try_out(self, named: str) -> None:
+        """Send the smallest picture there is through all parts, once: what does not fit together shows here.
+
+        Raises:
+            InputError: it does not.
+            RunError: it gives NaN or infinity.
+        """
+        side = 2 ** (len(self.unet.down_blocks) - 1)
+        noisy = torch.zeros(1, self.latent_shape[0], side, side, device=self.device)
+        try:
+            encoded = self.encode_prompts(["a cup"])
+            with capture_attention(self.unet, attention_layers(self.unet, (side, side))):
+                output = self.predict(noisy, torch.ones(1, device=self.device), encoded).output
+            image = self.decode_latents(noisy)
+            latents = self.encode_images(image)
+        except (InputError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except RunError as error:
+            raise RunError(f"{named}: {error}") from error
+        except Exception as error:  # torch, diffusers, transformers: each fails in its own way
+            raise InputError(f"{named}: its parts do not work together: {one_line(error)}") from error
+        for part, given in (("unet", output), ("vae", latents)):
+            if given.shape != noisy.shape:
+                raise InputError(
+                    f"{named}: its {part} gives latents of shape {list(given.shape[1:])} where {list(noisy.shape[1:])} "
+                    "is right: it is of another model"
+                )
 
     @property
     def pipeline_source(self) -> str | None:
@@ -151,7 +177,7 @@ class StableDiffusion:
         None for a pipeline that was made in memory.
         """
         source: str | None = self._pipeline.name_or_path
-        return str(Path(source).resolve()) if source and Path(source).is_dir() else source
+        return source
 
     def knows(self, word: str) -> bool:
         """Every word: the vocabulary is open."""
@@ -192,11 +218,13 @@ class StableDiffusion:
         standard deviation, both float32 ``[B, C, h, w]``.
         """
         gaussian = self._vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
+        check_finite(torch.cat([gaussian.mean, gaussian.std]), "autoencoder's encoder in float32", DAMAGED)
         return gaussian.mean * self._vae.config.scaling_factor, gaussian.std * self._vae.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
         images = self._vae.decode(latents.to(self.device, torch.float32) / self._vae.config.scaling_factor).sample
+        check_finite(images, "autoencoder's decoder in float32", DAMAGED)
         return (images / 2 + 0.5).clamp(0, 1)
 
     def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
@@ -229,7 +257,16 @@ class StableDiffusion:
                 encoder_hidden_states=prompts.parts["sequence"].to(self.unet.dtype),
                 encoder_attention_mask=prompts.parts.get("mask"),
             ).sample
+        # What a learner makes of its tokens is the learner's to judge: with gradients, the model is checked at first.
+        if not (self._predicts_finite and torch.is_grad_enabled()):
+            self._check_predicted(output)
+            self._predicts_finite = self._predicts_finite or torch.is_grad_enabled()
         return Prediction(output.to(noisy.dtype), maps_of(processors))
+
+    def _check_predicted(self, output: Tensor) -> None:
+        dtype = str(self.unet.dtype).removeprefix("torch.")
+        advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try --set backbone.dtype=float32"
+        check_finite(output, f"noise predictor (unet) in {dtype}", advice)
 
     def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
         """See ``protocols.Backbone``: the UNet, or a LoRA adapter on the projections of its attention."""
@@ -279,6 +316,7 @@ class StableDiffusion:
                         generator=[torch.Generator("cpu").manual_seed(seeds[place]) for place in batch],
                         output_type="latent",
                     ).images
+                self._check_predicted(latents)
                 for place, image in zip(batch, to_pictures(self.decode_latents(latents)), strict=True):
                     if place not in skip:
                         images.append(image)
@@ -327,47 +365,48 @@ class StableDiffusion:
         return tuned_pipeline(self._pipeline, self.unet, tuning or FineTuning())
 
 
-def load_pipeline(settings: StableDiffusion.Settings) -> StableDiffusionPipeline:
-    """Read a Stable Diffusion 1.x or 2.x model from a folder or the hub; safetensors only, nothing is unpickled.
+def _trained_size(sample_size: Any, factor: int, named: str) -> tuple[int, int]:
+    """(height, width) in pixels that a noise predictor was trained at, from the latents' side or sides."""
+    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    if not (
+        isinstance(sides, list | tuple)
+        and len(sides) == 2
+        and all(type(one) is int and 0 < one <= 4096 for one in sides)
+    ):
+        raise InputError(
+            f"{named}: unet/config.json: sample_size is {sample_size!r}; it should be the side of the latents, 64 or so"
+        )
+    height, width = sides
+    return height * factor, width * factor
 
-    Raises:
-        InputError: no such model, one of another kind, or one with files missing.
-    """
-    from diffusers import StableDiffusionPipeline
 
-    named = f"backbone.model = {settings.model!r}"
-    folder = Path(package_path(settings.model, "backbone.model")).expanduser()
-    is_folder = folder.is_dir()
-    if is_folder and not (folder / "model_index.json").is_file():
-        raise InputError(f"{named}: the folder has no model_index.json, so it is no model in diffusers' format")
-    if not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", settings.model):
-        raise InputError(f"{named}: there is no such folder, and it is no id of a hub model (owner/name) either")
-    source = str(folder) if is_folder else settings.model
-    where = {"revision": settings.revision, "local_files_only": settings.local_files_only}
-    with quiet():
-        try:
-            kind = StableDiffusionPipeline.load_config(source, **where).get("_class_name")
-        except (OSError, ValueError) as error:
-            if is_folder:
-                raise InputError(f"{named}: its model_index.json cannot be read") from error
-            raise InputError(
-                f"{named}: there is no such folder, and the Hugging Face hub does not give it "
-                "(wrong id, no network, or not in the cache); give a folder in diffusers' format or owner/name"
-            ) from error
-        if kind != StableDiffusionPipeline.__name__:
-            raise InputError(
-                f"{named}: it is made for {kind}; supported is StableDiffusionPipeline (Stable Diffusion 1.x and 2.x)"
+def _schedules(config: Any, steps: int, named: str) -> tuple[DDPMScheduler, DPMSolverMultistepScheduler]:
+    """The schedule that the model was trained with, and the sampler that generates with it."""
+    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+
+    try:
+        trained: DDPMScheduler = DDPMScheduler.from_config(config)
+        kept = trained.alphas_cumprod
+        if not (len(kept) == trained.config.num_train_timesteps and bool(((kept >= 0) & (kept <= 1)).all())):
+            raise ValueError("its betas should be numbers from 0 to 1, one a step")
+        if bool((kept.diff() > 0).any()):
+            raise ValueError("its betas let noise shrink from step to step")
+        if bool(kept[-1] == 1):
+            raise ValueError("its betas add no noise")
+        if trained.config.prediction_type in PREDICTION_TYPES:
+            sampler: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(
+                config, algorithm_type="dpmsolver++", solver_order=2
             )
-        try:
-            return StableDiffusionPipeline.from_pretrained(
-                source,
-                **where,
-                variant=settings.variant,
-                use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{named}: it cannot be loaded from safetensors files: {reason}") from error
+            trial = DPMSolverMultistepScheduler.from_config(sampler.config)
+            trial.set_timesteps(steps)
+            if not bool(trial.sigmas.isfinite().all()):
+                raise ValueError("its betas leave a step without noise")
+            return trained, sampler
+    except MemoryError:
+        raise
+    except Exception as error:  # diffusers, numpy, torch: each fails in its own way
+        raise InputError(f"{named}: scheduler/scheduler_config.json cannot be used: {one_line(error)}") from error
+    raise InputError(
+        f"{named}: its scheduler says that it predicts {trained.config.prediction_type!r}; "
+        f"supported are {', '.join(PREDICTION_TYPES)}"
+    )

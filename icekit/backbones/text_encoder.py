@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from icekit.protocols import InputError
+from icekit.model_files import check_finite, check_vocabulary, one_line
+from icekit.protocols import InputError, RunError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,6 +109,9 @@ class TextEncoder:
         """Take the model over.
 
         length: positions of an encoded prompt; None for as many as the tokenizer and the model were made for.
+
+        Raises:
+            InputError: the tokenizer is not the one that the model was trained with, or has files missing.
         """
         self.tokenizer = tokenizer
         self.model = model
@@ -117,8 +121,23 @@ class TextEncoder:
         self._spelled: set[str] = set()
         # Learning encodes the same few prompts at every step, and tokenizing takes milliseconds.
         self._padded_ids = lru_cache(maxsize=1024)(self._tokenise)
-        self.length = length or min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        longest = tokenizer.model_max_length
+        if not isinstance(longest, int | float) or not longest >= 3:
+            raise InputError(f"its tokenizer's model_max_length is {longest!r}; it should be a number such as 77")
+        self.length = length or int(min(longest, model.config.max_position_embeddings))
         """Positions of an encoded prompt, start and end included."""
+        self._check_tokenizer()
+
+    def _check_tokenizer(self) -> None:
+        try:
+            one, other = self._tokenise("cup"), self._tokenise("ball")
+            end = self.tokenizer.eos_token_id
+            ends = end is not None and end in one
+        except Exception as error:  # the tokenizer's files are whatever a folder holds
+            raise InputError(f"its tokenizer cannot be used: {one_line(error)}") from error
+        check_vocabulary(len(self.tokenizer), len(self.table), one, other)
+        if not ends:
+            raise InputError("its tokenizer has no end token: its tokenizer files are missing or another model's")
 
     @property
     def device(self) -> torch.device:
@@ -195,7 +214,24 @@ class TextEncoder:
         if getattr(self.model.config, "use_attention_mask", False):  # a flag of diffusers' pipelines
             attention_mask = (torch.arange(self.length, device=ids.device) <= self._end(ids)[:, None]).long()
         with self._knowing(rows):
-            return self.model(ids, attention_mask=attention_mask, **options)
+            outputs = self.model(ids, attention_mask=attention_mask, **options)
+        self._check(outputs.last_hidden_state, rows)
+        return outputs
+
+    def _check(self, states: Tensor, rows: Mapping[str, Tensor]) -> None:
+        """Refuse states that are not finite, and say whose fault it is."""
+        dtype = str(states.dtype).removeprefix("torch.")
+        advice = (
+            "its weights are damaged or another model's: get the model again"
+            if dtype == "float32"
+            else f"{dtype} is too narrow for it: use float32"
+        )
+        try:
+            check_finite(states, f"text encoder in {dtype}", advice)
+        except RunError:
+            for name, row in rows.items():
+                check_finite(row, f"token {name}", "its row was learned wrongly or is damaged")
+            raise
 
     def encode_words(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> tuple[Tensor, Tensor]:
         """As ``encode``, without the positions after the longest prompt's end, and with a mask of the words.
@@ -210,6 +246,7 @@ class TextEncoder:
         ids = self._unpadded_ids(prompts, rows)
         with self._knowing(rows):
             states = self.model(ids).last_hidden_state
+        self._check(states, rows)
         return states, torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
 
     def _end(self, ids: Tensor) -> Tensor:
@@ -234,6 +271,7 @@ class TextEncoder:
         ids = self._unpadded_ids(texts, rows)
         with self._knowing(rows):
             states = self.model(ids).last_hidden_state
+        self._check(states, rows)
         if pool == "highest":
             return pool_at_highest(states, ids)
         return pool_at_end(states, ids, self.tokenizer.eos_token_id)

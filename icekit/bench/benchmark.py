@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from icekit import plugins
@@ -29,6 +29,7 @@ from icekit.bench.rows import read_rows, stage_one_key, stage_one_name
 from icekit.pixels import to_tensor
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError, parts_of
+from icekit.protocols.strict import StrictSettings
 from icekit.randomness import seeded_generator
 from icekit.run import images
 from icekit.run.atomic import write_image_atomically
@@ -44,10 +45,8 @@ FLOOR_AREA = 0.1
 """Share of the image that a random mask covers where the true one is not known."""
 
 
-class BenchSettings(BaseModel):
+class BenchSettings(StrictSettings):
     """Settings of the bench itself: ``--set bench.images=4``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: int = Field(8, ge=1, description="images generated for each prompt that a metric asks for")
     against: str | None = Field(
@@ -151,6 +150,7 @@ class _Bench:
         self.plugins, self.dataset_name, self.seed = found, dataset, seed
         self.directory = BenchDirectory(out)
         given = {key: value for key, value in settings.items() if key not in OWN_TABLES}
+        given |= {"components": _table("components", given["components"])} if "components" in given else {}
         own_values = {key: _table(key, settings.get(key, {})) for key in OWN_TABLES}
         self.dataset_settings = found.component_settings("dataset", dataset, own_values["dataset"])
         self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict
-
+from icekit.protocols.strict import StrictSettings
 from icekit.protocols.values import Attribute, Candidate, Learned, Proposal, Region, Segmentation, Step, View
 
 if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
@@ -14,10 +13,11 @@ if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only de
     from torch import Tensor
 
 
-class ComponentSettings(BaseModel):
-    """Base of every component's ``Settings``: unknown keys are refused, a ``Field(description=...)`` is its help."""
+class ComponentSettings(StrictSettings):
+    """Base of every component's ``Settings``: unknown keys are refused, a ``Field(description=...)`` is its help.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    They are strict, see ``strict.StrictSettings``.
+    """
 
 
 class Retriever(Protocol):
@@ -44,7 +44,12 @@ class Describer(Protocol):
 
 
 class Segmentor(Protocol):
-    """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``."""
+    """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``.
+
+    A segmentor that knows something of the user's picture, as it was before it was fitted to the model's shape, may
+    have a static method ``check_picture(settings, picture, size)``: the file's name and its (width, height), pixels,
+    upright. It is called before the model is loaded, and raises InputError when its files are not of this picture.
+    """
 
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
         """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there.

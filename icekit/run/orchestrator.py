@@ -112,6 +112,8 @@ class _Run:
         self.settings = self.plugins.resolve(self.settings)  # before a model takes minutes to load
         self.attributes = [self.plugins.attribute(name) for name in self.settings.attributes]
         device = resolve_device(self.settings.device)
+        if not goes_on and self.located is None:
+            self._check_picture()
 
         self.timings = self.run.load_timings() if goes_on else {}
         with self._stage("load"):
@@ -135,6 +137,14 @@ class _Run:
         extraction = Extraction.open(self.run.path)
         self.observers.tell("run_finished", extraction=extraction)
         return extraction
+
+    def _check_picture(self) -> None:
+        """Whether the segmentor's files are of this picture, where it has some: see ``protocols.Segmentor``."""
+        name = self.settings.name_of("segmentor")
+        check = getattr(self.plugins.component("segmentor", name), "check_picture", None)
+        if check is not None:
+            own = self.plugins.component_settings("segmentor", name, self.settings.values_of("segmentor"))
+            check(own, self.source.source, self.source.picture.size)
 
     # --- Going on ----------------------------------------------------------------------------------------------------
 

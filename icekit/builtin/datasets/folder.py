@@ -8,7 +8,9 @@ from pathlib import Path
 
 from pydantic import Field
 
-from icekit.builtin.segmentors.masks import SUFFIXES, load_mask, natural_order
+from icekit.builtin.segmentors.masks import SUFFIXES, fit_mask, image_files, natural_order, read_mask
+from icekit.files import is_hidden, read_bytes
+from icekit.pictures import MAX_BYTES, open_picture, same_proportions
 from icekit.protocols import BenchPicture, ComponentSettings, InputError, TrueConcept
 
 
@@ -48,7 +50,7 @@ class FolderDataset:
             BenchPicture(
                 re.sub(r"[^\w.-]+", "-", name),
                 picture,
-                tuple(TrueConcept(load_mask(mask, size), word_of(mask)) for mask in masks),
+                _concepts(picture, masks, size),
             )
             for name, picture, masks in entries[:count]
         ]
@@ -57,7 +59,7 @@ class FolderDataset:
 def find_pictures(folder: Path) -> list[tuple[str, Path, list[Path]]]:
     """The pictures of a folder: (name, file, mask files in their order)."""
     found = []
-    for path in sorted(folder.iterdir(), key=natural_order):
+    for path in sorted((one for one in folder.iterdir() if not is_hidden(one)), key=natural_order):
         if path.is_dir() and path.name != "masks":
             files = _image_files(path)
             pictures = [file for file in files if not file.stem.startswith("mask")]
@@ -76,9 +78,32 @@ def find_pictures(folder: Path) -> list[tuple[str, Path, list[Path]]]:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted((path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES), key=natural_order)
+    return image_files(folder) if folder.is_dir() else []
+
+
+def _concepts(picture: Path, files: Sequence[Path], size: tuple[int, int]) -> tuple[TrueConcept, ...]:
+    """A picture's concepts from its mask files, (height, width) ``size``.
+
+    Raises:
+        InputError: a file cannot be read, or a mask has not the picture's proportions.
+    """
+    if not files:
+        return ()
+    try:
+        whole = open_picture(read_bytes(picture, MAX_BYTES), str(picture)).size
+    except OSError as error:
+        raise InputError(f"{picture} cannot be read: {error.strerror or error}") from error
+    concepts = []
+    for file in files:
+        mask = read_mask(file)
+        height, width = mask.shape
+        if not same_proportions((width, height), whole):
+            raise InputError(
+                f"mask {file} is {width} x {height}, {picture} is {whole[0]} x {whole[1]}: a mask must have the "
+                "proportions of its picture, turned upright"
+            )
+        concepts.append(TrueConcept(fit_mask(mask, size, file), word_of(file)))
+    return tuple(concepts)
 
 
 def word_of(mask: Path) -> str | None:

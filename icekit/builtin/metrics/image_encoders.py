@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icekit.clip import load_clip, preprocess
+from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
+from icekit.package_paths import resolved_path
 from icekit.protocols import InputError
 
 REMEMBERED = 4096
@@ -79,14 +81,38 @@ def dino_encoder(model: str, device: torch.device) -> ImageEncoder:
     """
     from transformers import AutoImageProcessor, AutoModel
 
+    named = f"metric.dino: {model}"
+    folder = resolved_path(model, "metric.dino")
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(model):
+            raise InputError(f"{named} is no vision transformer's folder, and no id of a hub model (owner/name)")
+        ways_out = (
+            "give a folder, or the id of a model that was downloaded before (HF_HUB_OFFLINE=1 then uses the cache)"
+        )
+        hub = Hub(model, "config.json", f"{named}: there is no such folder, and", ways_out)
+        folder = hub.folder(("config.json", "preprocessor_config.json", "model*.safetensors", "model*.json"))
+    check_folder(folder, named)
+    configuration = read_json(folder / "config.json", named)
+    check_counts(configuration, count_weights(folder, "model", None, named), f"{named}: config.json")
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(model)
-        loaded: Any = AutoModel.from_pretrained(model, use_safetensors=True)
-    except Exception as error:  # transformers, the hub, the file system: each fails in its own way
-        reason = " ".join(str(error).split())
+        processor: Any = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        loaded: Any
+        loaded, found = AutoModel.from_pretrained(
+            str(folder),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # transformers, torch, the file system: each fails in its own way
         raise InputError(
-            f"metric.dino: {model} is no vision transformer's folder or hub id that can be loaded: {reason}"
+            f"{named} is no vision transformer's folder or hub id that can be loaded: {one_line(error)}"
         ) from error
+    missing = sorted(str(name) for name in found["missing_keys"] if "pooler" not in str(name))  # it is not looked at
+    if missing:
+        raise InputError(f"{named}: {len(missing)} of its weights are not in its safetensors files: {missing[0]}")
     loaded = loaded.to(device).requires_grad_(False).eval()
 
     def encode(images: Tensor) -> Tensor:

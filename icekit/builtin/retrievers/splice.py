@@ -17,13 +17,15 @@ from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from icekit.builtin.retrievers.clip import ClipRetriever, check_templates
 from icekit.clip import ClipModel
+from icekit.files import is_hidden, read_bytes, user_path
 from icekit.package_paths import package_path
+from icekit.pictures import MAX_BYTES, open_picture, to_rgb
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
 from icekit.words import one_or_more
@@ -164,9 +166,10 @@ def image_mean(source: str, clip: ClipModel) -> Tensor | None:
 
         pictures = [_square(Image.fromarray(getattr(data, name)())) for name in SAMPLE_PHOTOGRAPHS]
         return clip.embed_images(pictures).mean(dim=0)
-    path = Path(package_path(source, "retriever.image_mean")).expanduser()
+    path = user_path(package_path(source, "retriever.image_mean"), "retriever.image_mean")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in Image.registered_extensions())
+        there = (file for file in path.iterdir() if not is_hidden(file))
+        files = sorted(file for file in there if file.suffix.lower() in Image.registered_extensions())
         if not files:
             raise InputError(f"retriever.image_mean: no image in the folder {source}")
         batches = [files[start : start + IMAGE_BATCH] for start in range(0, len(files), IMAGE_BATCH)]
@@ -194,9 +197,8 @@ def _read_mean(source: str, path: Path) -> Tensor:
 
 def _read(file: Path) -> Tensor:
     try:
-        with Image.open(file) as image:
-            return _square(ImageOps.exif_transpose(image))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        return _square(to_rgb(open_picture(read_bytes(file, MAX_BYTES), str(file)), str(file)))
+    except (OSError, InputError) as error:
         raise InputError(f"retriever.image_mean: {file} cannot be read as an image") from error
 
 
