@@ -22,7 +22,7 @@ from icekit.model_files import (
     one_line,
     read_json,
 )
-from icekit.package_paths import PREFIX, resolved_path
+from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError, RunError, View
 
 CONFIGURATION = "open_clip_config.json"

@@ -1,4 +1,4 @@
-"""Files that users name: where ``~`` leads, and reading them once, with a limit, from pipes as well."""
+"""Files that users name, read once, with a limit, from pipes as well."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ import stat
 import time
 from pathlib import Path
 
-from icekit.protocols import InputError
-
 MAX_TEXT_BYTES = 64 * 2**20
 """Largest text file: a vocabulary of some million words."""
 NO_WRITER_S = 5.0
@@ -22,21 +20,6 @@ SILENCE_S = 60.0
 _SAY_AFTER_S = 2.0
 
 log = logging.getLogger(__name__)
-
-
-def user_path(path: str | Path, what: str = "") -> Path:
-    """A path as typed, with ``~`` and ``~name`` replaced by a home directory.
-
-    what: put before the message, a setting's key, say.
-
-    Raises:
-        InputError: there is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        name = Path(path).parts[0]
-        raise InputError(f"{what}{': ' if what else ''}{path}: {name} is no user's home directory here") from error
 
 
 def is_hidden(path: Path) -> bool:

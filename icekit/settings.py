@@ -34,7 +34,8 @@ from typing import Any, Literal, TypeVar, get_args
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from icekit.files import read_text, user_path
+from icekit.files import read_text
+from icekit.paths import user_path
 from icekit.protocols import InputError
 from icekit.protocols.strict import StrictSettings, typed_number
 

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
-from icekit.files import read_text, user_path
-from icekit.package_paths import package_path
+from icekit.files import read_text
+from icekit.paths import setting_path
 from icekit.protocols import InputError
 
 
@@ -35,7 +35,7 @@ def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
     if vocabulary is None:
         lines = files("icekit").joinpath("vocabulary", "nouns.txt").read_text(encoding="utf-8").splitlines()
     elif isinstance(vocabulary, str):
-        file = user_path(package_path(vocabulary, "retriever.vocabulary"), "retriever.vocabulary")
+        file = setting_path(vocabulary, "retriever.vocabulary")
         try:
             lines = read_text(file).splitlines()
         except FileNotFoundError as error:

@@ -13,7 +13,6 @@ import plain_components as plain
 import pytest
 
 from icekit.cli.program import main
-from icekit.plugins import Origin, Plugins
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,11 +54,7 @@ def in_this_process(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """``icekit`` in ``place`` without a new process, which would import torch again: arguments -> status, out, err."""
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    found = plain.beside_builtins()
     monkeypatch.setattr("icekit.plugins.installed", lambda: found)
     monkeypatch.setattr("icekit.cli.program.quieten", lambda: None)
     monkeypatch.chdir(place)

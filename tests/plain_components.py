@@ -6,6 +6,7 @@ The world they know: an image is four quadrants, each one thing of one word.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from icekit import hookimpl
+from icekit.plugins import Origin, Plugins
 from icekit.protocols import (
     NO_TOKENS,
     Attention,
@@ -357,3 +359,14 @@ def write_distribution(folder: Path, module: str, source: str, *, name: str, ver
     (info / "entry_points.txt").write_text(f"[icekit]\n{module} = {module}\n")
     (folder / f"{module}.py").write_text(source)
     return folder
+
+
+def beside_builtins(**plugins: Any) -> Plugins:
+    """The built-ins and these plugins by name; without any, the plain one."""
+    from icekit import builtin
+
+    found = Plugins()
+    for name, plugin in (plugins or {"plain": sys.modules[__name__]}).items():
+        found.add(Origin(name, f"{name}-plugin", "1.0"), lambda plugin=plugin: plugin)  # type: ignore[misc]
+    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    return found

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from icekit import Extraction, InputError, extract
-from icekit.plugins import Origin, Plugins
+from icekit.plugins import Plugins
 from icekit.report.page import write_report
 from icekit.run.compose import bind, compose, expand, split_reference
 from icekit.settings import load_settings
@@ -24,12 +24,7 @@ TOKENS = {
 
 @pytest.fixture(scope="module")
 def plugins() -> Plugins:
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    return found
+    return plain.beside_builtins()
 
 
 @pytest.fixture(scope="module")

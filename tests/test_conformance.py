@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from icekit_tabletop import model_dir
+from icekit_tabletop.backbone import Tabletop
 from joint_attention import ENCODERS, JointAttention
 from PIL import Image
 
@@ -70,14 +72,7 @@ def subject(request: pytest.FixtureRequest) -> BackboneUnderTest:
 
     match request.param:
         case "tabletop":
-            tabletop = pytest.importorskip("icekit_tabletop")
-            from icekit_tabletop.backbone import Tabletop
-
-            try:
-                model = tabletop.model_dir()
-            except FileNotFoundError as missing:  # it was never trained
-                pytest.skip(str(missing))
-            return stable_diffusion(Tabletop, model, WordsAloneUnderTest)
+            return stable_diffusion(Tabletop, model_dir(), WordsAloneUnderTest)
         case "sd1":
             return stable_diffusion(StableDiffusion, folder("sd15_folder"), image_size=64)
         case "sd2-v":  # neither square nor epsilon

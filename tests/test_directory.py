@@ -10,7 +10,6 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from icekit import ConceptLibrary, Extraction, InputError, extract
-from icekit.plugins import Origin, Plugins
 from icekit.protocols import FineTuning, Learned, Region, Step
 from icekit.run.atomic import write_atomically, write_json_atomically
 from icekit.run.directory import FileCheckpoint, Located, RunDirectory, StepLog
@@ -19,11 +18,7 @@ from icekit.settings import Settings, load_settings
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from icekit import builtin
-
-    plugins = Plugins()
-    plugins.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    plugins.add(Origin("builtin", "icekit", "0"), lambda: builtin)
+    plugins = plain.beside_builtins()
     names = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
     settings = load_settings(options={"components": names, "samples": 0, "max_concepts": 2})
     folder = tmp_path_factory.mktemp("library") / "run"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import icekit as icekit_api
 from icekit import Candidate, InputError, RunError, View, extract, hookimpl
 from icekit.builtin.attributes import COLOUR, MATERIAL
-from icekit.plugins import Origin, Plugins
+from icekit.plugins import Plugins
 from icekit.protocols import NO_TOKENS, Attribute, FineTuning, Learned, Region, Step, token_names
 from icekit.randomness import derived_seed
 from icekit.run.directory import Located, RunDirectory
@@ -34,12 +34,7 @@ NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learn
 
 @pytest.fixture
 def plugins() -> Plugins:
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    return found
+    return plain.beside_builtins()
 
 
 @pytest.fixture

@@ -18,11 +18,12 @@ from diffusers import StableDiffusion3Pipeline
 from icekit_process import ROOT, icekit
 from joint_attention import ENCODERS, TRAINED_PROJECTIONS, JointAttention
 from PIL import Image
+from plain_components import beside_builtins
 from safetensors.torch import load_file
 
-from icekit import builtin, extract
+from icekit import extract
 from icekit.backbones.common import quiet
-from icekit.plugins import Origin, Plugins
+from icekit.plugins import Plugins
 from icekit.protocols import InputError, Look
 from icekit.run.compose import compose
 from icekit.settings import load_settings
@@ -54,10 +55,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def plugins() -> Plugins:
-    found = Plugins()
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    found.add(Origin("joint", "joint-plugin", "1.0"), lambda: joint_attention)
-    return found
+    return beside_builtins(joint=joint_attention)
 
 
 def test_noise_target_and_time_by_hand(backbone):

@@ -9,8 +9,9 @@ The way that ``xattn`` and ``diffseg`` go, and that a segmentor of your own may 
 3. A soft map of the picture's size becomes a mask: ``heaviest_part`` keeps one peak of it (``Joining`` says which
    belong together), ``refine`` lets its edges follow the picture's, ``without_islands`` takes the crumbs away.
 
-``AttentionSegmentor`` is all of it with settings: inherit from it, read ``word_maps``, end with ``to_mask``. ``Shares``
-and ``Grids`` are types for settings. Grids have two sides, (height, width), and no picture has to be a square.
+``AttentionSegmentor`` is all of it with settings: inherit from it, read ``word_maps``, end with ``to_mask``.
+``LookingSettings`` are those of a look alone, ``Shares`` and ``Grids`` types for settings. Grids have two sides,
+(height, width), and no picture has to be a square.
 """
 
 from icekit.attention.colours import colour_distance, log_likelihood
@@ -18,12 +19,13 @@ from icekit.attention.looking import look_at, require_similarity
 from icekit.attention.maps import Normalisation, aggregate, flat, normalise_over_space, on_grid, upsample
 from icekit.attention.peaks import Joining, heaviest_part
 from icekit.attention.refinement import random_walker_with_prior, refine, without_islands
-from icekit.attention.segmentor import AttentionSegmentor, Grids, Shares, one_or_more
+from icekit.attention.segmentor import AttentionSegmentor, Grids, LookingSettings, Shares, one_or_more
 
 __all__ = [
     "AttentionSegmentor",
     "Grids",
     "Joining",
+    "LookingSettings",
     "Normalisation",
     "Shares",
     "aggregate",

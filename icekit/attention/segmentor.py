@@ -41,6 +41,16 @@ Grids = Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(
 backbone's nearest grids are meant."""
 
 
+class LookingSettings(ComponentSettings):
+    """Settings of how a picture is looked at, see ``look_at``."""
+
+    shares: Shares = Field((0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged")
+    noise: bool = Field(
+        True, description="add that much noise to the image; published: a clean latent, said to be that noisy"
+    )
+    draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each share; with noise only")
+
+
 class AttentionSegmentor:
     """The attention at a picture, and the way from a soft map to a mask.
 
@@ -52,18 +62,13 @@ class AttentionSegmentor:
 
     needs: Collection[Capability] = ("attention", "similarity")
 
-    class Settings(ComponentSettings):
+    class Settings(LookingSettings):
         """Settings that these segmentors share."""
 
         prompt: str = Field("{word} things background", description="the word and its rivals")
         look_at: Literal["image", "rest"] = Field(
             "image", description="the whole image, or only the rest of it with found concepts filled in"
         )
-        shares: Shares = Field((0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged")
-        noise: bool = Field(
-            True, description="add that much noise to the image; published: a clean latent, said to be that noisy"
-        )
-        draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each share; with noise only")
         word_grids: Grids = Field(
             (16, 32),
             description="attention grids the word is read on, averaged: cells along the image's shorter side; the "

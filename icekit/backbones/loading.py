@@ -10,7 +10,7 @@ import torch
 
 from icekit.backbones.common import quiet
 from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
-from icekit.package_paths import PREFIX, resolved_path
+from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
 
 if TYPE_CHECKING:

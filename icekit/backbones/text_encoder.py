@@ -243,20 +243,24 @@ class TextEncoder:
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self._unpadded_ids(prompts, rows)
-        with self._knowing(rows):
-            states = self.model(ids).last_hidden_state
-        self._check(states, rows)
+        ids, states = self._unpadded(prompts, rows)
         return states, torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
 
     def _end(self, ids: Tensor) -> Tensor:
         """The place of each prompt's first end token: int64 ``[B]``."""
         return (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
 
-    def _unpadded_ids(self, prompts: Sequence[str], rows: Mapping[str, Tensor]) -> Tensor:
-        """``token_ids`` up to the longest prompt's end. Attention is causal: nothing before depends on what follows."""
+    def _unpadded(self, prompts: Sequence[str], rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """``token_ids`` up to the longest prompt's end, ``[B, L]``, and the states there, ``[B, L, P]``.
+
+        Attention is causal: nothing before depends on what follows.
+        """
         ids = self.token_ids(prompts, rows)
-        return ids[:, : int(self._end(ids).max()) + 1]
+        ids = ids[:, : int(self._end(ids).max()) + 1]
+        with self._knowing(rows):
+            states = self.model(ids).last_hidden_state
+        self._check(states, rows)
+        return ids, states
 
     def embed(
         self, texts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS, pool: Literal["end", "highest"] = "end"
@@ -268,10 +272,7 @@ class TextEncoder:
         Raises:
             InputError: see ``token_ids``.
         """
-        ids = self._unpadded_ids(texts, rows)
-        with self._knowing(rows):
-            states = self.model(ids).last_hidden_state
-        self._check(states, rows)
+        ids, states = self._unpadded(texts, rows)
         if pool == "highest":
             return pool_at_highest(states, ids)
         return pool_at_end(states, ids, self.tokenizer.eos_token_id)

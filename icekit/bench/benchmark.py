@@ -224,8 +224,6 @@ class _Bench:
         """What was given for a component, with others or for it alone; a row's own above."""
         fields = self._fields(role, name)
         values: dict[str, Any] = {}
-        if role == "backbone" and "images_at_once" in fields:
-            values["images_at_once"] = self.bench.images
         shared = {key: value for key, value in self.given.get(role, {}).items() if key in (*fields, name)}
         for table in (shared, overrides.get(role, {})):
             named = table.get(name) if name not in fields else None

@@ -26,7 +26,7 @@ from PIL import Image
 
 from icekit.protocols import InputError
 from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically
-from icekit.run.directory import RunDirectory
+from icekit.run.directory import RunDirectory, check_place
 from icekit.settings import flatten
 
 _FOLDERS = ("data", "located", "runs", "images", "values")
@@ -46,10 +46,7 @@ class BenchDirectory:
             InputError: a file is in the way, the folder is somebody else's, or holds a bench and neither ``resume`` nor
                 ``overwrite`` was asked for.
         """
-        if resume and overwrite:
-            raise InputError("--resume goes on with a bench and --overwrite replaces it: give one of them")
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file: --out takes a folder")
+        check_place(self.path, "a bench", resume=resume, overwrite=overwrite)
         before = self._record()
         if before is not None and not (resume or overwrite):
             raise InputError(f"{self.path} already holds a bench: --resume goes on with it, --overwrite replaces it")

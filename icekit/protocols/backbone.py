@@ -13,6 +13,7 @@ models is inside its backbone. Three words are all that the others need:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -276,11 +277,5 @@ def nearest_grids(grids: Sequence[Grid], wanted: Sequence[int]) -> tuple[Grid, .
 
     Each grid comes once, the finest first. Empty where there are no grids.
     """
-    chosen = {min(grids, key=lambda grid: (abs(_log_ratio(min(grid), cells)), -min(grid))) for cells in wanted if grids}
+    chosen = {min(grids, key=lambda grid: (abs(math.log(min(grid) / cells)), -min(grid))) for cells in wanted if grids}
     return tuple(sorted(chosen, key=min, reverse=True))
-
-
-def _log_ratio(one: int, other: int) -> float:
-    import math
-
-    return math.log(one / other)

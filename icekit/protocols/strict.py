@@ -78,7 +78,12 @@ def as_meant(value: Any, kinds: frozenset[Any]) -> Any:
         return [as_meant(one, kinds) for one in value]
     if kinds - {NoneType} and kinds <= {str, Path, NoneType}:
         value = _as_text(value)
-        return _at_home(value) if Path in kinds else value
+        if Path in kinds and str(value).startswith("~"):
+            try:
+                return at_home(value)
+            except ValueError as error:
+                raise ValueError(f"a path of this machine: {error}") from error
+        return value
     if kinds & {int, float}:
         return _as_number(value, kinds)
     return value
@@ -92,13 +97,16 @@ def _as_text(value: Any) -> Any:
     return value.isoformat() if isinstance(value, datetime.date | datetime.time) else value
 
 
-def _at_home(value: Any) -> Any:
-    if not isinstance(value, str | Path) or not str(value).startswith("~"):
-        return value
+def at_home(path: str | Path) -> Path:
+    """A path as typed, with ``~`` and ``~name`` replaced by a home directory.
+
+    Raises:
+        ValueError: there is no such user.
+    """
     try:
-        return Path(value).expanduser()
+        return Path(path).expanduser()
     except RuntimeError as error:
-        raise ValueError("a path of this machine: there is no such user's home directory") from error
+        raise ValueError(f"there is no such user, {Path(path).parts[0]} is no user's home directory here") from error
 
 
 def _as_number(value: Any, kinds: frozenset[Any]) -> Any:

@@ -241,6 +241,20 @@ class Located:
     erased: Tensor | None = None
 
 
+def check_place(path: Path, what: str, *, resume: bool, overwrite: bool) -> None:
+    """Whether a folder can be here, and what is to become of one that is.
+
+    what: is to be written into it, ``"a run"``, say.
+
+    Raises:
+        InputError: a file is in the way, or both ``resume`` and ``overwrite`` were asked for.
+    """
+    if resume and overwrite:
+        raise InputError(f"--resume goes on with {what} and --overwrite replaces it: give one of them")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file: --out takes a folder")
+
+
 class RunDirectory:
     """One run directory under way: what is in it, and how things get into it."""
 
@@ -280,12 +294,9 @@ class RunDirectory:
             InputError: a file is in the way, the folder is somebody else's, or holds a run and neither ``resume`` nor
                 ``overwrite`` was asked for.
         """
-        if resume and overwrite:
-            raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
+        check_place(self.path, "a run", resume=resume, overwrite=overwrite)
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise InputError(f"{self.path} is a file: --out takes a folder")
         if self.is_ours:
             if not (resume or overwrite):
                 kind = "a complete run" if self.is_complete else "an interrupted run (--resume goes on with it)"

@@ -10,7 +10,8 @@ from typing import Any
 from PIL import Image
 
 from icekit import pixels
-from icekit.files import read_bytes, user_path
+from icekit.files import read_bytes
+from icekit.paths import user_path
 from icekit.pictures import MAX_BYTES, MAX_PIXELS, check_pixels, open_picture, to_rgb, upright
 from icekit.protocols import InputError
 

@@ -16,7 +16,7 @@ from icekit import InputError, extract
 from icekit.builtin.datasets.folder import FolderDataset
 from icekit.builtin.segmentors.masks import MaskFilesSegmentor
 from icekit.pixels import cover
-from icekit.plugins import Origin, Plugins
+from icekit.plugins import Plugins
 from icekit.settings import load_settings
 
 HIDDEN = (".DS_Store", "._mask.png", ".hidden.png", "Thumbs.db", "desktop.ini")
@@ -24,12 +24,7 @@ HIDDEN = (".DS_Store", "._mask.png", ".hidden.png", "Thumbs.db", "desktop.ini")
 
 @pytest.fixture
 def plugins() -> Plugins:
-    from icekit import builtin
-
-    found = Plugins()
-    found.add(Origin("plain", "plain-plugin", "1.0"), lambda: plain)
-    found.add(Origin("builtin", "icekit", "0"), lambda: builtin)
-    return found
+    return plain.beside_builtins()
 
 
 def photo(path: Path, size: tuple[int, int], orientation: int = 1) -> Path:

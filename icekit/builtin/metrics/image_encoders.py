@@ -14,7 +14,7 @@ from torch import Tensor
 
 from icekit.clip import load_clip, preprocess
 from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
-from icekit.package_paths import resolved_path
+from icekit.paths import resolved_path
 from icekit.protocols import InputError
 
 REMEMBERED = 4096

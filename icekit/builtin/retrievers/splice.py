@@ -23,8 +23,8 @@ from torch import Tensor
 
 from icekit.builtin.retrievers.clip import ClipRetriever, check_templates
 from icekit.clip import ClipModel
-from icekit.files import is_hidden, read_bytes, user_path
-from icekit.package_paths import package_path
+from icekit.files import is_hidden, read_bytes
+from icekit.paths import setting_path
 from icekit.pictures import MAX_BYTES, open_picture, to_rgb
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
@@ -166,7 +166,7 @@ def image_mean(source: str, clip: ClipModel) -> Tensor | None:
 
         pictures = [_square(Image.fromarray(getattr(data, name)())) for name in SAMPLE_PHOTOGRAPHS]
         return clip.embed_images(pictures).mean(dim=0)
-    path = user_path(package_path(source, "retriever.image_mean"), "retriever.image_mean")
+    path = setting_path(source, "retriever.image_mean")
     if path.is_dir():
         there = (file for file in path.iterdir() if not is_hidden(file))
         files = sorted(file for file in there if file.suffix.lower() in Image.registered_extensions())

@@ -17,8 +17,8 @@ from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 from torch import Tensor
 
-from icekit.attention import Grids, Shares, flat, refine, require_similarity, upsample, without_islands
-from icekit.protocols import Backbone, Capability, ComponentSettings, InputError, Proposal
+from icekit.attention import Grids, LookingSettings, Shares, flat, refine, require_similarity, upsample, without_islands
+from icekit.protocols import Backbone, Capability, InputError, Proposal
 from icekit_neighbours.finch import (
     Array,
     Labels,
@@ -41,7 +41,7 @@ class ConceptExpressSegmentor:
 
     needs: Collection[Capability] = ("attention", "similarity")
 
-    class Settings(ComponentSettings):
+    class Settings(LookingSettings):
         """Settings of the ``conceptexpress`` segmentor; the defaults are the published ones, or are said to be ours."""
 
         caption: str = Field("", description="prompt under which the attention is looked at; by default no word at all")
@@ -55,11 +55,8 @@ class ConceptExpressSegmentor:
             gt=0,
             description="a cluster is background if its attention is below this many times the mean (our choice)",
         )
-        shares: Shares = Field(
-            (0.0,), description="where the model is asked, 0 to 1 of the noise schedule; several are averaged"
-        )
+        shares: Shares = Field((0.0,), description="how noisy, 0 to 1 of the noise schedule (published: 0)")
         noise: bool = Field(False, description="add that much noise to the image; published: a clean latent")
-        draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each share; with noise only")
         noise_seed: int = Field(0, ge=0, description="seed of the noise")
         grids: Grids = Field(
             GRIDS,

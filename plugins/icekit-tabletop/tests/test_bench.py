@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from icekit_tabletop import metrics, render_scene, weights
+from icekit_tabletop import metrics, render_scene
 from icekit_tabletop.dataset import TabletopDataset
 from icekit_tabletop.world import ObjectSpec, is_held_out
 from PIL import Image
@@ -168,7 +168,6 @@ def test_no_value_without_the_token_that_a_metric_needs():
         assert leaked["leak_category_colour"] == (0.0 if found is noun else None)
 
 
-@pytest.mark.skipif(not (weights._MODELS / "stable-diffusion").is_dir(), reason="the models have not been trained")
 def test_bench_on_two_scenes(tmp_path):
     """The program on the real models, with a learner that learns nothing: the ends of the scale are in their place."""
     arguments = ["bench", "tabletop", "--n", "2", "--seed", "7", "--learner", "words", "--out", str(tmp_path / "bench")]

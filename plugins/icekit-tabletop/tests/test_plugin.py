@@ -18,7 +18,7 @@ from torch import nn
 
 from icekit import plugins
 from icekit.bench.matching import match_masks
-from icekit.package_paths import package_path
+from icekit.paths import package_path
 from icekit.pixels import to_tensor
 from icekit.protocols import InputError, Look
 from icekit.run.locating import locate
@@ -105,12 +105,6 @@ def test_the_presets_are_below_what_is_given():
     assert (bench.components.backbone, bench.sample_steps, bench.segmentor["threshold"]) == ("tabletop", 12, 0.55)
 
 
-needs_model = pytest.mark.skipif(
-    not (weights._MODELS / "stable-diffusion").is_dir(), reason="the package's model has not been trained"
-)
-
-
-@needs_model
 class TestOwnModel:
     """The model that comes with the package."""
 

@@ -1,4 +1,4 @@
-"""Paths in settings: inside an installed package (``package:NAME/FOLDER``), of the home folder, relative ones."""
+"""Where paths lead that people type: into a home directory, or inside an installed package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from icekit.protocols import InputError
+from icekit.protocols.strict import at_home
 
 PREFIX = "package:"
 
@@ -34,22 +35,44 @@ def package_path(value: str, setting: str) -> str:
     return str(path)
 
 
+def user_path(path: str | Path, what: str = "") -> Path:
+    """A path as typed, with ``~`` and ``~name`` replaced by a home directory.
+
+    what: put before the message, a setting's key, say.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return at_home(path)
+    except ValueError as error:
+        raise InputError(f"{what}{': ' if what else ''}{path}: {error}") from error
+
+
+def setting_path(value: str, setting: str) -> Path:
+    """A setting's path, which may be inside a package, or begin with ``~``. It need not exist.
+
+    Raises:
+        InputError: see ``package_path`` and ``user_path``.
+    """
+    return user_path(package_path(value, setting), setting)
+
+
 def resolved_path(value: str, setting: str) -> Path:
-    """Where a setting's path leads, whole: inside a package, ``~``, ``./`` and links followed. It need not exist.
+    """Where ``setting_path`` leads, whole: ``./`` and links followed too.
 
     Args:
         value: of a setting that takes a folder or a file.
         setting: its key, for messages.
 
     Raises:
-        InputError: it is no path, a package or a home folder that is not there, or what it names cannot be looked at.
+        InputError: see ``setting_path``; or what it names cannot be looked at.
     """
+    path = setting_path(value, setting)
     try:
-        path = Path(package_path(value, setting)).expanduser().resolve()
+        path = path.resolve()
         path.is_dir()  # refused where a folder above it may not be entered, or a name is too long
     except (OSError, RuntimeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"{setting}: {value if len(value) < 200 else value[:197] + '...'!r}: {reason}") from error
     return path
