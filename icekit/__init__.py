@@ -26,7 +26,8 @@ if TYPE_CHECKING:
         Step,
         View,
     )
-    from icekit.run.directory import Concept, ConceptLibrary, Extraction, Located
+    from icekit.run.directory import Located
+    from icekit.run.extraction import Concept, ConceptLibrary, Extraction
     from icekit.run.learning import learn
     from icekit.run.locating import locate
     from icekit.run.orchestrator import extract
@@ -37,10 +38,10 @@ _HOMES = {
     "Attribute": "protocols",
     "Candidate": "protocols",
     "ComponentSettings": "protocols",
-    "Concept": "run.directory",
-    "ConceptLibrary": "run.directory",
+    "Concept": "run.extraction",
+    "ConceptLibrary": "run.extraction",
     "Conditioning": "protocols",
-    "Extraction": "run.directory",
+    "Extraction": "run.extraction",
     "FineTuning": "protocols",
     "InputError": "protocols",
     "Learned": "protocols",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import click
 
     from icekit.protocols import Attribute, Region, Step
-    from icekit.run.directory import Extraction
+    from icekit.run.extraction import Extraction
     from icekit.settings import Settings
 
 hookspec = pluggy.HookspecMarker("icekit")

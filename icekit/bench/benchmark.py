@@ -33,7 +33,8 @@ from icekit.protocols.strict import StrictSettings
 from icekit.randomness import seeded_generator
 from icekit.run import images
 from icekit.run.atomic import write_image_atomically
-from icekit.run.directory import Extraction, Located
+from icekit.run.directory import Located
+from icekit.run.extraction import Extraction
 from icekit.run.locating import UNNAMED, locate
 from icekit.run.models import build_component, load_backbone, reproducible, resolve_device
 from icekit.run.orchestrator import extract

@@ -12,7 +12,7 @@ from icekit.bench.directory import BenchDirectory, load_strip, save_strip
 from icekit.bench.matching import match_masks
 from icekit.protocols import NO_TOKENS, Backbone, BenchImage, FoundConcept, InputError, Match, Region
 from icekit.randomness import derived_seed
-from icekit.run.directory import Extraction
+from icekit.run.extraction import Extraction
 from icekit.settings import Settings
 
 PLAIN = "plain"

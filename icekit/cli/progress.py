@@ -14,7 +14,7 @@ from icekit.hookspecs import hookimpl
 if TYPE_CHECKING:
     from icekit.bench import Progress as BenchStep
     from icekit.protocols import Region, Step
-    from icekit.run.directory import Extraction
+    from icekit.run.extraction import Extraction
     from icekit.settings import Settings
 
 TITLES = {

@@ -15,7 +15,7 @@ from icekit.cli.common import Invocation, preset_option, print_table, table_of
 from icekit.settings import load_settings
 
 if TYPE_CHECKING:
-    from icekit.run.directory import Extraction
+    from icekit.run.extraction import Extraction
 
 
 def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]:

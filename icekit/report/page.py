@@ -25,7 +25,8 @@ from PIL import Image
 
 from icekit.protocols import object_tokens
 from icekit.report import loss_chart
-from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, Extraction, RunDirectory
+from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, RunDirectory
+from icekit.run.extraction import Extraction
 
 Mask = NDArray[np.bool_]
 

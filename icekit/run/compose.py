@@ -16,7 +16,8 @@ from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError, object_tokens
 from icekit.randomness import derived_seed
 from icekit.run.atomic import write_image_atomically, write_json_atomically
-from icekit.run.directory import SCHEMA_VERSION, Concept, Extraction
+from icekit.run.directory import SCHEMA_VERSION
+from icekit.run.extraction import Concept, Extraction
 from icekit.run.models import load_backbone, reproducible, resolve_device
 from icekit.settings import Settings, nearest
 

@@ -11,18 +11,17 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from icekit.protocols import FineTuning, InputError, Learned, Region, Step
 from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically, write_tensors_atomically
-from icekit.settings import Settings, read_settings_file, validate
+from icekit.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,157 +58,6 @@ _OWN_PATTERNS = {
     "checkpoint": r"run\.json",
 }
 """What icekit writes into a run directory, and so all that it ever deletes there. ``run.json`` goes last."""
-
-
-# --- Reading ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Concept:
-    """One concept of a complete run.
-
-    index, label, score, area, words: as in the manifest; ``area`` is the mask's share of the image.
-    tokens: part (``"category"``, ``"instance"``, ``"colour"``, ...) -> token (``"<cup-0-colour>"``).
-    embeddings: part -> text encoder -> its row, float32 on the CPU.
-    mask_file: the mask, 0 or 255.
-    """
-
-    index: int
-    label: str
-    score: float
-    area: float
-    tokens: dict[str, str]
-    words: dict[str, list[str]]
-    embeddings: dict[str, dict[str, Tensor]] = field(repr=False)
-    mask_file: Path = field(repr=False)
-
-    def mask(self) -> NDArray[np.bool_]:
-        """The mask, bool ``[H, W]``, the size of the run's image."""
-        with Image.open(self.mask_file) as image:
-            return np.asarray(image.convert("L")) > 127
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """A complete run: where it is, its manifest and its concepts."""
-
-    run_dir: Path
-    manifest: dict[str, Any] = field(repr=False)
-    concepts: tuple[Concept, ...]
-
-    @classmethod
-    def open(cls, run_dir: str | Path) -> Extraction:
-        """Read a run directory.
-
-        Raises:
-            InputError: there is none, it is not complete, or a newer version of icekit wrote it.
-        """
-        path = Path(run_dir)
-        directory = RunDirectory(path)
-        if not path.is_dir():
-            raise InputError(f"no such run directory: {path}")
-        if not directory.is_complete:
-            if directory.is_ours:
-                raise InputError(f"the run in {path} is not complete: `icekit run IMAGE --out {path} --resume` goes on")
-            raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
-        manifest = directory.read_manifest()
-        if not OLDEST_SCHEMA_VERSION <= manifest["schema_version"] <= SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {manifest['schema_version']} (icekit {manifest['icekit_version']}); this "
-                f"icekit reads up to version {SCHEMA_VERSION}: use that one, or `icekit run IMAGE --out {path} "
-                "--overwrite`"
-            )
-        try:
-            rows = directory.load_tokens(_encoders(manifest)) or {}
-            concepts = tuple(
-                Concept(
-                    index=entry["index"],
-                    label=entry["label"],
-                    score=entry["score"],
-                    area=entry["area"],
-                    tokens=entry["tokens"],
-                    words=entry["words"],
-                    embeddings={part: rows[token] for part, token in entry["tokens"].items()},
-                    mask_file=path / entry["mask"],
-                )
-                for entry in manifest["concepts"]
-            )
-        except KeyError as error:
-            raise InputError(f"the run in {path} is damaged: {error} is missing") from error
-        return cls(path, manifest, concepts)
-
-    @property
-    def tokens(self) -> dict[str, dict[str, Tensor]]:
-        """Every token of the run -> text encoder -> its row, float32."""
-        return {token: concept.embeddings[part] for concept in self.concepts for part, token in concept.tokens.items()}
-
-    @property
-    def schema_version(self) -> int:
-        """That of its manifest."""
-        return int(self.manifest["schema_version"])
-
-    @property
-    def identity(self) -> str | None:
-        """What its tokens depend on, see ``protocols.Backbone``; None for a run of schema version 1."""
-        backbone = self.manifest.get("backbone")
-        return str(backbone["identity"]) if backbone else None
-
-    def settings(self) -> Settings:
-        """The settings of the run, complete; of a run of schema version 1 those that there still are."""
-        values = read_settings_file(self.run_dir / "settings.toml")
-        if self.schema_version < SCHEMA_VERSION:
-            values = {key: value for key, value in values.items() if key in Settings.model_fields}
-        return validate(Settings, values)
-
-    @property
-    def is_fine_tuned(self) -> bool:
-        """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
-        files = ("lora.safetensors", *(f"{folder}/{WEIGHTS_FILE}" for folder in WEIGHTS_FOLDERS))
-        return any((self.run_dir / name).is_file() for name in files)
-
-    def tuning(self) -> FineTuning:
-        """What the learner made of the noise predictor."""
-        return RunDirectory(self.run_dir).load_tuning()
-
-    def concept(self, reference: str | int | None = None) -> Concept:
-        """A concept by its index or label; the first one for None.
-
-        Raises:
-            InputError: there is none, or several have the label.
-        """
-        key = str(0 if reference is None else reference)
-        choices = ", ".join(f"{concept.index} ({concept.label})" for concept in self.concepts)
-        by_index = [concept for concept in self.concepts if str(concept.index) == key]
-        found = by_index or [concept for concept in self.concepts if concept.label == key]
-        if len(found) != 1:
-            problem = "has no concept" if not found else "has several concepts"
-            raise InputError(f"{self.run_dir} {problem} {key!r}: choose from {choices}")
-        return found[0]
-
-
-class ConceptLibrary:
-    """The concepts of one or several complete runs.
-
-    Raises:
-        InputError: one of the directories is not a complete run.
-    """
-
-    def __init__(self, *run_dirs: str | Path) -> None:
-        self.runs = tuple(Extraction.open(run_dir) for run_dir in run_dirs)
-
-    @property
-    def concepts(self) -> tuple[Concept, ...]:
-        """All concepts, run by run."""
-        return tuple(concept for run in self.runs for concept in run.concepts)
-
-    def __iter__(self) -> Iterator[Concept]:
-        return iter(self.concepts)
-
-    def __len__(self) -> int:
-        return len(self.concepts)
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -599,11 +447,6 @@ def mask_name(region: Region) -> str:
 def sample_name(index: int, part: str, number: int, *, words_alone: bool = False) -> str:
     """Where a sample is, relative to the run directory; ``words_alone``: its counterpart without a learned token."""
     return f"samples/{index}-{part}{WORDS_ALONE if words_alone else ''}-{number}.png"
-
-
-def _encoders(manifest: Mapping[str, Any]) -> list[str] | None:
-    """The text encoders that a run's tokens have rows for; None for a run of schema version 1."""
-    return list(manifest["backbone"]["rows"]) if "backbone" in manifest else None
 
 
 def _key(token: str, encoder: str, rows: Mapping[str, Tensor]) -> str:

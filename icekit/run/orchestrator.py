@@ -23,7 +23,8 @@ from icekit.protocols import Backbone, InputError, Learned, Region, RunError, St
 from icekit.report import page as report
 from icekit.report.loss_chart import read_log
 from icekit.run import directory, images
-from icekit.run.directory import Extraction, Located, RunDirectory, Started
+from icekit.run.directory import Located, RunDirectory, Started
+from icekit.run.extraction import Extraction
 from icekit.run.learning import learn, tokens_of
 from icekit.run.locating import locate
 from icekit.run.models import build_component, load_backbone, reproducible, resolve_device
