@@ -2,7 +2,8 @@
 
 A plugin that fails to import or has a hook with a wrong name or signature stays outside; of one whose hook raises or
 registers what breaks its protocol, that hook counts for nothing. Both are in ``Plugins.broken``, with distribution and
-reason, and commands that do not need them go on.
+reason, and commands that do not need them go on. ``sys.exit`` in a plugin is a failure like others. What plugins print
+while they come in goes to stderr.
 """
 
 from __future__ import annotations
@@ -10,20 +11,26 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pluggy
 from pydantic import ValidationError
 
 from icekit import hookspecs, protocols
-from icekit.protocols import Attribute, Capability, ComponentSettings, InputError
-from icekit.settings import BENCH_TABLES, ROLES, Components, Preset, Role, Settings, merge, nearest, validate
+from icekit.foreign import aside, guarded, is_of_the_machine, is_out_of_memory, said, watched_interrupts
+from icekit.protocols import Attribute, Capability, ComponentSettings, InputError, RunError
+from icekit.protocols.strict import as_stored, changes_no_result
+from icekit.protocols.values import MAX_ATTRIBUTE_BYTES
+from icekit.settings import BENCH_TABLES, ROLES, Components, Preset, Role, Settings, merge, nearest, shown, validate
 
 GROUP = "icekit"
 BUILTIN = "icekit.builtin"
@@ -38,8 +45,12 @@ _PROTOCOLS: dict[str, type] = {
 }
 KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
 """All that plugins can register by name."""
+MAX_NAME_BYTES = 60
+"""Of a registered name: folders of a bench are called by up to three."""
 RESERVED_TOKENS = ("category", "instance", "object")
 """What a concept's parts and samples are called already: no attribute can have such a name."""
+OWN_ROOMS = tuple(f"icekit.{room}" for room in ("bench", "cli", "files", "report", "run"))
+"""Modules that are no component's: what they raise no component has raised."""
 CAPABILITIES: dict[Capability, str] = {
     "attention": "maps of words over the picture",
     "similarity": "maps of places over places",
@@ -102,6 +113,10 @@ class PluginError(Exception):
     """A plugin breaks its contract. The message is one line."""
 
 
+class ComponentError(RunError):
+    """A component raised what is no error of icekit's, or tried to end the program."""
+
+
 class Plugins:
     """What is installed: ``manager`` calls the hooks, ``broken`` says what does not work."""
 
@@ -118,11 +133,13 @@ class Plugins:
         """Import and register one plugin, or note why it cannot be."""
         plugin: object | None = None
         try:
-            plugin = load()
-            self.manager.register(plugin, origin.plugin)
-            self._refuse_unknown_hooks(plugin)
+            with aside(), guarded():
+                plugin = load()
+                hash(plugin)
+                self.manager.register(plugin, origin.plugin)
+                self._refuse_unknown_hooks(plugin)
         except Exception as error:  # whatever a plugin's code does wrong, the others must not suffer
-            if plugin is not None and self.manager.is_registered(plugin):
+            if plugin is not None and self.manager.get_plugin(origin.plugin) is plugin:
                 self.manager.unregister(plugin)
             self._note_broken(origin, error)
         else:
@@ -135,18 +152,24 @@ class Plugins:
                 raise PluginError(f"unknown hook {caller.name!r}: {nearest(caller.name, known)}")
 
     def _note_broken(self, origin: Origin, error: BaseException) -> None:
-        reason = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
-        self.broken.append(BrokenPlugin(origin, " ".join(reason.split())))
+        if is_out_of_memory(error):
+            raise error  # no plugin is to blame for it
+        reason = " ".join(str(error).split()) if isinstance(error, PluginError | InputError) else said(error)
+        self.broken.append(BrokenPlugin(origin, reason))
 
     def _call_one(self, hook: str, plugin: object, **arguments: Any) -> None:
         others = [other for other in self.manager.get_plugins() if other is not plugin]
-        self.manager.subset_hook_caller(hook, others)(**arguments)
+        with aside(), guarded():
+            self.manager.subset_hook_caller(hook, others)(**arguments)
 
-    def each(self, hook: str, **arguments: Any) -> None:
-        """Call a hook plugin by plugin; note those that raise."""
+    def each(self, hook: str, **arguments: Callable[[Origin], Any]) -> None:
+        """Call a hook plugin by plugin; note those that raise.
+
+        arguments: by name, each made for the plugin that it is for.
+        """
         for plugin, origin in self._origins.items():
             try:
-                self._call_one(hook, plugin, **arguments)
+                self._call_one(hook, plugin, **{name: made_for(origin) for name, made_for in arguments.items()})
             except Exception as error:
                 self._note_broken(origin, error)
 
@@ -170,6 +193,11 @@ class Plugins:
         offers: dict[str, Registered] = {}
 
         def add(name: str, value: Any) -> None:
+            if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or len(name.encode()) > MAX_NAME_BYTES:
+                raise PluginError(
+                    f"{name!r:.200} cannot be a {role}'s name: use letters, digits, - and _, at most "
+                    f"{MAX_NAME_BYTES} bytes"
+                )
             if taken := earlier.get(name) or offers.get(name):
                 raise PluginError(f"{role} {name!r} is already registered by {taken.origin}")
             offers[name] = Registered(role, name, value, origin)
@@ -180,6 +208,13 @@ class Plugins:
 
         def register_attribute(attribute: Attribute) -> None:
             check_attribute(attribute)
+            for other in ({**earlier, **offers}).values():
+                same = _spellings(attribute) & _spellings(other.value)
+                if attribute.name != other.name and same:
+                    raise PluginError(
+                        f"attribute {attribute.name!r} would be called as {other.name!r} of {other.origin} is, "
+                        f"{min(same)!r}: its name and aliases must differ in more than case"
+                    )
             add(attribute.name, attribute)
 
         def register_preset(name: str, file: Path) -> None:
@@ -239,7 +274,62 @@ class Plugins:
         Raises:
             InputError: no such component, an unknown key or a wrong value.
         """
-        return validate(self._settings_model(role, name), values, prefix=f"{role}.")
+        with self.naming("settings", [(role, name)], by=(role, name)):
+            return validate(self._settings_model(role, name), values, prefix=f"{role}.")
+
+    @contextmanager
+    def naming(
+        self,
+        stage: str | Callable[[], str],
+        components: Iterable[tuple[str, str]] | Callable[[], Iterable[tuple[str, str]]],
+        by: tuple[str, str] | None = None,
+    ) -> Iterator[None]:
+        """What components raise within the block becomes an error that names component, plugin and stage.
+
+        Of several that called one another the innermost is named. What a component says itself, as an InputError or a
+        RunError, stays as it is; so do a Ctrl-C, a full disk and the like, and what our own code raises.
+
+        Args:
+            stage: what is being done.
+            components: which are at work, (role, name) each.
+            by: the one that the block calls, if it is one alone.
+
+        Raises:
+            ComponentError: a component raised something, or tried to end the program.
+        """
+        with watched_interrupts() as interrupted:
+            try:
+                yield
+            except (InputError, RunError):
+                raise
+            except BaseException as error:
+                if (isinstance(error, KeyboardInterrupt) and interrupted()) or is_of_the_machine(error):
+                    raise
+                culprit = self._culprit(error, components() if callable(components) else components, by)
+                if culprit is None:
+                    raise
+                raise ComponentError(
+                    f"{culprit.role} {culprit.name!r} of {culprit.origin} failed in stage "
+                    f"{stage() if callable(stage) else stage}: {said(error)}"
+                ) from error
+
+    def _culprit(
+        self, error: BaseException, components: Iterable[tuple[str, str]], by: tuple[str, str] | None
+    ) -> Registered | None:
+        """The component in whose methods something was raised; None where our own code raised it, called back."""
+        ours = False
+        known = [self.offered(role)[name] for role, name in components if name in self.offered(role)]
+        frames, place = [], error.__traceback__
+        while place is not None:
+            frames.append(place.tb_frame)
+            place = place.tb_next
+        for frame in reversed(frames):
+            first = _first_argument(frame)
+            for one in known:
+                if type(first) is one.value or first is one.value:
+                    return None if ours else one
+            ours = ours or str(frame.f_globals.get("__name__", "")).startswith(OWN_ROOMS)
+        return None if by is None else self._find(*by)
 
     def resolve(self, settings: Settings, dataset: str | None = None) -> Settings:
         """Complete settings: presets put below what was given, aliases of attributes replaced, every component's
@@ -272,6 +362,20 @@ class Plugins:
         self._check_needs(components, own)
         attributes = tuple(dict.fromkeys(self.attribute(name).name for name in full.attributes))
         return validate(Settings, full.model_dump() | {"attributes": attributes})
+
+    def stored(self, settings: Settings) -> Settings:
+        """Complete settings as a run's files keep them: with paths that hold in any working directory."""
+        values = settings.model_dump(mode="json")
+        for role in ROLES:
+            values[role] = as_stored(self.component_settings(role, settings.name_of(role), settings.values_of(role)))
+        return validate(Settings, values)
+
+    def changes_no_result(self, settings: Settings) -> set[str]:
+        """The settings of a run, by key, that change nothing of what comes out: see ``strict.CHANGES_NO_RESULT``."""
+        keys = set(changes_no_result(Settings))
+        for role in ROLES:
+            keys |= {f"{role}.{key}" for key in changes_no_result(self._settings_model(role, settings.name_of(role)))}
+        return keys
 
     def presets_of(self, settings: Settings, dataset: str | None = None) -> list[Preset]:
         """The presets below what was given, the lowest first: the backbone's own, the data set's, the one chosen.
@@ -311,7 +415,8 @@ class Plugins:
         """
         table: dict[str, Any] = preset.values.get(role, {}).get(name, {})
         try:
-            validate(self._settings_model(role, name), table, prefix=f"{role}.{name}.")
+            with self.naming("settings", [(role, name)], by=(role, name)):
+                validate(self._settings_model(role, name), table, prefix=f"{role}.{name}.")
         except InputError as error:
             raise InputError(f"preset {preset.name!r}: {error}") from error
         return table
@@ -341,7 +446,7 @@ class Plugins:
                 raise InputError(f"setting '{role}.{name}' is for {role} {name!r}, and {chosen!r} is chosen")
             own = values.pop(name)
             if not isinstance(own, Mapping):
-                raise InputError(f"setting '{role}.{name}' cannot be {own!r}: it should be a table of settings")
+                raise InputError(f"setting '{role}.{name}' cannot be {shown(own)}: it should be a table of settings")
         return merge(values, own)
 
     def _settings_model(self, role: str, name: str) -> type[ComponentSettings]:
@@ -391,7 +496,7 @@ class Plugins:
 
 
 class Observers:
-    """Calls observer hooks. An observer that raises is reported once and heard no more: it must not end the run."""
+    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run."""
 
     def __init__(self, manager: pluggy.PluginManager) -> None:
         self._manager = manager
@@ -404,10 +509,11 @@ class Observers:
             if name in self._silenced:
                 continue
             try:
-                caller(**arguments)
+                with guarded():
+                    caller(**arguments)
             except Exception as error:
                 self._silenced.add(name)
-                log.warning("plugin %r failed in %s and is ignored from here on: %r", name, hook, error)
+                log.warning("plugin %r failed in %s and is ignored from here on: %s", name, hook, said(error))
 
     def _callers_of(self, hook: str) -> dict[str, Any]:
         if hook not in self._callers:  # step_done is called very often
@@ -419,6 +525,16 @@ class Observers:
                 for implementation in getattr(self._manager.hook, hook).get_hookimpls()
             }
         return self._callers[hook]
+
+
+def _first_argument(frame: FrameType) -> object:
+    """What a function was called with first: of a method ``self``, however it is called."""
+    code = frame.f_code
+    if code.co_argcount:
+        return frame.f_locals.get(code.co_varnames[0])
+    if code.co_flags & inspect.CO_VARARGS:
+        return next(iter(frame.f_locals.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
+    return None
 
 
 def needs_of(component: type, settings: ComponentSettings) -> Collection[Capability]:
@@ -448,10 +564,40 @@ def check_component(role: str, name: str, component: object) -> None:
     missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
     if missing:
         raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
+    for method in methods:
+        _check_signature(getattr(component, method), getattr(protocol, method), where)
+    preset = getattr(component, "preset", None)
+    if role in ("backbone", "dataset") and not isinstance(preset, str | None):
+        raise PluginError(f"{where} has the preset {preset!r}: it should be a preset's name")
     said = "lacks" if role == "backbone" else "needs"
     for capability in getattr(component, said, ()) if role in ROLES else ():
         if capability not in CAPABILITIES:
             raise PluginError(f"{where} {said} {capability!r}: {nearest(capability, CAPABILITIES)}")
+
+
+def _check_signature(method: Any, promised: Any, where: str) -> None:
+    """Whether a method takes what it will be called with."""
+    wanted = inspect.signature(promised)
+    named = [one.name for one in wanted.parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    try:
+        taken = inspect.signature(method)
+    except (TypeError, ValueError):  # not written in Python
+        return
+    try:
+        taken.bind(*([None] * (len(wanted.parameters) - len(named))), **dict.fromkeys(named))
+    except TypeError as error:
+        raise PluginError(
+            f"{where}: {promised.__name__}{taken} cannot be called as {promised.__name__}{wanted}: {error}"
+        ) from error
+
+
+def _spellings(attribute: Attribute) -> set[str]:
+    """An attribute's name and aliases, as they are the same for a file system that knows no case."""
+    return {_spelling(name) for name in (attribute.name, *attribute.aliases)}
+
+
+def _spelling(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
 
 
 def check_attribute(attribute: object) -> None:
@@ -462,8 +608,19 @@ def check_attribute(attribute: object) -> None:
     """
     if not isinstance(attribute, Attribute):
         raise PluginError(f"register_attributes was given {attribute!r}, not an icekit.Attribute")
-    if attribute.name.lower() in RESERVED_TOKENS or not attribute.name.isidentifier():
+    if (
+        not isinstance(attribute.name, str)
+        or not attribute.name.isidentifier()
+        or (_spelling(attribute.name) in RESERVED_TOKENS)
+    ):
         raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
+    if len(attribute.name.encode()) > MAX_ATTRIBUTE_BYTES:
+        raise PluginError(f"attribute {attribute.name!r:.100} has too long a name: {MAX_ATTRIBUTE_BYTES} bytes at most")
+    texts = {"anchor": (attribute.anchor,), "vocabulary": attribute.vocabulary, "aliases": attribute.aliases}
+    for key, values in texts.items():
+        if not isinstance(values, tuple | list) or not all(isinstance(one, str) and one.strip() for one in values):
+            given = values if key != "anchor" else attribute.anchor
+            raise PluginError(f"attribute {attribute.name!r} has the {key} {given!r}: it should be text, not empty")
 
 
 def own_version() -> str:
@@ -480,11 +637,14 @@ def installed() -> Plugins:
     plugins = Plugins()
     plugins.add(Origin("builtin", "icekit", own_version()), lambda: import_module(BUILTIN))
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        distribution = entry.dist
-        origin = Origin(
-            entry.name,
-            distribution.name if distribution else "unknown",
-            distribution.version if distribution else "unknown",
-        )
-        plugins.add(origin, entry.load)
+        plugins.add(_origin_of(entry), entry.load)
     return plugins
+
+
+def _origin_of(entry: EntryPoint) -> Origin:
+    """Where an entry point is from; its distribution's metadata may be damaged."""
+    try:
+        found = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
+    except Exception:
+        found = (None, None)
+    return Origin(entry.name, *(one or "unknown" for one in found))

@@ -32,12 +32,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import tomli_w
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from icekit.files import read_text
 from icekit.paths import user_path
 from icekit.protocols import InputError
-from icekit.protocols.strict import StrictSettings, typed_number
+from icekit.protocols.strict import CHANGES_NO_RESULT, StrictSettings, typed_number
 
 Role = Literal["backbone", "retriever", "segmentor", "learner"]
 ROLES: tuple[Role, ...] = ("backbone", "retriever", "segmentor", "learner")
@@ -56,7 +56,7 @@ class Settings(StrictSettings):
     """All settings of a run. The components' own ones are checked against the components' models by ``resolve``."""
 
     attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn")
-    max_concepts: int = Field(10, ge=1, description="stop looking after this many concepts")
+    max_concepts: int = Field(10, ge=1, le=10_000, description="stop looking after this many concepts")
     max_rounds: int | None = Field(
         None, ge=1, description="stop looking after this many words, whether or not they have a place; none: no limit"
     )
@@ -81,25 +81,34 @@ class Settings(StrictSettings):
     erase: Literal["inpaint", "black", "mean"] = Field(
         "inpaint", description="what retrievers and segmentors see where a concept was erased"
     )
-    samples: int = Field(2, ge=0, description="images generated for each concept and each of its attributes")
+    samples: int = Field(2, ge=0, le=10_000, description="images generated for each concept and each of its attributes")
     words_alone: bool = Field(
         True,
         description="generate as many from the plain words alone and the same noise, to see what learning added",
     )
     sample_steps: int | None = Field(
-        None, ge=1, description="denoising steps of a generated image; none: the backbone's own"
+        None, ge=1, le=1000, description="denoising steps of a generated image; none: the backbone's own"
     )
     guidance_scale: float | None = Field(
-        None, ge=0, description="how strongly a generated image follows its prompt; none: the backbone's own"
+        None, ge=0, le=100, description="how strongly a generated image follows its prompt; none: the backbone's own"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="every random choice follows from it")
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="where the models run")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field(
+        "auto", description="where the models run", json_schema_extra=CHANGES_NO_RESULT
+    )
     preset: str | None = Field(None, description="a named set of settings, below those that are given")
     components: Components = Field(Components(), description="which plugin does what")
     backbone: dict[str, Any] = Field({}, description="settings of the backbone")
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")
     segmentor: dict[str, Any] = Field({}, description="settings of the segmentor")
     learner: dict[str, Any] = Field({}, description="settings of the learner")
+
+    @field_validator("backbone", "retriever", "segmentor", "learner", mode="before")
+    @classmethod
+    def _not_deep(cls, values: Any) -> Any:
+        if _is_deep(values):
+            raise ValueError(f"values that are nested at most {MAX_DEPTH} deep")
+        return values
 
     @model_validator(mode="before")
     @classmethod
@@ -136,6 +145,8 @@ NONE = "none"
 """None in a settings file and on the command line, for a setting that may be None."""
 MAX_DEPTH = 16
 """How deep a settings file may nest its values: more than any setting needs, less than makes Python give up."""
+MAX_PROBLEMS = 3
+"""Most wrong settings that a message names."""
 MAX_SHOWN = 160
 """Most characters of a wrong value that a message shows."""
 BENCH_TABLES = ("metric", "bench")
@@ -238,13 +249,18 @@ def _parse(text: str) -> dict[str, Any]:
         raise
     except ValueError as error:  # Python reads no integer of more than 4300 digits
         raise ValueError("a number in it has too many digits") from error
+    if _is_deep(values):
+        raise ValueError(too_deep)
+    return values
+
+
+def _is_deep(values: Any) -> bool:
+    """Whether values are nested more than ``MAX_DEPTH`` deep."""
     level: list[Any] = [values]
     for _ in range(MAX_DEPTH):
         within = [one.values() if isinstance(one, Mapping) else one for one in level if isinstance(one, Mapping | list)]
         level = [value for values_of_one in within for value in values_of_one]
-    if any(isinstance(one, Mapping | list) for one in level):
-        raise ValueError(too_deep)
-    return values
+    return any(isinstance(one, Mapping | list) for one in level)
 
 
 def parse_assignment(assignment: str) -> dict[str, Any]:
@@ -296,7 +312,7 @@ def merge(*layers: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             elif isinstance(value, Mapping) and below not in (None, NONE):
                 where = _shortened(f"{prefix}{key}")
                 raise InputError(
-                    f"setting {where!r} cannot be {_shown(below)}: it should be a table, as in {where}.KEY=VALUE"
+                    f"setting {where!r} cannot be {shown(below)}: it should be a table, as in {where}.KEY=VALUE"
                 )
             merged[key] = value
     return merged
@@ -329,7 +345,9 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "") ->
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        raise InputError("; ".join(_explain(model, problem, prefix) for problem in error.errors())) from error
+        said = list(dict.fromkeys(_explain(model, problem, prefix) for problem in error.errors()))
+        more = [f"and {len(said) - MAX_PROBLEMS} more"] * (len(said) > MAX_PROBLEMS)
+        raise InputError("; ".join([*said[:MAX_PROBLEMS], *more])) from error
 
 
 def _may_be_none(model: type[BaseModel], key: str) -> bool:
@@ -354,10 +372,10 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     message = message.removeprefix("a valid ").replace("\n", " ")
     if problem["type"] == "model_type":
         message = f"a table, as in {key}.KEY=VALUE"
-    return f"setting {_shortened(key)!r} cannot be {_shown(problem['input'])}: it should be {message}"
+    return f"setting {_shortened(key)!r} cannot be {shown(problem['input'])}: it should be {message}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A wrong value in a message of one line, however long it is."""
     if isinstance(value, int) and value.bit_length() > 1024:  # Python writes none of more than 4300 digits
         return f"a number of some {round(value.bit_length() * math.log10(2))} digits"

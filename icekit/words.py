@@ -12,6 +12,9 @@ from icekit.files import read_text
 from icekit.paths import setting_path
 from icekit.protocols import InputError
 
+MAX_WORDS, MAX_WORD = 200_000, 300
+"""Most words of a vocabulary, and most characters of one: models read about 77 pieces of words."""
+
 
 def one_or_more(value: Any) -> Any:
     """``"a {}"`` -> ``["a {}"]``: a setting that takes a list takes a single value, too."""
@@ -48,6 +51,15 @@ def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
     else:
         lines = list(vocabulary)
     words = list(dict.fromkeys(word for line in lines if (word := line.partition("#")[0].strip().lower())))
+    if len(words) > MAX_WORDS:
+        source = vocabulary if isinstance(vocabulary, str) else "the list"
+        raise InputError(
+            f"retriever.vocabulary: {source} has {len(words)} words, and can have {MAX_WORDS}: each is compared with "
+            "every view of the image"
+        )
+    long = next((word for word in words if len(word) > MAX_WORD), None)
+    if long is not None:
+        raise InputError(f"retriever.vocabulary: {long[:40]!r}... has {len(long)} characters: give one word a line")
     if not words:
         source = vocabulary if isinstance(vocabulary, str) else "the list"
         raise InputError(f"retriever.vocabulary: no word in {source}: it needs one or more, one a line")

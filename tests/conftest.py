@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started from a background job
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 torch.use_deterministic_algorithms(True)
 
@@ -21,25 +24,25 @@ torch.use_deterministic_algorithms(True)
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 2.x folder: 128-pixel images, latents ``[4, 16, 16]``, attention at 16, 8, 4 and 2."""
-    import tiny_models
+    from icekit.testing import tiny
 
-    return tiny_models.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+    return tiny.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
 
 
 @pytest.fixture(scope="session")
 def sd15_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 1.x folder, otherwise as ``sd_folder``."""
-    import tiny_models
+    from icekit.testing import tiny
 
-    return tiny_models.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd15", version=1, seed=1)
+    return tiny.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd15", version=1, seed=1)
 
 
 @pytest.fixture(scope="session")
 def sd_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``sd_folder``, trained to predict v (Stable Diffusion 2.1 at 768 pixels does)."""
-    import tiny_models
+    from icekit.testing import tiny
 
-    return tiny_models.write_stable_diffusion(
+    return tiny.write_stable_diffusion(
         tmp_path_factory.mktemp("models") / "sd-v", prediction_type="v_prediction", seed=2
     )
 
@@ -55,6 +58,6 @@ def joint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An open_clip folder: ``open_clip.create_model_from_pretrained(f"local-dir:{clip_folder}")``, 64-pixel images."""
-    import tiny_models
+    from icekit.testing import tiny
 
-    return tiny_models.write_clip(tmp_path_factory.mktemp("models") / "clip")
+    return tiny.write_clip(tmp_path_factory.mktemp("models") / "clip")

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
@@ -19,8 +19,10 @@ from pydantic import Field
 from torch import Tensor
 
 from icekit import hookimpl
+from icekit.paths import PLACE
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import (
+    CHANGES_NO_RESULT,
     NO_TOKENS,
     Attention,
     Attribute,
@@ -66,9 +68,11 @@ class PlainBackbone:
     class Settings(ComponentSettings):
         """Which model, and how its images are made."""
 
-        model: str = Field("plain", description="its name, or a folder of that name")
+        model: Annotated[str, PLACE] = Field("plain", description="its name, or a folder of that name")
         image_size: tuple[int, int] = Field((SIDE, SIDE), description="height and width of its images")
-        images_at_once: int = Field(1, ge=1, description="images made as one batch")
+        images_at_once: int = Field(
+            1, ge=1, description="images made as one batch", json_schema_extra=CHANGES_NO_RESULT
+        )
 
     preset = "plain"
     lacks: Collection[str] = ("fine_tuning",)
@@ -232,7 +236,9 @@ class PlainLearner:
 
         steps: int = Field(20, ge=1, description="steps of the walk")
         rate: float = Field(0.1, gt=0, description="length of a step")
-        pause: float = Field(0.0, ge=0, description="seconds to wait after each step")
+        pause: float = Field(
+            0.0, ge=0, description="seconds to wait after each step", json_schema_extra=CHANGES_NO_RESULT
+        )
         fail_at: int | None = Field(None, description="a step to fail at")
 
     def __init__(self, settings: Settings, backbone: PlainBackbone) -> None:
@@ -264,9 +270,9 @@ class PlainLearner:
                 raise ValueError("two\nlines")
             for row in tokens.values():
                 row += self.settings.rate * torch.randn(row.shape, generator=generator)
+            on_step(Step(step, self.settings.steps, "walk", {"total": 1 / step}))
             if step % 5 == 0:
                 checkpoint.save(tokens | {"generator": generator.get_state()}, {"step": step})
-            on_step(Step(step, self.settings.steps, "walk", {"total": 1 / step}))
             time.sleep(self.settings.pause)
         return Learned({token: {ENCODER: row} for token, row in tokens.items()})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-import tiny_models
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor
@@ -18,6 +17,7 @@ from icekit.backbones.attention_capture import (
     grids_of,
     maps_of,
 )
+from icekit.testing import tiny
 
 LATENT = (16, 24)
 GRIDS = ((16, 24), (8, 12), (4, 6), (2, 3))
@@ -32,7 +32,7 @@ def layers_of(unet, cross=(), self_=(), latent=LATENT):
 
 @pytest.fixture(scope="module", params=[1, 2])
 def unet(request):
-    return tiny_models.tiny_pipeline(version=request.param).unet.requires_grad_(False)
+    return tiny.tiny_pipeline(version=request.param).unet.requires_grad_(False)
 
 
 @pytest.fixture

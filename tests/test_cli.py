@@ -128,7 +128,10 @@ def test_failed_run(place: Path, run: Run) -> None:
     assert "no concept found" in err.splitlines()[-1]
     status, _, err = in_process(place, *command, "retriever.ghosts=0", "--overwrite")
     assert status == 1
-    assert err.splitlines()[-1] == "icekit: ValueError: two lines (--traceback shows where)"
+    assert err.splitlines()[-1] == (
+        "icekit: learner 'plain' of plugin 'plain_plugin' (plain-plugin 1.0) failed in stage learn: "
+        "ValueError: two lines (--traceback shows where)"
+    )
     assert "Traceback" not in err
     status, _, err = run(*command, "retriever.ghosts=0", "--overwrite", "--traceback")
     assert status == 1

@@ -21,9 +21,9 @@ from PIL import Image
 from icekit.backbones.common import quiet
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.protocols import NO_TOKENS, Attention, Conditioning, FineTuning, InputError, Prediction, Tuned
-from icekit.testing import BackboneUnderTest, backbone_checks, check_backbone
+from icekit.testing import BackboneUnderTest, check_backbone, checks_of, parametrize_with_checks
 
-CHECKS = {check.__name__: check for check in backbone_checks()}
+CHECKS = {check.__name__: check for check in checks_of("backbone")}
 
 
 def stable_diffusion(
@@ -84,7 +84,7 @@ def subject(request: pytest.FixtureRequest) -> BackboneUnderTest:
             return JointAttentionUnderTest(JointAttention(settings, "cpu"), pipeline, encoders=ENCODERS)
 
 
-@pytest.mark.parametrize("check", backbone_checks())
+@parametrize_with_checks("backbone")
 def test_backbone(check, subject):
     check(subject)
 

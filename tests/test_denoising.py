@@ -54,7 +54,7 @@ def test_latent_mask_takes_the_cells_that_are_at_least_half_covered() -> None:
 
 def test_a_tiny_object_keeps_its_most_covered_cell() -> None:
     mask = torch.zeros(2, 8, 8, dtype=torch.bool)
-    mask[0, 7, 7] = mask[0, 0, 0] = mask[0, 1, 0] = True
+    mask[0, 7, 7] = mask[0, 0, 0] = mask[0, 1, 0] = mask[0, 1, 1] = True
     assert latent_mask(mask, (2, 2)).tolist() == [[[1.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]]
 
 

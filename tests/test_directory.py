@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from icekit import ConceptLibrary, Extraction, InputError, extract
-from icekit.protocols import FineTuning, Learned, Region, Step
+from icekit.protocols import FineTuning, Learned, Region, RunError, Step
 from icekit.run.atomic import write_atomically, write_json_atomically
 from icekit.run.directory import FileCheckpoint, Located, RunDirectory, StepLog
 from icekit.settings import Settings, load_settings
@@ -101,7 +101,7 @@ def test_overwrite_deletes_what_icekit_wrote_and_nothing_else(tmp_path: Path, ru
         write_atomically(tmp_path / name, b"mine")
     begun(tmp_path)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
-    assert left == {*foreign, "settings.toml", "image.png", "checkpoint/run.json"}
+    assert left == {*foreign, "settings.toml", "image.png", "checkpoint/run.json", "checkpoint/written.jsonl"}
 
 
 def test_killed_while_beginning_is_still_icekits(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_tokens_of_one_text_encoder_and_of_several(tmp_path: Path, lengths: dict
     else:
         assert whole.keys() == {f"{name}.{encoder}" for name in names for encoder in lengths}
         assert alone.keys() == lengths.keys()
-    found = run.load_tokens(list(lengths))
+    found = run.load_tokens(lengths, names)
     assert found is not None and found.keys() == tokens.keys()
     for name, rows in tokens.items():
         assert found[name].keys() == rows.keys()
@@ -241,6 +241,6 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError("no space left")
 
     monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(RunError, match="no space"):
         write_atomically(tmp_path / "file", b"new")
     assert (tmp_path / "file").read_bytes() == b"old"

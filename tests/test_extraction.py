@@ -58,7 +58,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert manifest == run.manifest
     assert list(manifest) == [
         "schema_version", "icekit_version", "image", "presets", "components", "backbone", "attributes", "seed",
-        "concepts", "learning_steps", "timings",
+        "concepts", "learning_steps", "timings", "files",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
@@ -308,7 +308,7 @@ def test_nothing_found_says_what_was_tried(plugins: Plugins, photo: Path, tmp_pa
 
 def test_failure_keeps_what_was_done(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     whole = extract(photo, tmp_path / "whole", plain_settings(), installed=plugins)
-    with pytest.raises(ValueError, match="two"):
+    with pytest.raises(RunError, match="ValueError: two"):
         extract(photo, tmp_path / "run", plain_settings(learner={"fail_at": 13}), installed=plugins)
     assert not (tmp_path / "run" / "manifest.json").exists()
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 12
@@ -357,7 +357,7 @@ def test_killed_at_any_moment_and_resumed(plugins: Plugins, photo: Path, tmp_pat
 
 def test_resume_refuses_what_changed(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with pytest.raises(ValueError, match="two"):
+    with pytest.raises(RunError, match="ValueError: two"):
         extract(photo, run, plain_settings(seed=4, learner={"fail_at": 2}), installed=plugins)
     for given, message in [
         ({"seed": 5}, "seed was 4, now 5"),
@@ -367,7 +367,7 @@ def test_resume_refuses_what_changed(plugins: Plugins, photo: Path, tmp_path: Pa
     ]:
         with pytest.raises(InputError, match=message):
             extract(photo, run, load_settings(options=given), resume=True, installed=plugins)
-    with pytest.raises(ValueError, match="two"):  # the same again, in another spelling
+    with pytest.raises(RunError, match="ValueError: two"):  # the same again, in another spelling
         extract(
             photo, run, load_settings(options={"seed": 4, "learner": {"steps": "20"}}), resume=True, installed=plugins
         )

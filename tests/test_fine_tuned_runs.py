@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,15 +110,12 @@ def test_samples_are_drawn_with_them_and_words_alone_are_not(plugins: Plugins, t
 
 
 def test_a_run_that_goes_on_draws_with_what_it_kept(plugins: Plugins, tmp_path: Path) -> None:
-    class Killed(BaseException):
-        pass
-
     class Observer:
         @hookimpl
         def image_generated(self, done: int, total: int) -> None:
-            raise Killed
+            signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(Killed):
+    with pytest.raises(KeyboardInterrupt):
         extract(PICTURE, tmp_path / "run", settings(), installed=plugins, observers=[Observer()])
     before = len(SEEN)
     extract(PICTURE, tmp_path / "run", settings(), installed=plugins, resume=True)

@@ -270,7 +270,7 @@ def test_a_broken_loss_names_itself(learn: Learn, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(ice, "object_triplet", lambda *_: torch.tensor(torch.nan))
     with pytest.raises(
-        RunError, match=r"the triplet loss became nan in step 1 \(phase object\); .*lower learner.learning_rate"
+        RunError, match=r"the triplet loss became nan in step 1 \(phase object\); nothing was learned before it"
     ):
         learn()
 

@@ -165,7 +165,7 @@ class Learner:
         rate: float = 0.1
         own_rate: float | None = 0.3
 
-    def learn(self) -> None: ...
+    def learn(self, *given: object, **named: object) -> None: ...
 
 
 class Other(Learner):
@@ -288,7 +288,7 @@ def test_a_preset_does_not_reach_a_component_that_it_does_not_name(tmp_path: Pat
             vocabulary: int = 7
             steps: int = 3
 
-        def retrieve(self) -> None: ...
+        def retrieve(self, *given: object, **named: object) -> None: ...
 
     found = installed_with(Plugin)
     for preset in found.offered("preset"):

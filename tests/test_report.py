@@ -22,6 +22,7 @@ from icekit.protocols import FineTuning, InputError, Learned
 from icekit.report import loss_chart
 from icekit.report import page as report
 from icekit.run.directory import RunDirectory
+from icekit.run.records import Manifest
 
 PARTS = ("category", "instance", "colour", "material")
 
@@ -81,7 +82,8 @@ def write_run(run: Path, labels: list[str], size: int = 64, samples: int = 2, so
         for part in (*PARTS, "object"):
             for k in range(samples):
                 save(generator.integers(0, 256, (size, size, 3)), f"samples/{index}-{part}-{k}.png")
-        tokens = {part: f"<{label}-{index}{'' if part == 'category' else '-' + part}>" for part in PARTS}
+        stem = f"{re.sub('[<> ]', '', label)}-{index}"
+        tokens = {part: f"<{stem}{'' if part == 'category' else '-' + part}>" for part in PARTS}
         words = {"colour": ["red", "orange"], "material": ["glass"]}
         concepts.append(
             {"index": index, "label": label, "score": 0.3, "mask": f"masks/{index}.png", "area": float(mask.mean())}
@@ -196,7 +198,7 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
         "pipeline_class": backbone.pipeline_class,
         "pipeline_source": backbone.pipeline_source,
     }
-    html = report.render_report(run, manifest)
+    html = report.render_report(run, Manifest.model_validate(manifest))
     found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
     assert found
     scope: dict[str, Any] = {}
@@ -209,7 +211,7 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
 @pytest.mark.parametrize(
     "backbone",
     [
-        None,  # a run of schema version 1
+        None,  # as a run of schema version 1 has it
         {"identity": "x", "rows": {"clip_l": 4}},
         {"identity": "x", "rows": {"clip_l": 4}, "pipeline_class": "a; b", "pipeline_source": "my/model"},
         {"identity": "x", "rows": {"clip_l": 4, "clip_g": 4}, "pipeline_class": "P", "pipeline_source": "my/model"},
@@ -218,7 +220,8 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
 def test_no_code_is_shown_that_would_not_run(tmp_path: Path, backbone: dict[str, Any] | None) -> None:
     run = write_run(tmp_path, ["cup"])
     manifest = json.loads((run / "manifest.json").read_text()) | {"backbone": backbone}
-    page = Page(report.render_report(run, manifest))
+    manifest["schema_version"] = 1 if backbone is None else 2
+    page = Page(report.render_report(run, Manifest.model_validate(manifest)))
     assert "from_pretrained" not in page.text and "diffusers" not in page.text
     assert "icekit compose" in page.text
 
@@ -228,6 +231,9 @@ def test_a_picture_of_two_sides(tmp_path: Path) -> None:
     for path in [run / "image.png", *(run / "masks").iterdir(), *(run / "samples").iterdir()]:
         with Image.open(path) as picture:
             picture.crop((0, 0, 64, 48)).save(path)
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["image"]["height"] = 48
+    write_manifest(run, manifest)
     page = read_page(report.write_report(run))
     assert [outline["d"] for outline in page.all("path") if outline.get("class") == "line"]
     sizes = {image["alt"]: (image["width"], image["height"]) for image in page.all("img")}
@@ -258,8 +264,8 @@ def test_names_from_a_run_are_harmless(tmp_path: Path, evil: str) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     concept = manifest["concepts"][0]
     concept["words"] = {"colour": [evil, evil], evil: [evil]}
-    concept["tokens"][evil] = f"<{evil}>"
-    manifest["components"][evil] = manifest["seed"] = manifest["icekit_version"] = evil
+    concept["tokens"][evil] = f"<{re.sub('[<> ]', '', evil)}>"
+    manifest["components"][evil] = manifest["icekit_version"] = evil
     manifest["timings"][evil] = 1.0
     manifest["image"]["sha256"] = evil
     write_manifest(run, manifest)
@@ -328,8 +334,9 @@ def test_a_mask_outside_the_run_is_not_read(tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["concepts"][0]["mask"] = "../secret.png"
     (run / "manifest.json").write_text(json.dumps(manifest))
-    page = read_page(report.write_report(run))
-    assert [outline for outline in page.all("path") if outline.get("class") == "line"] == []
+    with pytest.raises(InputError, match=r"concepts\.0\.mask: should be a file inside the directory"):
+        report.write_report(run)
+    assert not (run / "report.html").exists()
 
 
 def test_samples_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
@@ -410,11 +417,14 @@ def test_log_lines_of_both_shapes_and_damaged_ones(tmp_path: Path) -> None:
         "[]\n\n"
         '{"step": 3, "pha'
     )
-    assert loss_chart.read_log(log) == [
+    lines, passed_over = loss_chart.read_log(RunDirectory(tmp_path).files)
+    assert lines == [
         loss_chart.LogLine(1, "a", {"x": 1.0}),
         loss_chart.LogLine(2, "b", {"x": 3.0}),
     ]
-    assert loss_chart.read_log(tmp_path / "none.jsonl") == []
+    assert passed_over == 1  # the last line was being written when the process was killed
+    log.unlink()
+    assert loss_chart.read_log(RunDirectory(tmp_path).files) == ([], 0)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def component(**methods: object) -> type:
             model: str | None = None
 
     for name in ("retrieve", "segment", "learn"):
-        setattr(Component, name, lambda self: None)
+        setattr(Component, name, lambda self, *given, **named: None)
     return Component
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from pydantic import ValidationError
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.protocols import NO_TOKENS, Attention, Conditioning, FineTuning, InputError, Look, PosteriorBackbone
+from icekit.testing import tiny
 
 
 def settings(model, **others) -> StableDiffusion.Settings:
@@ -45,7 +45,7 @@ def tiny_lora(seed: int = 0) -> FineTuning:
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
 
-    unet = tiny_models.tiny_pipeline().unet
+    unet = tiny.tiny_pipeline().unet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_k", "to_v"], init_lora_weights=False))
@@ -54,7 +54,7 @@ def tiny_lora(seed: int = 0) -> FineTuning:
 
 def with_schedule(**changes) -> StableDiffusionPipeline:
     """A tiny pipeline whose scheduler is another."""
-    pipeline = tiny_models.tiny_pipeline()
+    pipeline = tiny.tiny_pipeline()
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, **changes)
     return pipeline
 
@@ -140,7 +140,7 @@ def test_targets_by_hand(prediction_type, expected):
 
 
 def test_a_model_that_predicts_something_unknown_is_refused():
-    pipeline = tiny_models.tiny_pipeline()
+    pipeline = tiny.tiny_pipeline()
     pipeline.scheduler.register_to_config(prediction_type="flow_prediction")
     with pytest.raises(InputError, match=r"it predicts 'flow_prediction'; supported are epsilon, v_prediction, sample"):
         StableDiffusion.from_pipeline(pipeline, "cpu")
@@ -328,7 +328,7 @@ def test_reduced_precision(sd_folder, noise):
 
 
 def test_from_a_pipeline_in_memory(backbone):
-    built = StableDiffusion.from_pipeline(tiny_models.tiny_pipeline(), "cpu")
+    built = StableDiffusion.from_pipeline(tiny.tiny_pipeline(), "cpu")
     images = [model.generate(["a red cup"], seeds=[0], steps=2)[0].tobytes() for model in (built, backbone)]
     assert images[0] == images[1]
 
@@ -375,7 +375,7 @@ class TestModelsThatCannotBeUsed:
         assert "diffusion_pytorch_model" in message
 
     def test_inpainting(self):
-        pipeline = tiny_models.tiny_pipeline()
+        pipeline = tiny.tiny_pipeline()
         pipeline.unet.register_to_config(in_channels=9)
         with pytest.raises(InputError, match=r"takes 9 channels .*inpainting"):
             StableDiffusion.from_pipeline(pipeline, "cpu")

@@ -9,11 +9,12 @@ from torch import nn
 
 from icekit.backbones.text_encoder import ExtendedEmbedding, TextEncoder, pool_at_end, pool_at_highest
 from icekit.protocols import InputError
+from icekit.testing import tiny
 
 
 @pytest.fixture(params=[1, 2])
 def encoder(request) -> TextEncoder:
-    pipeline = tiny_models.tiny_pipeline(version=request.param)
+    pipeline = tiny.tiny_pipeline(version=request.param)
     return TextEncoder(pipeline.tokenizer, pipeline.text_encoder.requires_grad_(False))
 
 
@@ -28,8 +29,8 @@ def row(seed: int, *, requires_grad: bool = False) -> torch.Tensor:
 
 
 def test_every_word_of_the_tiny_tokenizer_is_one_token():
-    tokenizer = tiny_models.tiny_tokenizer()
-    for word in tiny_models.WORDS:
+    tokenizer = tiny.tiny_tokenizer()
+    for word in tiny.WORDS:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     text = "naïve “café” 北京 🙂!"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids).replace(" ", "") == text.replace(
@@ -73,7 +74,7 @@ def test_rows_stay_the_callers(encoder):
 def test_plain_prompts_are_the_models_own(encoder):
     """Without extra tokens the sequence is what the text model itself returns, with them too."""
     prompts = ["a photo of a red cup", ""]
-    pipeline = tiny_models.tiny_pipeline(version=2 if encoder.tokenizer.pad_token == "!" else 1)
+    pipeline = tiny.tiny_pipeline(version=2 if encoder.tokenizer.pad_token == "!" else 1)
     ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     expected = pipeline.text_encoder(ids).last_hidden_state
     assert torch.equal(encoder.encode(prompts), expected)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from icekit.model_files import check_finite
 from icekit.protocols import NO_TOKENS, Attention, Backbone, InputError, Look, Tokens
 
 
@@ -43,6 +44,7 @@ def look_at(
 
     Raises:
         InputError: see ``Backbone.encode_prompts``; attention is asked for that the model's family does not have.
+        RunError: it is NaN or infinite.
     """
     conditioning = backbone.encode_prompts([prompt], tokens)
     latents = backbone.encode_images(image[None].to(backbone.device))
@@ -57,6 +59,8 @@ def look_at(
         seen = backbone.predict(noisy, at, conditioning, look).attention
         words = _added(words, seen.words)
         pixels = _added(pixels, seen.pixels)
+    for maps in (*words, *pixels):
+        check_finite(maps, "backbone's attention", "the model is damaged, or its number format too narrow")
     return Attention(
         words=tuple(total / len(passes) for total in words), pixels=tuple(total / len(passes) for total in pixels)
     )

@@ -22,8 +22,13 @@ def upsample(maps: Tensor, size: Grid) -> Tensor:
 
 
 def on_grid(visible: Tensor, grid: Grid) -> Tensor:
-    """Which cells of an attention grid are visible by more than half: bool ``[H, W]`` -> bool ``[h * w]``."""
-    return F.interpolate(visible.float()[None, None], size=grid, mode="area").flatten() > 0.5
+    """Which cells of an attention grid are visible by more than half: bool ``[H, W]`` -> bool ``[h * w]``.
+
+    Where what is visible is too thin for that, those that are visible half as much as the most visible one, or more.
+    """
+    share = F.interpolate(visible.float()[None, None], size=grid, mode="area").flatten()
+    seen = share > 0.5
+    return seen if bool(seen.any()) else (share >= share.max() / 2) & (share > 0)
 
 
 def flat(pixels: Tensor) -> Tensor:

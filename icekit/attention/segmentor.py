@@ -48,7 +48,9 @@ class LookingSettings(ComponentSettings):
     noise: bool = Field(
         True, description="add that much noise to the image; published: a clean latent, said to be that noisy"
     )
-    draws: int = Field(4, ge=1, description="draws of the noise that are averaged, for each share; with noise only")
+    draws: int = Field(
+        4, ge=1, le=1000, description="draws of the noise that are averaged, for each share; with noise only"
+    )
 
 
 class AttentionSegmentor:

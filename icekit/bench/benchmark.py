@@ -7,10 +7,13 @@ What is done is on disk at once, and a bench that goes on after any interruption
 
 from __future__ import annotations
 
+import contextlib
 import math
 import platform
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,23 +28,44 @@ from icekit.bench import page, results
 from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
 from icekit.bench.outcome import PLAIN, MeasuredOutcome, found_concepts
 from icekit.bench.results import CEILING, FLOOR
-from icekit.bench.rows import read_rows, stage_one_key, stage_one_name
+from icekit.bench.rows import Row, read_rows, stage_one_key, stage_one_name
+from icekit.hookspecs import hookimpl
+from icekit.paths import user_path
 from icekit.pixels import to_tensor
 from icekit.plugins import Plugins
-from icekit.protocols import Backbone, BenchImage, Column, Dataset, InputError, Metric, Region, RunError, parts_of
-from icekit.protocols.strict import StrictSettings
+from icekit.protocols import (
+    Backbone,
+    BenchImage,
+    BenchPicture,
+    Column,
+    Dataset,
+    InputError,
+    Metric,
+    Region,
+    RunError,
+    Score,
+    Step,
+    parts_of,
+)
+from icekit.protocols.strict import CHANGES_NO_RESULT, StrictSettings, as_stored, changes_no_result
 from icekit.randomness import seeded_generator
 from icekit.run import images
-from icekit.run.atomic import write_image_atomically
-from icekit.run.directory import Located
+from icekit.run.atomic import CannotWrite, write_image_atomically
+from icekit.run.directory import Located, RunDirectory
 from icekit.run.extraction import Extraction
 from icekit.run.locating import UNNAMED, locate
-from icekit.run.models import build_component, load_backbone, reproducible, resolve_device
+from icekit.run.machine import OutOfMemory, enough_memory
+from icekit.run.models import build_component, check_picture, load_backbone, reproducible, resolve_device
 from icekit.run.orchestrator import extract
-from icekit.settings import BENCH_TABLES, NONE, ROLES, Role, Settings, merge, nearest, validate
+from icekit.run.ownership import refuse_if_busy
+from icekit.run.reading import DamagedError
+from icekit.settings import BENCH_TABLES, NONE, ROLES, Role, Settings, merge, nearest, shown, validate
+from icekit.waiting import Ticker
 
 OWN_TABLES = ("dataset", "rows", *BENCH_TABLES)
 """Tables of a bench's settings that are no run's."""
+MAX_NAME_BYTES = 200
+"""Of a picture's name: files and folders are called so."""
 FLOOR_AREA = 0.1
 """Share of the image that a random mask covers where the true one is not known."""
 
@@ -49,11 +73,12 @@ FLOOR_AREA = 0.1
 class BenchSettings(StrictSettings):
     """Settings of the bench itself: ``--set bench.images=4``."""
 
-    images: int = Field(8, ge=1, description="images generated for each prompt that a metric asks for")
+    images: int = Field(8, ge=1, le=10_000, description="images generated for each prompt that a metric asks for")
     against: str | None = Field(
         None,
         description="a row that every other is held against, image by image: by how much it is better, and the "
         "interval of that; two rows' own intervals overlap long after their difference is sure",
+        json_schema_extra=CHANGES_NO_RESULT,
     )
 
 
@@ -126,12 +151,30 @@ def bench(
         InputError: a name, a setting or ``out`` is wrong.
         RunError: a model cannot be had.
     """
-    BenchDirectory(out).check_usable(resume=resume, overwrite=overwrite)
+    home, whole = BenchDirectory(user_path(out, "out")), part[1] == 1
+    if str(home.path).encode("utf-8", "replace").decode() != str(home.path):
+        raise InputError(f"{home.path}: a bench keeps its folder's name among its settings: give one in UTF-8")
+    refuse_if_busy(home.path)
+    home.check_usable(resume=resume, overwrite=overwrite)
     found = installed or plugins.installed()
-    work = _Bench(found, dataset, Path(out), count, seed, components or {}, metrics, settings or {})
-    with reproducible():
+    with home.writing(part, overwrite=overwrite), reproducible():
+        home.check_usable(resume=resume, overwrite=overwrite, writing=whole)  # another process may have been here
+        directory = home
+        if (resume and home.next.holds_bench) or (overwrite and home.holds_bench):
+            directory = home.next  # the old bench stays until the new one is complete
+            directory.check_usable(resume=resume, overwrite=overwrite)
+        work = _Bench(found, dataset, directory, count, seed, components or {}, metrics, settings or {})
+        if whole:
+            home.clear_leftovers()
+            directory.clear_leftovers()
         work.begin(resume=resume)
-        return work.to_the_end(command, on_progress, part)
+        with enough_memory("measure", found, lambda: work.plain):
+            made = work.to_the_end(command, on_progress, part)
+        if whole and directory is not home:
+            home.replace()
+        elif whole:
+            home.discard_next()
+        return made
 
 
 class _Bench:
@@ -141,7 +184,7 @@ class _Bench:
         self,
         found: Plugins,
         dataset: str,
-        out: Path,
+        directory: BenchDirectory,
         count: int | None,
         seed: int,
         components: Mapping[str, Sequence[str]],
@@ -149,12 +192,13 @@ class _Bench:
         settings: Mapping[str, Any],
     ) -> None:
         self.plugins, self.dataset_name, self.seed = found, dataset, seed
-        self.directory = BenchDirectory(out)
+        self.directory = directory
         given = {key: value for key, value in settings.items() if key not in OWN_TABLES}
         given |= {"components": _table("components", given["components"])} if "components" in given else {}
         own_values = {key: _table(key, settings.get(key, {})) for key in OWN_TABLES}
         self.dataset_settings = found.component_settings("dataset", dataset, own_values["dataset"])
-        self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
+        with self._naming("dataset", dataset, "load"):
+            self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
 
         self.given, self.typed = merge(given, {"seed": seed}), components
         self.rows = read_rows(own_values["rows"], (FLOOR, CEILING, PLAIN))
@@ -162,11 +206,14 @@ class _Bench:
         self.combined = {role: _once(components.get(role) or [self.first[role]]) for role in ROLES}
         if len(self.combined["backbone"]) > 1:
             raise InputError("a bench has one backbone: give --backbone once, and a second bench for another")
-        of_rows = [self._components(row.overrides) for row in self.rows]
+        of_rows = [self._of_row(row) for row in self.rows]
         self.names = {role: _once([*self.combined[role], *(chosen[role] for chosen in of_rows)]) for role in ROLES}
         for role in ROLES:
             for name in self.names[role]:
                 found.component(role, name)
+        for key, given_name in _table("components", self.given.get("components", {})).items():
+            if key in ROLES:
+                found.component(key, str(given_name))  # also one that --learner and the like put another in place of
         for one in metrics:
             found.component("metric", one)
         self._check_role_keys()
@@ -185,10 +232,9 @@ class _Bench:
 
         self.backbone: Backbone = load_backbone(found, self.plain, resolve_device(self.plain.device))
         size = self.backbone.image_size
-        self.images = [
-            BenchImage(one.name, to_tensor(images.load_image(one.picture).fitted(size)), one.concepts)
-            for one in self.dataset.pictures(count, seed, size)
-        ]
+        with self._naming("dataset", dataset, "load"):
+            pictures = list(self.dataset.pictures(count, seed, size))
+        self.images = [self._image(one, size) for one in pictures]
         _check_names([image.name for image in self.images], dataset)
         self.known = known_truth(self.images)
         self.metric_names = self._choose_metrics(metrics)
@@ -196,6 +242,38 @@ class _Bench:
             [values.get("metric", {}) for values in presets], own_values["metric"]
         )
         self.metrics: dict[str, Metric] = {}
+
+    def _naming(self, role: str, name: str, stage: str) -> AbstractContextManager[None]:
+        """What this component raises is called its own: see ``Plugins.naming``."""
+        return self.plugins.naming(stage, [(role, name), *self.components()], by=(role, name))
+
+    def components(self) -> list[tuple[str, str]]:
+        """Those of all rows, (role, name) each."""
+        return [(role, name) for role, names in getattr(self, "names", {}).items() for name in names]
+
+    def _image(self, given: BenchPicture, size: tuple[int, int]) -> BenchImage:
+        """A picture as runs see it; see that it and its masks can be used.
+
+        Raises:
+            InputError: a segmentor's files are of another picture.
+            RunError: the data set breaks its contract.
+        """
+        if not isinstance(given, BenchPicture):
+            raise RunError(
+                f"data set {self.dataset_name!r} has {given!r} among its pictures, and no icekit BenchPicture"
+            )
+        source = images.load_image(given.picture)
+        for number, concept in enumerate(given.concepts):
+            mask = concept.mask
+            if mask.dtype != torch.bool or tuple(mask.shape) != tuple(size) or not bool(mask.any()):
+                raise RunError(
+                    f"data set {self.dataset_name!r}: mask {number} of picture {given.name!r} is {mask.dtype} "
+                    f"{list(mask.shape)} with {int((mask != 0).sum())} pixels in it, expected torch.bool {list(size)} "
+                    "with one or more"
+                )
+        for settings in self.locating.values():
+            check_picture(self.plugins, settings, source.source, source.picture.size)
+        return BenchImage(given.name, to_tensor(source.fitted(size)), given.concepts)
 
     # --- Settings ----------------------------------------------------------------------------------------------------
 
@@ -209,6 +287,16 @@ class _Bench:
     def _components(self, overrides: Mapping[str, Any]) -> dict[Role, str]:
         """Components by role: those that were asked for, or else the presets', or else the defaults."""
         return self.plugins.chosen(self._chosen(overrides), self.dataset_name).model_dump()  # type: ignore[return-value]
+
+    def _of_row(self, row: Row) -> dict[Role, str]:
+        """A row's components, all of which there are. Raises InputError, and names the row."""
+        try:
+            chosen = self._components(row.overrides)
+            for role, name in chosen.items():
+                self.plugins.component(role, name)
+        except InputError as error:
+            raise InputError(f"row {row.name!r}: {error}") from None
+        return chosen
 
     def _resolved(self, chosen: Mapping[Role, str], overrides: Mapping[str, Any] | None = None) -> Settings:
         """Complete settings of a run with these components, and of a row's own."""
@@ -228,6 +316,8 @@ class _Bench:
         shared = {key: value for key, value in self.given.get(role, {}).items() if key in (*fields, name)}
         for table in (shared, overrides.get(role, {})):
             named = table.get(name) if name not in fields else None
+            if named is not None:
+                _table(f"{role}.{name}", named)
             values |= {key: value for key, value in table.items() if key != name or named is None}
             values |= named if isinstance(named, Mapping) else {}
         return values
@@ -313,38 +403,58 @@ class _Bench:
         """What the numbers depend on, for ``bench.json``."""
         shared = self.plain.model_dump(mode="json", exclude={*ROLES, "components", "device"})
         settings: dict[str, Any] = {
-            "dataset": {"name": self.dataset_name, **self.dataset_settings.model_dump(mode="json")},
+            "dataset": {"name": self.dataset_name, **as_stored(self.dataset_settings)},
             "bench": self.bench.model_dump(mode="json"),
             "run": shared | {"backbone": self.names["backbone"][0]},
-            "backbone": self.plain.values_of("backbone"),
-            "metric": {name: one.model_dump(mode="json") for name, one in self.metric_settings.items()},
+            "backbone": self.plugins.stored(self.plain).values_of("backbone"),
+            "metric": {name: as_stored(one) for name, one in self.metric_settings.items()},
         }
         combined = [one for one in self.combinations if one.overrides is None]
         for role in ("retriever", "segmentor", "learner"):
-            settings[role] = {one.settings.name_of(role): one.settings.values_of(role) for one in combined}
+            settings[role] = {
+                one.settings.name_of(role): self.plugins.stored(one.settings).values_of(role) for one in combined
+            }
         settings["rows"] = {
-            one.name: one.settings.model_dump(mode="json", exclude={"backbone", "device"})
+            one.name: self.plugins.stored(one.settings).model_dump(mode="json", exclude={"backbone", "device"})
             for one in self.combinations
             if one.overrides is not None
         }
         return {"icekit_version": plugins.own_version(), "settings": results.portable(settings)}
+
+    def _may_change(self) -> set[str]:
+        """The settings in the record, by key, that change no number: see ``strict.CHANGES_NO_RESULT``."""
+        keys = {f"run.{key}" for key in changes_no_result(Settings)}
+        keys |= {f"bench.{key}" for key in changes_no_result(BenchSettings)}
+        keys |= {
+            f"metric.{name}.{key}" for name, one in self.metric_settings.items() for key in changes_no_result(type(one))
+        }
+        keys |= {f"dataset.{key}" for key in changes_no_result(type(self.dataset_settings))}
+        for one in self.combinations:
+            for key in self.plugins.changes_no_result(one.settings):
+                role, _, own = key.partition(".")
+                keys |= {key, f"{role}.{one.settings.name_of(role)}.{own}"} if role in ROLES else {key}
+                keys.add(f"rows.{one.name}.{key}")
+        return keys
 
     # --- On its way --------------------------------------------------------------------------------------------------
 
     def begin(self, *, resume: bool) -> None:
         """Build the metrics, take the directory, write the data into it."""
         for name in self.metric_names:
-            self.metrics[name] = self.plugins.component("metric", name)(self.metric_settings[name], self.backbone)
+            with self._naming("metric", name, "load"):
+                self.metrics[name] = self.plugins.component("metric", name)(self.metric_settings[name], self.backbone)
         _check_columns(self.metrics)
-        self.directory.begin(self._record(), resume=resume)
+        self.directory.begin(self._record(), resume=resume, may_change=self._may_change())
         for image in self.images:
             folder = self.directory.data(image.name)
-            write_image_atomically(folder / "image.png", to_picture(image.pixels))
+            write_image_atomically(self.directory.claim(folder / "image.png"), to_picture(image.pixels))
             for number, concept in enumerate(image.concepts):
                 label = Region(number, concept.word or UNNAMED, 1.0, concept.mask).label
-                write_image_atomically(folder / "masks" / f"{number}-{label}.png", to_mask_picture(concept.mask))
-        for metric in self.metrics.values():
-            metric.prepare(self.images)
+                file = self.directory.claim(folder / "masks" / f"{number}-{label}.png")
+                write_image_atomically(file, to_mask_picture(concept.mask))
+        for name, metric in self.metrics.items():
+            with self._naming("metric", name, "prepare"):
+                metric.prepare(self.images)
 
     def to_the_end(
         self, command: str, on_progress: Callable[[Progress], None], part: tuple[int, int]
@@ -424,11 +534,12 @@ class _Bench:
         kept |= {"error": None if run else error}
         if run:
             seconds = self.directory.located(combination.stage_one, image.name).load_timings()
-            kept["seconds"] = {
-                key: {**run.manifest["timings"], **seconds}.get(key) for key in ("localise_s", "learn_s")
-            }
+            kept["seconds"] = {key: {**run.record.timings, **seconds}.get(key) for key in ("localise_s", "learn_s")}
         for name in missing:
-            scores = self.metrics[name].measure(outcome)
+            with self._naming("metric", name, "measure"):
+                scores = self.metrics[name].measure(outcome)
+            if not isinstance(scores, Mapping) or not all(isinstance(one, Score) for one in scores.values()):
+                raise RunError(f"metric {name!r} returned {scores!r:.80}, expected icekit Scores by column")
             strange = sorted(scores.keys() - self.metrics[name].columns.keys())
             if strange:
                 raise RunError(f"metric {name!r} measured {strange[0]!r}, which is none of its columns")
@@ -452,9 +563,11 @@ class _Bench:
 
     def _located(self, combination: Combination, image: BenchImage) -> Located:
         place = self.directory.located(combination.stage_one, image.name)
-        located = place.load_located()
+        with self._mended_by_deleting(place.path):
+            located = place.load_located((image.pixels.shape[2], image.pixels.shape[1]))
         if located.finished:
             return located
+        self.directory.claim(place.path)
         begun = time.monotonic()
         if combination.name in (FLOOR, CEILING):
             located = Located(tuple(self._random_regions(image) if combination.name == FLOOR else true_regions(image)))
@@ -465,38 +578,60 @@ class _Bench:
         retriever, segmentor = (
             build_component(self.plugins, settings, role, self.backbone) for role in ("retriever", "segmentor")
         )
-        located = locate(
-            image.pixels,
-            retriever,
-            segmentor,
-            settings,
-            attributes=[self.plugins.attribute(name) for name in settings.attributes],
-            located=located,
-            on_change=place.save_located,
-        )
-        place.save_timings({"localise_s": round(time.monotonic() - begun, 3)})
+        earlier = place.load_timings().get("localise_s", 0.0)
+
+        def keep(located: Located) -> None:
+            place.save_timings({"localise_s": round(earlier + time.monotonic() - begun, 3)})
+            place.save_located(located)
+
+        chosen = [(role, settings.name_of(role)) for role in ROLES]
+        with self.plugins.naming("localise", chosen):
+            located = locate(
+                image.pixels,
+                retriever,
+                segmentor,
+                settings,
+                attributes=[self.plugins.attribute(name) for name in settings.attributes],
+                located=located,
+                on_change=keep,
+            )
         return located
+
+    @contextlib.contextmanager
+    def _mended_by_deleting(self, folder: Path) -> Iterator[None]:
+        """What is damaged in this folder of the bench is made again where it is missing: say so."""
+        try:
+            yield
+        except DamagedError as error:
+            raise DamagedError(error.problem, f"delete {folder}, and --resume makes it anew") from error
 
     def _extract(
         self, combination: Combination, image: BenchImage, located: Located
     ) -> tuple[Extraction | None, str | None]:
         """Stage two. A run that fails is a result, too: (None, why)."""
         folder = self.directory.run(combination.name, image.name)
-        if (folder / "manifest.json").is_file():
-            return Extraction.open(folder), None
+        with self._mended_by_deleting(folder):
+            if RunDirectory(folder).is_complete:
+                return Extraction.open(folder), None
+        self.directory.claim(folder)
+        file = self.directory.data(image.name) / "image.png"
+        source = replace(images.load_image(file), source=str(self._in_the_end(file)))
         try:
             return (
                 extract(
-                    self.directory.data(image.name) / "image.png",
+                    source,
                     folder,
                     combination.settings,
                     resume=True,
                     installed=self.plugins,
                     backbone=self.backbone,
                     located=located,
+                    observers=[_Steps(f"{image.name}: {combination.name}: learning step")],
                 ),
                 None,
             )
+        except (CannotWrite, OutOfMemory):
+            raise  # that is the machine's, and no result
         except RunError as error:
             return None, str(error)
 
@@ -523,7 +658,7 @@ class _Bench:
     def _end(
         self, name: str, image: BenchImage, regions: Sequence[Region], learner: str, learner_settings: Mapping[str, Any]
     ) -> Combination:
-        files = self.directory.located(name, image.name).path / "masks"
+        files = self._in_the_end(self.directory.located(name, image.name).path / "masks")
         words = [region.word for region in regions]
         base = self.plain.model_dump(mode="json", exclude={"retriever", "segmentor", "learner"})
         values = merge(
@@ -539,6 +674,10 @@ class _Bench:
         )
         return Combination(name, name, self.plugins.resolve(validate(Settings, values), self.dataset_name))
 
+    def _in_the_end(self, path: Path) -> Path:
+        """Where a file of the bench will be when this is complete: for the record, as it is read where it is now."""
+        return self.directory.home / path.relative_to(self.directory.path)
+
     def _random_regions(self, image: BenchImage) -> list[Region]:
         vocabulary = sorted({one.word for other in self.images for one in other.concepts if one.word}) or [UNNAMED]
         height, width = image.pixels.shape[1:]
@@ -549,6 +688,18 @@ class _Bench:
             word = vocabulary[int(torch.randint(len(vocabulary), (), generator=generator))]
             regions.append(Region(number, word, 0.0, random_disc((height, width), area, generator)))
         return regions
+
+
+class _Steps:
+    """An observer that says how far learning is, now and then."""
+
+    def __init__(self, what: str) -> None:
+        self._ticker = Ticker(what)
+
+    @hookimpl
+    def step_done(self, step: Step) -> None:
+        """One more is done."""
+        self._ticker.tick(step.step, step.total)
 
 
 def random_disc(size: tuple[int, int], area: float, generator: torch.Generator) -> Tensor:
@@ -584,16 +735,18 @@ def _once(names: Sequence[str]) -> list[str]:
 
 def _table(key: str, values: Any) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise InputError(f"setting {key!r} cannot be {values!r}: it should be a table of settings")
+        raise InputError(f"setting {key!r} cannot be {shown(values)}: it should be a table of settings")
     return dict(values)
 
 
 def _check_keys(role: str, table: Any, fields: Mapping[str, Collection[str]]) -> None:
     """Whether each setting of a role is one of a chosen component, or the table of one."""
     if not isinstance(table, Mapping):
-        raise InputError(f"setting {role!r} cannot be {table!r}: it should be a table, as in {role}.KEY=VALUE")
+        raise InputError(f"setting {role!r} cannot be {shown(table)}: it should be a table, as in {role}.KEY=VALUE")
     known = {key for own in fields.values() for key in own} | fields.keys()
-    for key in table:
+    for key, value in table.items():
+        if key in fields and key not in {one for own in fields.values() for one in own}:
+            _table(f"{role}.{key}", value)
         if key not in known:
             raise InputError(
                 f"unknown setting '{role}.{key}': {nearest(f'{role}.{key}', [f'{role}.{k}' for k in known])}"
@@ -612,6 +765,10 @@ def _check_columns(metrics: Mapping[str, Metric]) -> None:
 
 
 def _check_names(names: Sequence[str], dataset: str) -> None:
+    counts = Counter(names)
     for name in names:
-        if names.count(name) > 1 or Path(name).name != name:
-            raise RunError(f"data set {dataset!r} has a picture called {name!r}: names must be file names, each once")
+        if counts[name] > 1 or Path(name).name != name or len(name.encode("utf-8", "surrogatepass")) > MAX_NAME_BYTES:
+            raise RunError(
+                f"data set {dataset!r} has a picture called {name!r}: names must be file names of at most "
+                f"{MAX_NAME_BYTES} bytes, each once"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from icekit.protocols import NO_TOKENS, Backbone, BenchImage, FoundConcept, Inpu
 from icekit.randomness import derived_seed
 from icekit.run.extraction import Extraction
 from icekit.settings import Settings
+from icekit.waiting import Ticker
 
 PLAIN = "plain"
 """Where images of prompts without a learned token are kept: they are the same for all combinations."""
@@ -61,10 +63,12 @@ class MeasuredOutcome:
         """See ``protocols.Outcome``."""
         if prompt not in self._images:
             file = self.strip(prompt)
-            pictures = load_strip(file, self.count)
+            name = file.relative_to(self.directory.path).as_posix()
+            height, width = self.image.pixels.shape[1:]
+            pictures = load_strip(self.directory.files, name, self.count, (width, height))
             if pictures is None:
                 pictures = self._made(prompt)
-                save_strip(file, pictures)
+                save_strip(self.directory.claim(file), pictures)
             self._images[prompt] = pictures
         return self._images[prompt]
 
@@ -78,6 +82,7 @@ class MeasuredOutcome:
         run = self.run if "<" in prompt else None  # plain words: the model as it was before any learning
         if run is None and "<" in prompt:
             raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
+        ticker, done = Ticker(f"{self.image.name}: generating images"), itertools.count(1)
         return self.backbone.generate(
             [prompt] * self.count,
             seeds=[derived_seed(self.settings.seed, "bench", self.image.name, i) for i in range(self.count)],
@@ -85,6 +90,7 @@ class MeasuredOutcome:
             steps=self.settings.sample_steps,
             guidance_scale=self.settings.guidance_scale,
             tuning=run.tuning() if run else None,
+            on_image=lambda place, picture: ticker.tick(next(done), self.count),
         )
 
 

@@ -6,19 +6,20 @@ Whatever comes from the data set or the plugins (names, words, messages) is esca
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
 from icekit.bench import results
 from icekit.bench.directory import BenchDirectory
 from icekit.report.page import COLOURS, Picture, duration, mask_outline, to_picture
+from icekit.run.directory import RunDirectory
+from icekit.run.extraction import Extraction
 from icekit.settings import flatten
 
 SHOWN_IMAGES = 4
@@ -157,32 +158,32 @@ def _example(
     metric: str,
     column: str,
 ) -> Example:
-    with Image.open(directory.data(image) / "image.png") as file:
-        source = file.convert("RGB")
+    files = directory.files
+    picture = files.picture((directory.data(image) / "image.png").relative_to(directory.path).as_posix())
+    source = picture.convert("RGB") if picture else Image.new("RGB", (1, 1))
     score = directory.load_values(row, image)["metrics"][metric][column]
     strips = []
     for prompt, name in list(zip(score["prompts"], score["strips"], strict=True))[:SHOWN_PROMPTS]:
-        if (directory.path / name).is_file():
-            strip = _first(directory.path / name, made["settings"]["bench"]["images"])
-            strips.append((prompt, to_picture(strip, STRIP_SIDE)))
+        strip = files.picture(name)
+        if strip is not None:
+            first = _first(strip.convert("RGB"), made["settings"]["bench"]["images"])
+            strips.append((prompt, to_picture(first, STRIP_SIDE)))
     return Example(
-        kind, image, value, to_picture(source, SOURCE_SIDE), source.size, _outlines(directory.run(row, image)), strips
+        kind, image, value, to_picture(source, SOURCE_SIDE), source.size, _outlines(directory, row, image), strips
     )
 
 
-def _first(path: Path, count: int) -> Image.Image:
+def _first(strip: Image.Image, count: int) -> Image.Image:
     """The first images of a strip of so many."""
-    with Image.open(path) as file:
-        strip = file.convert("RGB")
     return strip.crop((0, 0, strip.width // count * min(count, SHOWN_IMAGES), strip.height))
 
 
-def _outlines(run: Path) -> list[tuple[str, str, str]]:
-    """(label, colour, path data) of every mask of a run."""
-    outlines = []
-    files: Sequence[Path] = sorted((run / "masks").glob("*.png"), key=lambda path: int(path.name.partition("-")[0]))
-    for number, path in enumerate(files):
-        with Image.open(path) as file:
-            outline = mask_outline(np.asarray(file.convert("L")) > 127)
-        outlines.append((path.stem, COLOURS[number % len(COLOURS)], outline))
-    return outlines
+def _outlines(directory: BenchDirectory, row: str, image: str) -> list[tuple[str, str, str]]:
+    """(label, colour, path data) of every mask of a run; none where the run failed."""
+    place = directory.run(row, image)
+    if not RunDirectory(place).is_complete:
+        return []
+    return [
+        (f"{one.index}-{one.label}", COLOURS[number % len(COLOURS)], mask_outline(one.mask()))
+        for number, one in enumerate(Extraction.open(place).concepts)
+    ]

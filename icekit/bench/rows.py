@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from icekit.protocols import InputError
-from icekit.settings import BENCH_TABLES, Settings, validate
+from icekit.settings import BENCH_TABLES, Settings, shown, validate
 
 SHARED = ("seed", "device", "backbone", "dataset", *BENCH_TABLES)
 """What no row may have for itself: the rows could not be compared."""
@@ -49,11 +49,11 @@ def read_rows(table: Mapping[str, Any], taken: Collection[str]) -> list[Row]:
     """
     rows = []
     for name, overrides in table.items():
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name) or name in taken:
-            why = "another row is called so" if name in taken else "use letters, digits, - and _"
-            raise InputError(f"row {name!r} cannot have this name: {why}")
+        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name) or name in taken:
+            why = "another row is called so" if name in taken else "use letters, digits, - and _, at most 100"
+            raise InputError(f"row {name!r:.160} cannot have this name: {why}")
         if not isinstance(overrides, Mapping):
-            raise InputError(f"setting 'rows.{name}' cannot be {overrides!r}: it should be a table of settings")
+            raise InputError(f"setting 'rows.{name}' cannot be {shown(overrides)}: it should be a table of settings")
         components = overrides.get("components", {})
         shared = [key for key in overrides if key in SHARED]
         shared += ["components.backbone"] if isinstance(components, Mapping) and "backbone" in components else []

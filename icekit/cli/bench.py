@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import shutil
@@ -14,7 +13,9 @@ from typing import Any
 import click
 
 from icekit import plugins
-from icekit.cli.common import Invocation, preset_option, print_table, table_of
+from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.parameters import COUNT, SEED, UserPath
+from icekit.foreign import aside
 from icekit.settings import merge, parse_assignment, read_settings_file
 
 
@@ -24,18 +25,16 @@ def _several(role: str, what: str) -> Callable[[Any], Any]:
 
 def _parse_part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", value)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise click.BadParameter(f"{value!r} is no part: it is K/N with K from 1 to N, as in 1/2")
+    if not found or len(value) > 20 or not 1 <= int(found[1]) <= int(found[2]):
+        raise click.BadParameter(f"{value!r:.60} is no part: it is K/N with K from 1 to N, as in 1/2")
     return int(found[1]), int(found[2])
 
 
 @click.command("bench")
 @click.argument("dataset", metavar="DATASET")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Bench directory")
-@click.option(
-    "--n", "count", type=click.IntRange(min=1), metavar="N", help="Number of images [default: the data set's]"
-)
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", help="Which "
+@click.option("--out", type=UserPath(), required=True, metavar="DIR", help="Bench directory")
+@click.option("--n", "count", type=COUNT, metavar="N", help="Number of images [default: the data set's]")
+@click.option("--seed", type=SEED, default=0, show_default=True, metavar="N", help="Which "
               "images, where there is a choice, and every other random choice.")  # fmt: skip
 @preset_option
 @_several("retriever", "Measure this retriever; give it once for each")
@@ -44,9 +43,9 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
 @_several("attribute", "Learn this attribute; give it once for each")
 @_several("metric", "Measure this; give it once for each [default: all that suit the data set]")
 @click.option("--backbone", metavar="NAME", help="Text-to-image model [default: the data set's, or sd21]")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE", help="Settings file (TOML); a table "
+@click.option("--config", type=UserPath(), metavar="FILE", help="Settings file (TOML); a table "
               "[rows.NAME] in it is a row of its own, with settings over the others")  # fmt: skip
-@click.option("--path", type=click.Path(path_type=Path), metavar="FOLDER", help="The pictures, for the data set folder")
+@click.option("--path", type=UserPath(), metavar="FOLDER", help="The pictures, for the data set folder")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400 "
               "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
@@ -98,14 +97,13 @@ def run_bench(
 
     typed = shlex.join(["icekit", *sys.argv[1:]])
     if isinstance(context.find_root().obj, Invocation):
-        again = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-        context.find_root().obj.resume = shlex.join(["icekit", *again, "--resume"])
+        context.find_root().obj.resume = with_resume(sys.argv[1:])
     from icekit.bench import bench
     from icekit.bench.results import cell, difference, heading, notes
     from icekit.cli.progress import BenchProgress
 
     found = plugins.installed()
-    with BenchProgress([str(broken) for broken in found.broken]) as progress:
+    with aside(), BenchProgress([str(broken) for broken in found.broken]) as progress:
         made = bench(
             dataset,
             out,
@@ -122,7 +120,7 @@ def run_bench(
             installed=found,
         )
     if as_json:
-        click.echo(json.dumps(made, indent=1, ensure_ascii=False))
+        print_json(made)
         return
     if part[1] > 1:
         click.echo(f"{out}: part {part[0]} of {part[1]} is measured ({made['n']} images)")

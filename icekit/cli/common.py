@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from icekit import plugins
+from icekit.foreign import is_of_the_machine, said
+from icekit.protocols import InputError, RunError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +26,12 @@ class Invocation:
     traceback: bool = False
     resume: str = ""
     """The command that goes on with the run, once there is one."""
+
+
+def with_resume(arguments: Sequence[str]) -> str:
+    """The command that was typed, as it goes on."""
+    again = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["icekit", *again, "--resume"])
 
 
 def _note_traceback(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -42,11 +53,50 @@ def traceback_option() -> click.Option:
 class CommandGroup(click.Group):
     """A group whose commands, a plugin's too, all take ``--traceback``."""
 
+    origin: plugins.Origin | None = None
+    """The plugin that adds commands."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._origins: dict[str, plugins.Origin] = {}
+
+    def of(self, origin: plugins.Origin) -> CommandGroup:
+        """This group, to which a plugin adds commands from now on."""
+        self.origin = origin
+        return self
+
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, and the option to it."""
+        """Add a command, and the option to it.
+
+        Raises:
+            PluginError: a plugin adds one that is there.
+        """
+        called = name or cmd.name or ""
+        if self.origin is not None:
+            if called in self.commands and self._origins.get(called) != self.origin:
+                raise plugins.PluginError(f"there is a command {called!r} already")
+            self._origins[called] = self.origin
         if not any("--traceback" in parameter.opts for parameter in cmd.params):
             cmd.params.append(traceback_option())
         super().add_command(cmd, name)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what a plugin's raises is the plugin's. It may exit with a status of its own.
+
+        Raises:
+            ComponentError: a plugin's command failed.
+        """
+        try:
+            return super().invoke(ctx)
+        except (InputError, RunError, SystemExit, click.exceptions.Exit, click.Abort, click.ClickException):
+            raise
+        except BaseException as error:
+            origin = self._origins.get(ctx.invoked_subcommand or "")
+            if origin is None or isinstance(error, KeyboardInterrupt) or is_of_the_machine(error):
+                raise
+            raise plugins.ComponentError(
+                f"command {ctx.invoked_subcommand!r} of {origin} failed: {said(error)}"
+            ) from error
 
 
 class PresetOption(click.Option):
@@ -60,6 +110,12 @@ class PresetOption(click.Option):
 
 
 preset_option = click.option("--preset", cls=PresetOption, metavar="NAME")
+
+
+def print_json(value: Any) -> None:
+    """Print JSON on stdout, in characters that it can print."""
+    unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, indent=1, ensure_ascii=not unicode))
 
 
 def table_of(*columns: str) -> Table:

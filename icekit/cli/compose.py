@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
+from icekit.cli.common import print_json
+from icekit.cli.parameters import COUNT, SEED, UserPath
+from icekit.foreign import aside
 from icekit.protocols import InputError
 
 
 @click.command("compose")
 @click.argument("prompt")
 @click.argument("concepts", nargs=-1, required=True, metavar="NAME=RUN_DIR[:CONCEPT]...")
-@click.option("--n", default=4, show_default=True, metavar="N", help="Number of images.")
-@click.option("--seed", default=0, show_default=True, metavar="N", help="Every random choice follows from it.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="[default: a new folder in compositions/]")
+@click.option("--n", type=COUNT, default=4, show_default=True, metavar="N", help="Number of images.")
+@click.option(
+    "--seed", type=SEED, default=0, show_default=True, metavar="N", help="Every random choice follows from it."
+)
+@click.option("--out", type=UserPath(), metavar="DIR", help="[default: a new folder in compositions/]")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the model runs [default: as the run's]")
 @click.option("--overwrite", is_flag=True, help="Replace the composition in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
@@ -45,11 +51,15 @@ def compose(
             raise InputError(f"{concept!r}: the name {name!r} is given twice")
         bindings[name] = reference
 
+    from icekit.cli.progress import ImageProgress
     from icekit.run.compose import compose as compose_images
 
-    made = compose_images(prompt, bindings, n=n, seed=seed, out=out, device=device, overwrite=overwrite)
+    with aside(), ImageProgress() as progress:
+        made = compose_images(
+            prompt, bindings, n=n, seed=seed, out=out, device=device, overwrite=overwrite, on_image=progress.show
+        )
     if as_json:
-        click.echo((made.out / "prompt.json").read_text(encoding="utf-8").rstrip())
+        print_json(json.loads((made.out / "prompt.json").read_text(encoding="utf-8")))
     else:
         for path in made.images:
             click.echo(path)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from icekit import plugins
 from icekit.cli.common import CommandGroup, print_table, table_of
+from icekit.paths import user_path
 from icekit.protocols import InputError
+from icekit.scaffold import KINDS, check_name, write_plugin
 from icekit.settings import Preset, nearest
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ def show_plugin(name: str, as_json: bool) -> None:
         suspects = "".join(f"; {broken}" for broken in found.broken)
         raise InputError(f"nothing is called {name!r}: {nearest(name, {one.name for one in everything})}{suspects}")
     if as_json:
-        click.echo(json.dumps([_describe(one) for one in matching], indent=1))
+        click.echo(json.dumps([_described(found, one) for one in matching], indent=1))
         return
     for one in matching:
         click.echo(f"{one.role} {one.name}: {one.summary}\n{one.origin}")
@@ -66,9 +70,40 @@ def show_plugin(name: str, as_json: bool) -> None:
         elif one.settings is None:
             click.echo(f"vocabulary: {', '.join(one.value.vocabulary)}")
         else:
-            for row in _describe(one)["settings"]:
+            for row in _described(found, one)["settings"]:
                 click.echo(f"\n  {row['key']} = {json.dumps(row['default'], ensure_ascii=False)}  ({row['type']})")
                 click.echo(f"      {row['meaning']}")
+
+
+@plugins_group.command("new")
+@click.argument("name")
+@click.option("--kind", required=True, metavar="KIND", help=f"What it is to be: {', '.join(KINDS)}.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Empty or new folder [default: icekit-NAME]"
+)
+@click.pass_context
+def new_plugin(context: click.Context, name: str, kind: str, out: Path | None) -> None:
+    """Write a new plugin: a distribution icekit-NAME that works as it stands, with tests, to be installed and changed.
+
+    icekit plugins new gloss --kind attribute
+    """
+    check_name(name, kind, plugins.installed())
+    root = context.find_root().command
+    if kind == "command" and isinstance(root, click.Group) and name in root.commands:
+        raise InputError(f"there is a command {name!r} already: choose another name")
+    folder = Path(f"icekit-{name}") if out is None else user_path(out, "--out")
+    for file in write_plugin(name, kind, folder):
+        click.echo(folder / file.relative_to(folder.absolute()))
+    click.echo(
+        f'next: cd {shlex.quote(str(folder))} && pip install --editable ".[dev]" && python -m pytest; '
+        "README.md says the rest",
+        err=True,
+    )
+
+
+def _described(found: plugins.Plugins, one: plugins.Registered) -> dict[str, Any]:
+    with found.naming("settings", [], by=(one.role, one.name)):
+        return _describe(one)
 
 
 def _describe(one: plugins.Registered) -> dict[str, Any]:

@@ -22,8 +22,16 @@ from icekit.cli.compose import compose
 from icekit.cli.plugins import plugins_group
 from icekit.cli.report import report
 from icekit.cli.run import run
+from icekit.cli.streams import ResultsLost, guarded_streams
+from icekit.foreign import is_of_the_machine, is_out_of_memory, nothing_after_results, said
+from icekit.plugins import ComponentError
 from icekit.protocols import InputError, RunError
+from icekit.protocols.errors import printable
+from icekit.run.atomic import CannotWrite, why
+from icekit.run.machine import OutOfMemory
 
+MAX_MESSAGE = 4_000
+"""Most characters of a message."""
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -58,17 +66,23 @@ def quieten() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program ``icekit``: runs a command and leaves with its exit status."""
-    invocation = Invocation()
-    sys.exit(_run(sys.argv[1:] if arguments is None else list(arguments), invocation))
+    with guarded_streams():
+        status = _run(sys.argv[1:] if arguments is None else list(arguments), Invocation())
+    sys.exit(status)
 
 
 def _run(arguments: Sequence[str], invocation: Invocation) -> int:
     try:
         if "--traceback" not in arguments:
             quieten()
-        plugins.installed().each("register_commands", cli=cli)
+        _check_working_directory()
+        plugins.installed().each("register_commands", cli=cli.of)
+        cli.origin = None
         result = cli.main(args=list(arguments), prog_name="icekit", standalone_mode=False, obj=invocation)
+        sys.stdout.flush()
         return result if isinstance(result, int) else DONE
+    except ResultsLost as error:
+        return _fail(error, f"the results cannot be written to standard output: {why(error)}", invocation, FAILED)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return DONE
@@ -76,18 +90,40 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
         return _fail(error, error.format_message(), invocation, error.exit_code)
     except InputError as error:
         return _fail(error, str(error), invocation, WRONG_INPUT)
+    except (CannotWrite, OutOfMemory) as error:
+        passing = getattr(error, "passing", True)
+        return _fail(error, f"{error}{_goes_on(invocation) if passing else ''}", invocation, FAILED)
     except RunError as error:
-        return _fail(error, str(error), invocation, FAILED)
+        foreign = isinstance(error, ComponentError) and not invocation.traceback
+        return _fail(error, f"{error} (--traceback shows where)" if foreign else str(error), invocation, FAILED)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = f": `{invocation.resume}` goes on" if invocation.resume else ""
         return _fail(error, f"interrupted{hint}", invocation, INTERRUPTED)
     except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        return _fail(error, f"{message} (--traceback shows where)", invocation, FAILED)
+        if isinstance(error, OSError) and is_of_the_machine(error):
+            place = f"{error.filename}: " if error.filename else ""
+            return _fail(error, f"{place}{why(error)}{_goes_on(invocation)}", invocation, FAILED)
+        if is_out_of_memory(error):
+            return _fail(error, f"out of memory: {said(error)}{_goes_on(invocation)}", invocation, FAILED)
+        return _fail(error, f"{said(error)} (--traceback shows where)", invocation, FAILED)
+    finally:
+        nothing_after_results()
+
+
+def _check_working_directory() -> None:
+    """Refuse to work where paths lead nowhere."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError("the working directory is not there any more: change to another one, as in `cd`") from error
+
+
+def _goes_on(invocation: Invocation) -> str:
+    return f"; `{invocation.resume}` goes on when there is more room" if invocation.resume else ""
 
 
 def _fail(error: BaseException, message: str, invocation: Invocation, status: int) -> int:
     if invocation.traceback:
         traceback.print_exception(error)
-    click.echo(f"icekit: {' '.join(message.split())}", err=True)
+    click.echo(f"icekit: {printable(' '.join(message.split()), MAX_MESSAGE)}", err=True)
     return status

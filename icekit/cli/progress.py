@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from icekit.hookspecs import hookimpl
+from icekit.waiting import Ticker
 
 if TYPE_CHECKING:
     from icekit.bench import Progress as BenchStep
@@ -26,12 +27,13 @@ TITLES = {
 
 
 class Progress:
-    """An observer that shows how far a run is."""
+    """An observer that shows how far a run is; warnings: what is wrong by the time when it starts."""
 
-    def __init__(self, warnings: Sequence[str] = ()) -> None:
+    def __init__(self, warnings: Sequence[object] = ()) -> None:
         self._bar: tqdm[None] | None = None
         self._live = sys.stderr.isatty()
         self._warnings = warnings
+        self._ticker = Ticker("")
 
     @hookimpl
     def run_started(self, run_dir: Path, settings: Settings) -> None:
@@ -45,6 +47,7 @@ class Progress:
         """Begin a bar or a line."""
         self._close()
         title = TITLES.get(name, name)
+        self._ticker = Ticker(title)
         if self._live:
             self._bar = tqdm(desc=title, total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
         else:
@@ -59,7 +62,9 @@ class Progress:
     @hookimpl
     def step_done(self, step: Step) -> None:
         """Move the bar to the step."""
-        if self._bar is not None:
+        if self._bar is None:
+            self._ticker.tick(step.step, step.total)
+        else:
             self._bar.total = step.total
             self._bar.set_postfix_str(" ".join([step.phase, *(f"{k} {v:.3g}" for k, v in step.losses.items())]), False)
             self._bar.update(step.step - self._bar.n)
@@ -67,6 +72,8 @@ class Progress:
     @hookimpl
     def image_generated(self, done: int, total: int) -> None:
         """Move the bar by one."""
+        if self._bar is None:
+            self._ticker.tick(done, total)
         self._advance()
 
     @hookimpl
@@ -90,6 +97,30 @@ class Progress:
 
     def _say(self, line: str) -> None:
         tqdm.write(line, file=sys.stderr)
+
+
+class ImageProgress:
+    """How many images are done: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[None] | None = None
+        self._ticker = Ticker("generating images")
+
+    def __enter__(self) -> ImageProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, done: int, total: int) -> None:
+        """One more is done."""
+        if not sys.stderr.isatty():
+            self._ticker.tick(done, total)
+            return
+        if self._bar is None:
+            self._bar = tqdm(desc="generating images", total=total, file=sys.stderr, leave=False, dynamic_ncols=True)
+        self._bar.update(done - self._bar.n)
 
 
 class BenchProgress:

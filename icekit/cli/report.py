@@ -6,9 +6,11 @@ from pathlib import Path
 
 import click
 
+from icekit.cli.parameters import UserPath
+
 
 @click.command("report")
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir", type=UserPath())
 def report(run_dir: Path) -> None:
     """Write the report of RUN_DIR anew, and print its path."""
     from icekit.report.page import write_report

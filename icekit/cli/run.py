@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from icekit import plugins
-from icekit.cli.common import Invocation, preset_option, print_table, table_of
+from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.parameters import COUNT, SEED, UserPath
+from icekit.foreign import aside
+from icekit.hookspecs import hookimpl
 from icekit.settings import load_settings
 
 if TYPE_CHECKING:
@@ -23,10 +26,8 @@ def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]
 
 
 @click.command("run")
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="DIR", help="Run directory [default: runs/<image stem>]"
-)
+@click.argument("image", type=UserPath())
+@click.option("--out", type=UserPath(), metavar="DIR", help="Run directory [default: runs/<image stem>]")
 @preset_option
 @component_option("backbone", "Text-to-image model", "sd21")
 @component_option("retriever", "What finds words for the image", "clip")
@@ -34,10 +35,10 @@ def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]
 @component_option("learner", "What learns the tokens", "ice")
 @click.option("--attribute", "attributes", multiple=True, metavar="NAME", help="Learn this attribute; give it once for "
               "each [default: colour and material]")  # fmt: skip
-@click.option("--max-concepts", type=int, metavar="N", help="Stop looking after this many concepts [default: 10]")
-@click.option("--seed", type=int, metavar="N", help="Every random choice follows from it [default: 0]")
+@click.option("--max-concepts", type=COUNT, metavar="N", help="Stop looking after this many concepts [default: 10]")
+@click.option("--seed", type=SEED, metavar="N", help="Every random choice follows from it [default: 0]")
 @click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
-@click.option("--config", type=click.Path(path_type=Path), metavar="FILE.toml", help="Settings file; the settings.toml "
+@click.option("--config", type=UserPath(), metavar="FILE.toml", help="Settings file; the settings.toml "
               "of a run directory is one")  # fmt: skip
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400; "
               "`icekit plugins show NAME` lists a component's")  # fmt: skip
@@ -76,29 +77,47 @@ def run(
     from icekit.cli.progress import Progress
     from icekit.run.orchestrator import extract
 
-    if isinstance(context.find_root().obj, Invocation):
-        folder = out or Path("runs") / image.stem
-        context.find_root().obj.resume = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume"])
     found = plugins.installed()
-    progress = Progress([str(broken) for broken in found.broken])
-    extraction = extract(
-        image, out, settings, resume=resume, overwrite=overwrite, observers=[progress], installed=found
-    )
+    observers: list[object] = [Progress(found.broken)]
+    if isinstance(invocation := context.find_root().obj, Invocation):
+        invocation.resume = with_resume(sys.argv[1:])  # as long as the run keeps no settings of its own
+        folder = out or Path("runs") / image.stem
+        begun = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume"])
+        observers.append(_Begun(invocation, begun))
+    with aside():
+        extraction = extract(
+            image, out, settings, resume=resume, overwrite=overwrite, observers=observers, installed=found
+        )
     if as_json:
-        click.echo(json.dumps(extraction.manifest, indent=1, ensure_ascii=False))
+        print_json(extraction.manifest)
     else:
         _print_concepts(extraction)
 
 
+class _Begun:
+    """An observer that notes how a run that has begun can go on."""
+
+    def __init__(self, invocation: Invocation, resume: str) -> None:
+        self._invocation = invocation
+        self._resume = resume
+
+    @hookimpl
+    def run_started(self) -> None:
+        """From here on the run's settings are kept with it."""
+        self._invocation.resume = self._resume
+
+
 def _print_concepts(extraction: Extraction) -> None:
-    attributes = extraction.manifest["attributes"]
+    from icekit.protocols.errors import printable
+
+    record = extraction.record
+    attributes = record.attributes
     table = table_of("", "concept", "score", "area", *attributes, "tokens")
     for concept in extraction.concepts:
-        words = [", ".join(concept.words.get(attribute, [])) or "–" for attribute in attributes]
+        words = [printable(", ".join(concept.words.get(attribute, [])) or "–") for attribute in attributes]
         tokens = " ".join(concept.tokens.values())
         table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
     print_table(table)
-    presets, steps = extraction.manifest.get("presets"), extraction.manifest.get("learning_steps")
-    if steps is not None:
-        click.echo(f"{steps} learning steps; presets: {', '.join(presets or []) or 'none'}")
+    if record.learning_steps is not None:
+        click.echo(f"{record.learning_steps} learning steps; presets: {', '.join(record.presets or []) or 'none'}")
     click.echo(f"{extraction.run_dir} (report: {extraction.run_dir / 'report.html'})")

@@ -64,28 +64,28 @@ def coverage(masks: Tensor, size: Grid) -> Tensor:
 
 
 def latent_mask(masks: Tensor, size: Grid) -> Tensor:
-    """Masks at latent resolution: cells at least half covered, and always the most covered one.
+    """Masks at latent resolution: cells at least half covered; where none is, those covered half as much as the most
+    covered one, or more.
 
-    An object smaller than half a cell would vanish otherwise, and its loss with it.
+    An object thinner than half a cell would vanish otherwise, and its loss with it.
     bool ``[B, H, W]`` -> float32 ``[B, h, w]`` of 0 and 1; all zero only for an empty mask.
     """
     covered = coverage(masks, size)
     most = covered.amax(dim=(1, 2), keepdim=True)
-    return ((covered >= most.clamp(max=0.5)) & (covered > 0)).float()
+    enough = torch.where(most >= 0.5, 0.5, most / 2)
+    return ((covered >= enough) & (covered > 0)).float()
 
 
 def nearest_mask(masks: Tensor, size: Grid) -> Tensor:
     """Masks at a coarser grid by nearest neighbour: a cell is what its first (top left) pixel is.
 
     That is ``torch.nn.functional.interpolate``'s "nearest". A thin or small object may fall between the pixels that
-    are looked at; its mask then is its most covered cell, as in ``latent_mask``.
+    are looked at; its mask then is that of ``latent_mask``.
     bool ``[B, H, W]`` -> float32 ``[B, h, w]`` of 0 and 1; all zero only for an empty mask.
     """
     nearest = F.interpolate(masks.float().unsqueeze(1), size=size, mode="nearest").squeeze(1)
-    covered = coverage(masks, size)
-    most = covered.amax(dim=(1, 2), keepdim=True)
     vanished = nearest.amax(dim=(1, 2), keepdim=True) == 0
-    return torch.where(vanished, ((covered == most) & (covered > 0)).float(), nearest)
+    return torch.where(vanished, latent_mask(masks, size), nearest)
 
 
 def masked_denoising_loss(prediction: Tensor, target: Tensor, mask: Tensor, by_area: bool = False) -> Tensor:

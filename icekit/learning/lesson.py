@@ -27,6 +27,7 @@ from icekit.learning.denoising import (
 )
 from icekit.learning.rows import finished, parameters
 from icekit.learning.training import Task, Trainer, TrainingSettings
+from icekit.model_files import check_finite
 from icekit.protocols import (
     Backbone,
     FineTuning,
@@ -159,7 +160,9 @@ class Lesson:
     def encode(self, images: Tensor) -> Tensor:
         """Pictures ``[N, 3, H, W]`` in [0, 1] -> float32 latents ``[N, c, h, w]``, ``max_batch`` at once."""
         parts = images.to(self.backbone.device).split(self.settings.max_batch)
-        return torch.cat([self.backbone.encode_images(part).float() for part in parts])
+        latents = torch.cat([self.backbone.encode_images(part).float() for part in parts])
+        check_finite(latents, "backbone's autoencoder", "the model is damaged, or its number format too narrow")
+        return latents
 
     # --- A step ------------------------------------------------------------------------------------------------------
 

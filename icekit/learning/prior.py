@@ -19,7 +19,10 @@ class PriorSettings(TrainingSettings):
     """Settings of learners that preserve the prior while they train weights."""
 
     prior_images: int = Field(
-        64, ge=0, description="images generated to preserve the prior while weights are trained; published: 1000"
+        64,
+        ge=0,
+        le=100_000,
+        description="images generated to preserve the prior while weights are trained; published: 1000",
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
     prior_prompt: str | None = Field(
@@ -27,9 +30,11 @@ class PriorSettings(TrainingSettings):
         description="what these images are of; none: the regions' words in turn, in the templates (DreamBooth: the "
         "class noun); ICE as published: 'a photo at the beach'",
     )
-    prior_steps: int | None = Field(None, ge=1, description="denoising steps of these images; none: the backbone's own")
+    prior_steps: int | None = Field(
+        None, ge=1, le=1000, description="denoising steps of these images; none: the backbone's own"
+    )
     prior_guidance: float | None = Field(
-        None, ge=0, description="how strongly these images follow their prompt; none: the backbone's own"
+        None, ge=0, le=100, description="how strongly these images follow their prompt; none: the backbone's own"
     )
 
     @field_validator("prior_prompt")

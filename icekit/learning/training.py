@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from icekit.learning.rows import TokenParameters, flat
 from icekit.learning.templates import PHOTO_TEMPLATES, Templates
 from icekit.protocols import (
+    CHANGES_NO_RESULT,
     Attribute,
     Backbone,
     Checkpoint,
@@ -30,11 +31,18 @@ from icekit.protocols import (
     Trained,
     Tuned,
 )
+from icekit.protocols.strict import changes_no_result, needs_memory
 from icekit.randomness import seeded_generator
 
 Losses = dict[str, Tensor]
 """Scalars by name; ``total`` is what is minimised."""
 
+AFRESH = "start again (--overwrite)"
+"""The way out where a saved state cannot be gone on with."""
+MAX_STEPS = 1_000_000
+"""Most learning steps of a phase: days of learning, and a log that can still be read."""
+PRECISE = "--set backbone.dtype=float32 where the model runs in half precision"
+"""What may help against numbers that are too large for a model."""
 GRADIENT_SCALE = 1024.0
 """Losses are multiplied by this before backpropagation and gradients divided after it: in float16 the denoising loss's
 gradients would underflow. A power of two, so that in float32 it changes nothing."""
@@ -47,8 +55,15 @@ class TrainingSettings(ComponentSettings):
     gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of what is trained together")
     flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
     templates: Templates = Field(PHOTO_TEMPLATES, description="prompts, {} where the tokens go")
-    max_batch: int = Field(4, ge=1, description="images denoised at once; more are taken in turns, with equal result")
-    checkpoint_every: int = Field(50, ge=1, description="steps between two saves of the learning state")
+    max_batch: int = Field(
+        4,
+        ge=1,
+        description="images denoised at once; more are taken in turns, with equal result",
+        json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
+    )
+    checkpoint_every: int = Field(
+        50, ge=1, description="steps between two saves of the learning state", json_schema_extra=CHANGES_NO_RESULT
+    )
 
 
 S = TypeVar("S", bound=ComponentSettings)
@@ -139,7 +154,7 @@ class Trainer:
         Raises:
             InputError: the saved state is of another run.
         """
-        kept_settings = settings.model_dump(mode="json", exclude={"checkpoint_every"})
+        kept_settings = settings.model_dump(mode="json", exclude=set(changes_no_result(type(settings))))
         self.identity = {"tokens": list(tokens), "seed": task.seed, "settings": kept_settings}
         self.seed, self.total, self.checkpoint, self.on_step = task.seed, total, task.checkpoint, task.on_step
         self.weight_decay, self.gradient_clip = settings.weight_decay, settings.gradient_clip
@@ -153,10 +168,8 @@ class Trainer:
             self.saved, state = found
             for name, value in self.identity.items():
                 if state.get(name) != value:
-                    raise InputError(
-                        f"the saved learning state is of a run with other {name}: start again (--overwrite)"
-                    )
-            self.done = int(state["step"])
+                    raise InputError(f"the saved learning state is of a run with other {name}: {AFRESH}")
+            self.done = _step_of(state, total)
             self.moments = self.saved
         self.keep(flat(tokens), "row")
 
@@ -165,7 +178,7 @@ class Trainer:
         for name, parameter in parameters.items():
             self.kept[f"{kind}/{name}"] = parameter
             if f"{kind}/{name}" in self.saved:
-                parameter.data.copy_(self.saved[f"{kind}/{name}"])
+                parameter.data.copy_(_fitting(self.saved, f"{kind}/{name}", parameter.shape))
 
     @contextmanager
     def fine_tuned(self, backbone: Backbone, trained: Trained, rank: int) -> Iterator[Tuned]:
@@ -217,7 +230,11 @@ class Trainer:
         )
         if one_optimizer or self.done >= steps.start:  # else the moments are an earlier phase's
             self._restore_optimizer(optimizer, named, all_alike=one_optimizer)
+        fastest = max(groups, key=lambda group: group.learning_rate)
+        slower = f"try a lower learner.{fastest.setting} than {fastest.learning_rate:g}, or {PRECISE}"
+        advice = f"nothing was learned before it, so that the model or the settings' weights are to blame: {PRECISE}"
         for step in range(self.done + 1, steps.stop):
+            advice = slower if self.done else advice
             optimizer.zero_grad()
             for group in groups:
                 for parameter in group.parameters.values():
@@ -225,7 +242,7 @@ class Trainer:
             sums: dict[str, float] = {}
             for losses in losses_of(step):
                 values = dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-                check_finite(values, phase, step, max(groups, key=lambda group: group.learning_rate))
+                check_finite(values, phase, step, advice)
                 (losses["total"] * (loss_scale * GRADIENT_SCALE)).backward()
                 sums = {name: sums.get(name, 0.0) + values.get(name, 0.0) for name in [*values, *sums]}
             for parameter in named.values():
@@ -234,7 +251,8 @@ class Trainer:
                 elif one_optimizer:
                     parameter.grad = torch.zeros_like(parameter)
             for together in [named] if one_optimizer else [group.parameters for group in groups]:
-                nn.utils.clip_grad_norm_(together.values(), self.gradient_clip)
+                norm = nn.utils.clip_grad_norm_(together.values(), self.gradient_clip)
+                check_finite({"gradient of the": float(norm)}, phase, step, advice)
             optimizer.step()
             self.done = step
             self.on_step(Step(step, self.total, phase, sums))
@@ -272,7 +290,8 @@ class Trainer:
         for name, parameter in named.items():
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"adamw.{key}/{name}" in self.moments:
-                    value = self.moments[f"adamw.{key}/{name}"].to(parameter.device).clone()
+                    shape = torch.Size() if key == "step" else parameter.shape
+                    value = _fitting(self.moments, f"adamw.{key}/{name}", shape).to(parameter.device).clone()
                 elif all_alike and self.done:
                     value = torch.zeros_like(parameter, requires_grad=False)
                     if key == "step":
@@ -280,6 +299,24 @@ class Trainer:
                 else:
                     continue
                 optimizer.state[parameter][key] = value
+
+
+def _step_of(state: Mapping[str, object], total: int) -> int:
+    """The number of steps that a saved state has done. Raises InputError for what is none."""
+    step = state.get("step")
+    if type(step) is not int or not 0 <= step <= total:
+        raise InputError(f"the saved learning state is damaged: its step is no number from 0 to {total}: {AFRESH}")
+    return step
+
+
+def _fitting(saved: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """A saved tensor of this shape, all finite. Raises InputError for another."""
+    value = saved[name]
+    if value.shape != shape or not value.is_floating_point() or not bool(value.isfinite().all()):
+        raise InputError(
+            f"the saved learning state is damaged: {name} should be finite numbers of shape {list(shape)}: {AFRESH}"
+        )
+    return value
 
 
 def moments_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -291,13 +328,15 @@ def moments_of(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Paramete
     }
 
 
-def check_finite(values: Mapping[str, float], phase: str, step: int, group: Group | None = None) -> None:
-    """Refuse losses that are NaN or infinite, and name the setting to change.
+def check_finite(values: Mapping[str, float], phase: str, step: int, advice: str = "") -> None:
+    """Refuse losses that are NaN or infinite, and name the way out.
+
+    advice: what to change.
 
     Raises:
         RunError: one is.
     """
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
-        advice = f"; try a lower learner.{group.setting} than {group.learning_rate:g}" if group else ""
-        raise RunError(f"the {broken[0]} loss became {values[broken[0]]} in step {step} (phase {phase}){advice}")
+        way_out = f"; {advice}" if advice else ""
+        raise RunError(f"the {broken[0]} loss became {values[broken[0]]} in step {step} (phase {phase}){way_out}")

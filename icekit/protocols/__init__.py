@@ -51,6 +51,7 @@ from icekit.protocols.measuring import (
     Score,
     TrueConcept,
 )
+from icekit.protocols.strict import CHANGES_NO_RESULT
 from icekit.protocols.values import (
     ALL_PARTS,
     ATTRIBUTES,
@@ -70,6 +71,7 @@ from icekit.protocols.values import (
 __all__ = [
     "ALL_PARTS",
     "ATTRIBUTES",
+    "CHANGES_NO_RESULT",
     "NO_TOKENS",
     "Attention",
     "Attribute",

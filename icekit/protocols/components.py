@@ -16,17 +16,23 @@ if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only de
 class ComponentSettings(StrictSettings):
     """Base of every component's ``Settings``: unknown keys are refused, a ``Field(description=...)`` is its help.
 
-    They are strict, see ``strict.StrictSettings``.
+    They are strict, see ``strict.StrictSettings``. One that changes no result, and so may change when a run goes on,
+    says so: ``Field(..., json_schema_extra=CHANGES_NO_RESULT)``.
     """
 
 
 class Retriever(Protocol):
-    """Image -> words (ICE's T)."""
+    """Image -> words (ICE's T).
+
+    What it, a segmentor and a learner are handed stays as it was, and so does the backbone. Pictures need not be
+    square, a single pixel may be all that is visible, and one colour may be everywhere.
+    """
 
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """Words for what is still visible, best first, none of them equal or too similar to a word in ``used``.
 
-        An empty list says that nothing nameable is left: the erase loop stops.
+        Each word once, and equal whatever its case; scores are finite, and the best is the highest. The same view and
+        ``used`` have the same words. An empty list says that nothing nameable is left: the erase loop stops.
         """
         ...
 
@@ -36,7 +42,7 @@ class Describer(Protocol):
     """A retriever that can also say which words of an attribute fit: learners may start from them."""
 
     def describe(self, view: View, noun: str, words: Sequence[str]) -> Mapping[str, float]:
-        """How likely each word is to be true of what is visible, a ``noun``. They sum to one.
+        """How likely each word is to be true of what is visible, a ``noun``: from 0 to 1, and they sum to one.
 
         Words that the backbone does not know are left out; empty when it knows none.
         """
@@ -52,9 +58,11 @@ class Segmentor(Protocol):
     """
 
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:
-        """The word's mask, bool ``[H, W]``, within ``view.visible``. All False says that the word is not there.
+        """The word's mask, bool ``[H, W]`` on the CPU, within ``view.visible``. All False: the word is not there.
 
-        A mask alone is erased when it becomes a region; a ``Segmentation`` says for itself what is to be erased.
+        A mask alone is erased when it becomes a region; a ``Segmentation`` says for itself what is to be erased. The
+        tensors are new ones, the caller's own. The same view, word and state of ``generator``, from which all random
+        numbers come, give the same mask.
         """
         ...
 
@@ -68,7 +76,9 @@ class Proposer(Protocol):
     """
 
     def propose(self, image: Tensor) -> list[Proposal]:
-        """The regions of the image ``[3, H, W]``, in the order in which they are to be numbered."""
+        """The regions of the image ``[3, H, W]``, in the order in which they are to be numbered: bool ``[H, W]`` on the
+        CPU, none of them empty, the same each time, the caller's own tensors.
+        """
         ...
 
 
@@ -103,12 +113,18 @@ class Learner(Protocol):
         checkpoint: Checkpoint,
         on_step: Callable[[Step], None],
     ) -> Learned:
-        """Learn the tokens of all regions.
+        """Learn the tokens of all regions: those of its ``parts``, and no others.
 
-        Resumes from ``checkpoint`` when it holds a state, and then ends with the same tokens, bit for bit on the same
-        machine, as a run that was never interrupted. Calls ``on_step`` after every step.
+        The same seed gives the same tokens, another seed others where anything is drawn. Resumes from ``checkpoint``
+        when it holds a state, and then ends with the same tokens, bit for bit on the same machine, as a run that was
+        never interrupted. Calls ``on_step`` after every step, from 1 to a total that stays the same; what ``on_step``
+        raises goes through, and the backbone is then as it was.
+
+        There may be no attributes, and regions without hints.
 
         Raises:
+            InputError: more concepts or attributes than it can learn together, an empty mask, regions without hints
+                that it needs: one line, before the first step.
             RunError: a loss became NaN or infinite.
         """
         ...

@@ -65,7 +65,7 @@ class Dataset(Protocol):
         ...
 
     def pictures(self, count: int | None, seed: int, size: tuple[int, int]) -> Sequence[BenchPicture]:
-        """The pictures.
+        """The pictures: the same for the same seed, and no mask empty.
 
         Args:
             count: how many; None for the data set's own number.
@@ -175,5 +175,9 @@ class Metric(Protocol):
         ...
 
     def measure(self, outcome: Outcome) -> Mapping[str, Score]:
-        """One image's scores by column; a column that is left out does not apply."""
+        """One image's scores by column, finite; a column that is left out does not apply.
+
+        Nothing may have been found, or more than there is; a found concept has tokens for the learner's parts alone.
+        The same outcome has the same scores.
+        """
         ...

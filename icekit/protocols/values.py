@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,22 @@ from icekit.protocols.backbone import FineTuning
 
 if TYPE_CHECKING:  # torch takes seconds to import; a plugin module that only declares things does not need it
     from torch import Tensor
+
+
+MAX_LABEL_BYTES, MAX_ATTRIBUTE_BYTES = 60, 40
+"""Of a concept's label and of an attribute's name. File systems take names of 255 bytes, some of 143."""
+
+
+def bounded(name: str, most: int) -> str:
+    """A name of at most so many bytes of UTF-8.
+
+    A longer one is cut, and eight digits of its digest keep it apart from others that begin alike.
+    """
+    data = name.encode("utf-8", "surrogatepass")
+    if len(data) <= most:
+        return name
+    digest = hashlib.sha256(data).hexdigest()[:8]
+    return f"{data[: most - len(digest) - 1].decode('utf-8', 'ignore').rstrip('-')}-{digest}"
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,11 @@ class Region:
 
     @property
     def label(self) -> str:
-        """The word as it appears in tokens and file names: lower-case words joined by ``-``."""
-        return "-".join(re.findall(r"[^\W_]+", self.word.lower())) or "concept"
+        """The word as it appears in tokens and file names: lower-case words joined by ``-``.
+
+        At most ``MAX_LABEL_BYTES``: a file's name is the label, an index, an attribute and what is put around them.
+        """
+        return bounded("-".join(re.findall(r"[^\W_]+", self.word.lower())) or "concept", MAX_LABEL_BYTES)
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,8 @@ class Step:
 class Learned:
     """What a learner returns.
 
-    tokens: by name, float32 rows on the CPU: for every region those of ``token_names`` that are among the learner's
-        ``parts``.
+    tokens: by name, a finite float32 row on the CPU for every text encoder, without a gradient, no two in the same
+        memory: for every region those of ``token_names`` that are among the learner's ``parts``.
     tuning: what it made of the noise predictor; nothing where it trained tokens alone.
     """
 

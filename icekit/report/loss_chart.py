@@ -7,17 +7,25 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from icekit.protocols.strict import LARGEST
+from icekit.run.reading import Files
+from icekit.run.records import StepRecord
 
 WIDTH, HEIGHT = 340, 176
 """Size of a chart, in SVG units (about CSS pixels)."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 324, 22, 152
 """The plot's rectangle within the chart."""
+MAX_LOG_BYTES = 2**30
+"""Largest log: a line has some 200 bytes, and there can be a million of them."""
 MAX_POINTS = 240
 """Points of one line; a longer log is thinned out."""
+MAX_LOSSES = 32
+"""Charts of one log at most; no learner has more than a few losses."""
 MAX_BANDS = 12
 """With more changes of phase than this (phases that alternate, say) the bands would say nothing: they are left out."""
 LETTER = 6.4
@@ -65,31 +73,56 @@ class Chart:
     bands: list[Band]
 
 
-def read_log(path: Path) -> list[LogLine]:
-    """The steps of a ``log.jsonl``, in order of their number.
+def read_log(files: Files) -> tuple[list[LogLine], int]:
+    """The steps of a run's ``log.jsonl``, in order of their number, and how many of its lines are none.
 
-    Losses stand under ``losses`` or beside ``step``. A line that is not JSON (the last one of a killed run) and values
-    that are not finite are skipped; a step that was done twice (a resumed run) counts as it was done last. No file: [].
+    Losses stand under ``losses`` or beside ``step``. A last line without its end is what a killed run leaves, and is
+    passed over, as are values that are no numbers and losses after the first ``MAX_LOSSES``; a step that was done twice
+    (a resumed run) counts as it was done last. No file: no steps.
+
+    Raises:
+        DamagedError: the file cannot be read, or lies outside of the run.
     """
-    if not path.is_file():
-        return []
     lines: dict[int, LogLine] = {}
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(text)
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError):
+    known: set[str] = set()
+    passed_over = 0
+    *whole, last = (files.read("log.jsonl", MAX_LOG_BYTES) or b"").split(b"\n")
+    for number, data in enumerate([*whole, last]):
+        if not data.strip():
             continue
-        losses = record.get("losses")
-        if not isinstance(losses, dict):
-            losses = {key: value for key, value in record.items() if key not in ("step", "total", "phase", "losses")}
-        finite = {
-            str(name): float(value)
-            for name, value in losses.items()
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        }
-        lines[step] = LogLine(step, str(record.get("phase") or ""), finite)
-    return [lines[step] for step in sorted(lines)]
+        try:
+            content = parse_line(data)
+            record = StepRecord.model_validate(content)
+        except ValueError:  # a validation error is one
+            passed_over += number < len(whole)
+            continue
+        losses = record.losses
+        if losses is None:
+            losses = {name: value for name, value in content.items() if name not in StepRecord.KNOWN}
+        finite = {}
+        for name, value in losses.items():
+            if type(value) not in (int, float) or not abs(value) <= LARGEST:
+                continue
+            if name in known or len(known) < MAX_LOSSES:
+                known.add(name)
+                finite[name] = float(value)
+        lines[record.step] = LogLine(record.step, record.phase or "", finite)
+    return [lines[step] for step in sorted(lines)], passed_over
+
+
+def parse_line(data: bytes) -> dict[str, Any]:
+    """One line of a log: a JSON object, whose numbers may be NaN or infinite.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        content = json.loads(data.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

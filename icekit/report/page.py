@@ -15,7 +15,6 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import jinja2
 import numpy as np
@@ -27,6 +26,8 @@ from icekit.protocols import object_tokens
 from icekit.report import loss_chart
 from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, RunDirectory
 from icekit.run.extraction import Extraction
+from icekit.run.reading import Files
+from icekit.run.records import BackboneRecord, ConceptRecord, Manifest
 
 Mask = NDArray[np.bool_]
 
@@ -95,8 +96,8 @@ class Concept:
     index: int
     label: str
     colour: str
-    score: float | None
-    area: float | None
+    score: float
+    area: float
     outline: str
     badge: tuple[float, float]
     cut_out: Picture | None
@@ -111,26 +112,30 @@ def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` into a complete run directory, atomically, and return its path.
 
     Raises:
-        InputError: the directory holds no complete run.
+        InputError: the directory holds no complete run, or a damaged one.
     """
     run = Extraction.open(run_dir)
-    RunDirectory(run.run_dir).save_report(render_report(run.run_dir, run.manifest))
+    RunDirectory(run.run_dir).save_report(render_report(run.run_dir, run.record))
     return run.run_dir / "report.html"
 
 
-def render_report(run_dir: Path, manifest: Mapping[str, Any]) -> str:
+def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None) -> str:
     """The report of a run directory as HTML. What is not there (samples, attention maps, a log) is left out.
+
+    Nothing outside of the directory is read, wherever its links lead.
 
     Args:
         run_dir: where the files of the run are.
         manifest: the run's manifest, which need not be on disk yet.
+        place: where they will be in the end, if not there.
     """
-    image = _open_inside(run_dir, "image.png")
-    pictures = _pictures_by_part(run_dir)
-    concepts = [_concept(entry, run_dir, image, pictures) for entry in manifest.get("concepts", [])]
-    settings_file = run_dir / "settings.toml"
-    settings = settings_file.read_text(encoding="utf-8") if settings_file.is_file() else ""
-    timings = {key.removesuffix("_s"): value for key, value in manifest.get("timings", {}).items()}
+    run = RunDirectory(run_dir)
+    files, size = run.files, (manifest.image.width, manifest.image.height)
+    image = _picture(files, "image.png", size)
+    pictures = _pictures_by_part(files)
+    concepts = [_concept(entry, files, image, size, pictures) for entry in manifest.concepts]
+    log, passed_over = loss_chart.read_log(files)
+    timings = {key.removesuffix("_s"): value for key, value in manifest.timings.items()}
     total = timings.pop("total", None) or sum(timings.values())
 
     environment = jinja2.Environment(
@@ -146,25 +151,27 @@ def render_report(run_dir: Path, manifest: Mapping[str, Any]) -> str:
         Markup((Path(__file__).parent / "templates" / name).read_text(encoding="utf-8"))
         for name in ("report.css", "report.js")
     )
-    return environment.get_template("report.html.jinja").render(
+    html = environment.get_template("report.html.jinja").render(
         style=style,
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        title=PurePosixPath(str(manifest["image"]["source"]).replace("\\", "/")).name or "image",
+        title=PurePosixPath(manifest.image.source.replace("\\", "/")).name or "image",
         manifest=manifest,
         image=to_picture(enlarge(image, HERO_SIDE), HERO_SIDE) if image else None,
-        size=image.size if image else (manifest["image"]["width"], manifest["image"]["height"]),
+        size=size,
         concepts=concepts,
-        charts=loss_chart.loss_charts(loss_chart.read_log(run_dir / "log.jsonl")),
+        charts=loss_chart.loss_charts(log),
+        passed_over=passed_over,
         chart=loss_chart,
-        settings=settings,
+        settings=files.text("settings.toml") or "",
         compares=any(
             alone and alone.samples for one in concepts for alone in (one.alone, *(p.alone for p in one.parts))
         ),
         timings=timings,
         total_seconds=total,
-        snippets=_snippets(run_dir, concepts, manifest.get("backbone") or {}),
+        snippets=_snippets(run, place or run_dir, concepts, manifest.backbone),
     )
+    return html.encode("utf-8", "backslashreplace").decode()  # a path may hold what is no UTF-8
 
 
 def duration(seconds: float) -> str:
@@ -259,66 +266,63 @@ def to_picture(image: Image.Image, side: int = THUMBNAIL_SIDE) -> Picture:
     return Picture(uri, image.width, image.height, tiny)
 
 
-def _open_inside(run_dir: Path, name: str) -> Image.Image | None:
-    """A picture of the run directory, RGB or grey; None when it is not there. A path that leads outside is not read."""
-    path = (run_dir / name).resolve()
-    if not path.is_relative_to(run_dir.resolve()) or not path.is_file():
-        return None
-    with Image.open(path) as image:
-        return image.convert("L" if image.mode in ("1", "L", "I", "I;16", "F") else "RGB")
+def _picture(files: Files, name: str, size: tuple[int, int] | None = None) -> Image.Image | None:
+    """A picture of the run, RGB; None when it is not there.
+
+    size: (width, height) that it must have, pixels.
+    """
+    image = files.picture(name, size)
+    return image.convert("RGB") if image else None
 
 
-def _pictures_by_part(run_dir: Path) -> dict[tuple[str, int, str], list[Path]]:
+def _pictures_by_part(files: Files) -> dict[tuple[str, int, str], list[str]]:
     """The files of ``samples/`` and ``attention/`` by (folder, index of the concept, part), samples in order."""
-    numbered: dict[tuple[str, int, str], list[tuple[int, Path]]] = {}
-    for folder, pattern in (("samples", r"(\d+)-(.+)-(\d+)\.png"), ("attention", r"(\d+)-(.+)()\.png")):
-        for path in (run_dir / folder).glob("*.png"):
-            if match := re.fullmatch(pattern, path.name):
+    numbered: dict[tuple[str, int, str], list[tuple[int, str]]] = {}
+    for folder, pattern in (("samples", r"(\d{1,9})-(.+)-(\d{1,9})\.png"), ("attention", r"(\d{1,9})-(.+)()\.png")):
+        for name in files.names(folder, ".png"):
+            if match := re.fullmatch(pattern, name.removeprefix(f"{folder}/")):
                 index, part, number = match.groups()
-                numbered.setdefault((folder, int(index), part), []).append((int(number or 0), path))
-    return {key: [path for _, path in sorted(found)] for key, found in numbered.items()}
+                numbered.setdefault((folder, int(index), part), []).append((int(number or 0), name))
+    return {key: [name for _, name in sorted(found)] for key, found in numbered.items()}
 
 
 def _concept(
-    entry: Mapping[str, Any],
-    run_dir: Path,
+    entry: ConceptRecord,
+    files: Files,
     image: Image.Image | None,
-    pictures: Mapping[tuple[str, int, str], Sequence[Path]],
+    size: tuple[int, int],
+    pictures: Mapping[tuple[str, int, str], Sequence[str]],
 ) -> Concept:
-    index = int(entry["index"])
-    label = str(entry["label"])
-    tokens: dict[str, str] = entry["tokens"]
-    words: dict[str, list[str]] = entry.get("words") or {}
-    mask_image = _open_inside(run_dir, entry["mask"]) if entry.get("mask") else None
+    index = entry.index
+    mask_image = files.picture(entry.mask, size)
     mask = np.asarray(mask_image.convert("L")) > 127 if mask_image else None
-    if mask is not None and image is not None and mask.shape != (image.height, image.width):
-        mask = None
     x, y = label_point(mask) if mask is not None else (0.0, 0.0)
     cut = cut_out(image, mask) if image is not None and mask is not None else None
 
     def samples(part: str) -> list[Picture]:
-        return [to_picture(_open(path)) for path in pictures.get(("samples", index, part), [])]
+        found = [_picture(files, name) for name in pictures.get(("samples", index, part), [])]
+        return [to_picture(one) for one in found if one]
 
     def alone(part: str) -> Alone | None:
-        phrase = (entry.get("words_alone") or {}).get(part)
-        described = list((entry.get("described") or {}).get(part) or [])
-        return Alone(described, phrase, samples(f"{part}{WORDS_ALONE}")) if phrase else None
+        phrase = entry.words_alone.get(part)
+        return Alone(entry.described.get(part, []), phrase, samples(f"{part}{WORDS_ALONE}")) if phrase else None
 
     def attention(part: str) -> Picture | None:
         found = pictures.get(("attention", index, part))
-        return to_picture(heat_overlay(image, _open(found[0]))) if found and image is not None else None
+        map_of_it = _picture(files, found[0]) if found else None
+        return to_picture(heat_overlay(image, map_of_it)) if map_of_it and image is not None else None
 
     return Concept(
         index=index,
-        label=label,
+        label=entry.label,
         colour=COLOURS[index % len(COLOURS)],
-        score=entry.get("score"),
-        area=entry.get("area"),
+        score=entry.score,
+        area=entry.area,
         outline=mask_outline(mask) if mask is not None else "",
         badge=(100 * x / mask.shape[1], 100 * y / mask.shape[0]) if mask is not None else (0.0, 0.0),
         cut_out=to_picture(enlarge(cut, CUT_OUT_SIDE), CUT_OUT_SIDE) if cut else None,
-        traits=[names[0] for part, names in words.items() if names and part not in MEANINGS],
-        prompt=object_tokens(tokens),
+        traits=[names[0] for part, names in entry.words.items() if names and part not in MEANINGS],
+        prompt=object_tokens(entry.tokens),
         samples=samples("object"),
         alone=alone("object"),
         parts=[
@@ -326,31 +330,28 @@ def _concept(
                 name=part,
                 meaning=MEANINGS.get(part, f"its {part}"),
                 token=token,
-                words=list(words.get(part) or []),
+                words=entry.words.get(part, []),
                 attention=attention(part),
                 samples=samples(part),
                 alone=alone(part),
             )
-            for part, token in tokens.items()
+            for part, token in entry.tokens.items()
         ],
     )
 
 
-def _open(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return image.convert("RGB")
-
-
-def _snippets(run_dir: Path, concepts: Sequence[Concept], backbone: Mapping[str, Any]) -> dict[str, str]:
+def _snippets(
+    run: RunDirectory, to_be: Path, concepts: Sequence[Concept], backbone: BackboneRecord | None
+) -> dict[str, str]:
     """What to type next, with this run's own directory and tokens; empty when nothing was found.
 
+    to_be: where the run's files will be in the end.
     backbone: as in the manifest. For diffusers there is something to type where it says how its model is loaded there,
         and has one text encoder, for which tokens are kept as diffusers reads them.
     """
     if not concepts:
         return {}
-    full = run_dir.resolve()
-    place = str(full.relative_to(Path.cwd()) if full.is_relative_to(Path.cwd()) else full)
+    place = _from_here(to_be)
     first = concepts[0]
     attributes = [part.name for part in first.parts if part.name not in MEANINGS]
     second = concepts[1] if len(concepts) > 1 else first
@@ -366,13 +367,24 @@ def _snippets(run_dir: Path, concepts: Sequence[Concept], backbone: Mapping[str,
         if second is not first:
             lines.append(compose(f"{{a}}, {{b.{attributes[-1]}}}", a=first, b=second))
     snippets = {"compose": "\n".join(lines)}
-    pipeline, source = backbone.get("pipeline_class"), backbone.get("pipeline_source")
-    if pipeline and str(pipeline).isidentifier() and source and len(backbone.get("rows", {})) == 1:
-        snippets["diffusers"] = _diffusers(run_dir, place, str(pipeline), str(source), first.prompt)
+    if backbone and backbone.pipeline_source and len(backbone.rows) == 1:
+        pipeline = backbone.pipeline_class or ""
+        if pipeline.isidentifier():
+            snippets["diffusers"] = _diffusers(run, place, pipeline, backbone.pipeline_source, first.prompt)
     return snippets
 
 
-def _diffusers(run_dir: Path, place: str, pipeline: str, source: str, prompt: str) -> str:
+def _from_here(path: Path) -> str:
+    """A path as it can be typed in the working directory, if that is still there."""
+    full = path.resolve()
+    try:
+        here = Path.cwd()
+    except OSError:
+        return str(full)
+    return str(full.relative_to(here) if full.is_relative_to(here) else full)
+
+
+def _diffusers(run: RunDirectory, place: str, pipeline: str, source: str, prompt: str) -> str:
     """Python code that generates an image with the run's tokens, and with what was made of the noise predictor."""
 
     def quoted(text: str) -> str:
@@ -380,11 +392,11 @@ def _diffusers(run_dir: Path, place: str, pipeline: str, source: str, prompt: st
 
     names, tuned = [pipeline], ""
     for folder in WEIGHTS_FOLDERS:
-        kind = _class_name(run_dir / folder / "config.json")
-        if kind:
+        kind = str(run.weights_config(folder).get("_class_name", ""))
+        if kind.isidentifier():
             names.append(kind)
             tuned += f"pipe.{folder} = {kind}.from_pretrained({quoted(f'{place}/{folder}')})\n"
-    if (run_dir / "lora.safetensors").is_file():
+    if run.files.find("lora.safetensors"):
         tuned += f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n'
     return f"""\
 from pathlib import Path
@@ -395,12 +407,3 @@ for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
     pipe.load_textual_inversion(str(file), token=f"<{{file.stem}}>")
 {tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
 """
-
-
-def _class_name(config: Path) -> str | None:
-    """The diffusers class that a folder of weights is for; None where there is no such folder."""
-    try:
-        name = str(json.loads(config.read_text(encoding="utf-8"))["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if name.isidentifier() else None

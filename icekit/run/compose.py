@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
+import os
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +16,38 @@ from PIL import Image
 from torch import Tensor
 
 from icekit import plugins
+from icekit.files import read_bytes
+from icekit.paths import user_path
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError, object_tokens
+from icekit.protocols.values import bounded
 from icekit.randomness import derived_seed
 from icekit.run.atomic import write_image_atomically, write_json_atomically
 from icekit.run.directory import SCHEMA_VERSION
 from icekit.run.extraction import Concept, Extraction
+from icekit.run.machine import enough_memory
 from icekit.run.models import load_backbone, reproducible, resolve_device
+from icekit.run.ownership import (
+    LOCK,
+    NEXT,
+    PLAN,
+    Busy,
+    becomes,
+    check_way,
+    delete,
+    exchange,
+    finish_exchange,
+    is_pending,
+    link_to,
+    refuse_if_busy,
+    refuse_links,
+    writing_into,
+)
 from icekit.settings import Settings, nearest
+
+MAX_IMAGES = 10_000
+RECORD = "prompt.json"
+"""What was asked for and made. It is written last: its presence means that the composition is complete."""
 
 
 @dataclass(frozen=True)
@@ -82,56 +110,61 @@ def compose(
     Raises:
         InputError: a placeholder, a run or ``out`` is wrong, or the runs do not share one backbone.
     """
-    if n < 1:
-        raise InputError(f"the number of images cannot be {n}: it should be 1 or more")
+    if not 1 <= n <= MAX_IMAGES:
+        raise InputError(f"the number of images cannot be {n}: it should be 1 to {MAX_IMAGES}")
     bound = {name: bind(name, reference) for name, reference in concepts.items()}
     expanded = expand(prompt, {name: one.tokens for name, one in bound.items()})
     run = drawing_run(bound)
-    folder = _output_folder(prompt, out, overwrite)
-    found = installed or plugins.installed()
-    settings = _drawing_settings(run, found)
-    backbone = load_backbone(found, settings, resolve_device(device or settings.device))
-    for name, one in bound.items():
-        _check_fit(name, one, backbone)
+    with _output_folder(prompt, out, n, overwrite) as folder:
+        found = installed or plugins.installed()
+        settings = _drawing_settings(run, found)
+        backbone = load_backbone(found, settings, resolve_device(device or settings.device))
+        for name, one in bound.items():
+            _check_fit(name, one, backbone)
 
-    stale = _own_files(folder)
-    seeds = [derived_seed(seed, "compose", number) for number in range(n)]
-    files = [folder / f"{number}.png" for number in range(n)]
-    done = 0
+        _clean(folder)
+        seeds = [derived_seed(seed, "compose", number) for number in range(n)]
+        names = [f"{number}.png" for number in range(n)]
+        done = 0
 
-    def keep(number: int, picture: Image.Image) -> None:
-        nonlocal done
-        while stale:  # now that there is something in its place
-            stale.pop().unlink()
-        write_image_atomically(files[number], picture)
-        done += 1
-        if on_image:
-            on_image(done, n)
+        def keep(number: int, picture: Image.Image) -> None:
+            nonlocal done
+            write_image_atomically(folder / NEXT / names[number], picture)
+            done += 1
+            if on_image:
+                on_image(done, n)
 
-    with reproducible():
-        backbone.generate(
-            [expanded] * n,
-            seeds=seeds,
-            tokens={token: rows for one in bound.values() for token, rows in one.rows.items()},
-            steps=settings.sample_steps,
-            guidance_scale=settings.guidance_scale,
-            tuning=run.tuning(),
-            on_image=keep,
-        )
-    record = {
-        "icekit_version": plugins.own_version(),
-        "prompt": prompt,
-        "expanded": expanded,
-        "concepts": {
-            name: {"run": str(one.run.run_dir), "index": one.concept.index, "label": one.concept.label}
-            for name, one in bound.items()
-        },
-        "seed": seed,
-        "seeds": seeds,
-        "images": [file.name for file in files],
-    }
-    write_json_atomically(folder / "prompt.json", record)
-    return Composition(folder, prompt, expanded, seeds, files)
+        drawing = ("backbone", settings.name_of("backbone"))
+        with (
+            reproducible(),
+            enough_memory("generate", found, lambda: settings),
+            found.naming("generate", [drawing], by=drawing),
+        ):
+            backbone.generate(
+                [expanded] * n,
+                seeds=seeds,
+                tokens={token: rows for one in bound.values() for token, rows in one.rows.items()},
+                steps=settings.sample_steps,
+                guidance_scale=settings.guidance_scale,
+                tuning=run.tuning(),
+                on_image=keep,
+            )
+        record = {
+            "icekit_version": plugins.own_version(),
+            "prompt": prompt,
+            "expanded": expanded,
+            "concepts": {
+                name: {"run": str(one.run.run_dir), "index": one.concept.index, "label": one.concept.label}
+                for name, one in bound.items()
+            },
+            "seed": seed,
+            "seeds": seeds,
+            "images": names,
+        }
+        write_json_atomically(folder / NEXT / RECORD, record)
+        # The old composition goes only now that the new one is whole.
+        exchange(folder, old=_own_names(folder), new=[*names, RECORD], last=RECORD)
+    return Composition(folder, prompt, expanded, seeds, [folder / name for name in names])
 
 
 def bind(name: str, reference: str | Path | Extraction) -> Bound:
@@ -155,7 +188,7 @@ def bind(name: str, reference: str | Path | Extraction) -> Bound:
 def split_reference(reference: str) -> tuple[str, str | None]:
     """``"runs/photo:cup"`` -> (``"runs/photo"``, ``"cup"``). A folder may have a colon in its own name."""
     path, colon, concept = reference.rpartition(":")
-    if not colon or Path(reference).exists():
+    if not colon or os.path.exists(user_path(reference)):
         return reference, None
     return path, concept
 
@@ -258,27 +291,79 @@ def _check_fit(name: str, bound: Bound, backbone: Backbone) -> None:
         )
 
 
-def _output_folder(prompt: str, out: str | Path | None, overwrite: bool) -> Path:
-    if out is None:
-        stem = "-".join(re.findall(r"\w+", prompt.lower()))[:60] or "composition"
-        base = Path("compositions") / stem
-        number = 1
-        while (folder := base if number == 1 else base.with_name(f"{stem}-{number}")).exists():
-            number += 1
-        return folder
-    folder = Path(out)
-    if folder.is_file():
-        raise InputError(f"{folder} is a file: --out takes a folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not _own_files(folder):
-            raise InputError(f"{folder} is not empty and no composition of icekit's: choose another --out")
-        if not overwrite:
-            raise InputError(f"{folder} already holds a composition: --overwrite replaces it, or choose another --out")
-    return folder
+@contextlib.contextmanager
+def _output_folder(prompt: str, out: str | Path | None, n: int, overwrite: bool) -> Iterator[Path]:
+    """The folder that the images are to be in, with no other process writing into it.
+
+    Raises:
+        InputError: it is somebody else's, has a composition already, or something that is in the way.
+    """
+    if out is not None:
+        folder = user_path(out, "out")
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file: --out takes a folder")
+        refuse_if_busy(folder)
+        _check_folder(folder, n, overwrite)
+        with writing_into(folder):
+            finish_exchange(folder, _is_own_name, writing=True)
+            _check_folder(folder, n, overwrite)
+            yield folder
+        return
+    stem = bounded("-".join(re.findall(r"\w+", prompt.lower())) or "composition", 60)
+    for number in itertools.count(1):
+        folder = Path("compositions") / (stem if number == 1 else f"{stem}-{number}")
+        if not folder.exists():
+            with contextlib.ExitStack() as stack:
+                try:
+                    stack.enter_context(writing_into(folder))
+                except Busy:  # another process was faster
+                    continue
+                yield folder
+                return
 
 
-def _own_files(folder: Path) -> list[Path]:
-    """What an earlier composition left; nothing in a folder that has no ``prompt.json`` of ours."""
-    if not (folder / "prompt.json").is_file() or '"icekit_version"' not in (folder / "prompt.json").read_text():
-        return []
-    return [folder / "prompt.json", *(path for path in folder.iterdir() if re.fullmatch(r"\d+\.png", path.name))]
+def _check_folder(folder: Path, n: int, overwrite: bool) -> None:
+    """Whether a composition of ``n`` images can be written here.
+
+    Raises:
+        InputError: see ``_output_folder``.
+    """
+    if not folder.is_dir():
+        return
+    if is_pending(folder):
+        finish_exchange(folder, _is_own_name)
+    refuse_links(folder, NEXT)
+    own = _own_names(folder)
+    strange = [path for path in folder.iterdir() if path.name not in (LOCK, NEXT)]
+    if (folder / NEXT).is_dir():
+        strange += [one for one in (folder / NEXT).iterdir() if not _is_own_name(becomes(one) or one.name, PLAN)]
+    if strange and not own:
+        raise InputError(f"{folder} is not empty and no composition of icekit's: choose another --out")
+    if own and not overwrite:
+        raise InputError(f"{folder} already holds a composition: --overwrite replaces it, or choose another --out")
+    check_way(folder, own, [f"{number}.png" for number in range(n)])
+
+
+def _clean(folder: Path) -> None:
+    """Delete what a process that was killed had made."""
+    if (folder / NEXT).is_dir():
+        for path in list((folder / NEXT).iterdir()):
+            if _is_own_name(becomes(path) or path.name):
+                delete(path)
+
+
+def _own_names(folder: Path) -> set[str]:
+    """What an earlier composition wrote, by its ``prompt.json``; nothing in a folder that has none of ours."""
+    try:
+        if link_to(folder, RECORD):
+            return set()
+        record = json.loads(read_bytes(folder / RECORD, 2**24))
+        if not isinstance(record, dict) or "icekit_version" not in record or not isinstance(record["images"], list):
+            return set()
+    except (OSError, ValueError, KeyError, RecursionError):
+        return set()
+    return {RECORD} | {name for name in record["images"] if isinstance(name, str) and _is_own_name(name)}
+
+
+def _is_own_name(name: str, *others: str) -> bool:
+    return name in (RECORD, *others) or bool(re.fullmatch(r"\d+\.png", name))

@@ -1,17 +1,20 @@
 """A run directory, read and written: everything that icekit keeps on disk is in this module.
 
 Every file is written beside its place and moved there in one step, so that a killed run leaves whole files only. While
-a run is under way its state is in ``checkpoint/``; ``manifest.json`` comes last and makes it complete.
+a run is under way its state is in ``checkpoint/``; ``manifest.json`` comes last and makes it complete. What was written
+is in a record, ``checkpoint/written.jsonl`` and then the manifest's ``files``: all that is ever deleted or replaced. A
+run that is to replace another is built in the subfolder ``.next`` (see ``ownership``).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
+import os
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -20,7 +23,32 @@ import numpy as np
 from PIL import Image
 
 from icekit.protocols import FineTuning, InputError, Learned, Region, Step
-from icekit.run.atomic import write_atomically, write_image_atomically, write_json_atomically, write_tensors_atomically
+from icekit.protocols.errors import printable
+from icekit.run.atomic import (
+    write_atomically,
+    write_image_atomically,
+    write_json_atomically,
+    write_tensors_atomically,
+    write_text_atomically,
+    writing,
+)
+from icekit.run.ownership import (
+    LOCK,
+    NEXT,
+    Written,
+    becomes,
+    check_way,
+    delete,
+    delete_files,
+    exchange,
+    finish_exchange,
+    in_the_way,
+    refuse_links,
+    remove_empty_folders,
+    remove_next,
+)
+from icekit.run.reading import DamagedError, Files, decode_picture, listed, parse_json
+from icekit.run.records import Begun, LocatedRecord, Started, Timings
 from icekit.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,18 +65,18 @@ WEIGHTS_FOLDERS = ("unet", "transformer")
 """What pipelines call their noise predictor: the folder of fine-tuned weights, in diffusers' format, is named so."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
-_OWN_FILES = (
-    "manifest.json",
-    "image.png",
-    "settings.toml",
-    "log.jsonl",
-    "embeddings.safetensors",
-    "lora.safetensors",
-    "report.html",
-    "checkpoint/regions.json",
+_RECORD = "checkpoint/written.jsonl"
+_STARTED = "checkpoint/run.json"
+_IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors", "report.html")
+_CHECKPOINT = (
     "checkpoint/learner.safetensors",
+    "checkpoint/regions.json",
     "checkpoint/timings.json",
+    _RECORD,
+    _STARTED,
 )
+"""In the order in which they are deleted: as long as the last is there, the rest is icekit's."""
+_OWN_FILES = (*_IN_EVERY_RUN, "lora.safetensors", *_CHECKPOINT)
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
     "embeddings": r".+-\d+(-.+)?\.safetensors",
@@ -57,19 +85,7 @@ _OWN_PATTERNS = {
     "attention": r"\d+-.+\.png",
     "checkpoint": r"run\.json",
 }
-"""What icekit writes into a run directory, and so all that it ever deletes there. ``run.json`` goes last."""
-
-
-@dataclass(frozen=True)
-class Started:
-    """What a run began with: the source image's sha256, the complete settings (nested, JSON types), and the schema
-    version of its directory.
-    """
-
-    sha256: str
-    source: str
-    settings: dict[str, Any]
-    schema_version: int
+"""What icekit writes into a run directory, and so all that it ever deletes there, whatever a record says."""
 
 
 @dataclass(frozen=True)
@@ -106,9 +122,16 @@ def check_place(path: Path, what: str, *, resume: bool, overwrite: bool) -> None
 class RunDirectory:
     """One run directory under way: what is in it, and how things get into it."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, home: Path | None = None) -> None:
+        """Open it, or say where it is to be.
+
+        home: where its files will be in the end, if not there.
+        """
         self.path = Path(path)
-        self.checkpoint = FileCheckpoint(self.path / "checkpoint" / "learner.safetensors")
+        self.home = home or self.path
+        self.files = Files(self.path, f"the run in {self.path}", self._way_out)
+        self.checkpoint = FileCheckpoint(self.path / "checkpoint" / "learner.safetensors", self.files)
+        self.written = Written(self.path, _RECORD, before=self._names_by_pattern)
 
     # --- Whose it is, and how far it got -----------------------------------------------------------------------------
 
@@ -119,21 +142,47 @@ class RunDirectory:
 
     @property
     def is_ours(self) -> bool:
-        """Whether icekit made this directory."""
-        return self.is_complete or (self.path / "checkpoint" / "run.json").is_file()
+        """Whether icekit made this directory. A manifest that cannot be read says nothing of that."""
+        try:
+            manifest = Files(self.path, "", lambda: "").json("manifest.json")
+        except DamagedError:
+            manifest = None
+        return _is_manifest(manifest) or (self.path / "checkpoint" / "run.json").is_file()
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest; empty if there is none, or somebody else's."""
-        manifest = _read_json(self.path / "manifest.json")
-        ours = isinstance(manifest, dict) and {"schema_version", "icekit_version"} <= manifest.keys()
-        return manifest if ours else {}
+        """The manifest; empty if there is none, or somebody else's. What is in it was not looked at: see ``Manifest``.
+
+        Raises:
+            DamagedError: it cannot be read.
+        """
+        manifest = self.files.json("manifest.json")
+        return manifest if _is_manifest(manifest) else {}
 
     def started(self) -> Started | None:
-        """What the run under way here began with; None if there is none."""
-        record = _read_json(self.path / "checkpoint" / "run.json")
-        if not record or not record.get("ready"):
+        """What the run under way here began with; None if there is none, or it was only about to begin.
+
+        Raises:
+            DamagedError: its record is damaged.
+        """
+        name = "checkpoint/run.json"
+        record = self.files.json(name)
+        if record is None or not self.files.check(name, Begun, record).ready:
             return None
-        return Started(record["sha256"], record["source"], record["settings"], record["schema_version"])
+        return self.files.check(name, Started, record)
+
+    def update_settings(self, settings: Settings) -> None:
+        """Keep settings that changed since the run began: those that change nothing of what comes out."""
+        name, values = "checkpoint/run.json", settings.model_dump(mode="json")
+        record = self.files.json(name)
+        if record["settings"] != values:
+            self._write("settings.toml", settings.to_toml().encode())
+            self._write_json(name, record | {"settings": values})
+
+    def _way_out(self) -> str:
+        """What to do where a file here is damaged."""
+        if self.is_ours:
+            return f"`icekit run IMAGE --out {self.home} --overwrite` makes the run anew"
+        return "make the run anew in another folder, as in `icekit run IMAGE --out DIR`"
 
     def check_usable(self, *, resume: bool, overwrite: bool) -> None:
         """Whether a run may be written here.
@@ -145,61 +194,166 @@ class RunDirectory:
         check_place(self.path, "a run", resume=resume, overwrite=overwrite)
         if not self.path.exists():
             return
+        self.finish_exchange()
         if self.is_ours:
             if not (resume or overwrite):
                 kind = "a complete run" if self.is_complete else "an interrupted run (--resume goes on with it)"
+                if self.is_complete and self.next.is_ours:
+                    kind += " and one that was interrupted before it had replaced it (--resume goes on with that)"
                 raise InputError(f"{self.path} already holds {kind}: --overwrite replaces it, or choose another --out")
-        elif any(path.is_file() for path in self.path.rglob("*") if _becomes(path) != "run.json"):
+            self._check_ownership()
+        elif any(path.is_file() for path in self.path.rglob("*") if not self._is_of_a_beginning(path)):
             raise InputError(f"{self.path} is not empty and no run of icekit's: choose another --out")
+
+    def _is_of_a_beginning(self, path: Path) -> bool:
+        """Whether a process that was killed before it had begun left this."""
+        return becomes(path) == "run.json" or path == self.path / LOCK
+
+    def _check_ownership(self) -> None:
+        """Whether what a run writes in any case can be written: no link is on the way, and nothing of others."""
+        own = self.own_names()
+        for name in sorted({*own, *_OWN_FILES, *_OWN_PATTERNS, NEXT}):
+            refuse_links(self.path, name)
+        for name in _IN_EVERY_RUN:
+            if os.path.lexists(self.path / name) and name not in own:
+                raise in_the_way(self.path / name)
 
     def begin(self, settings: Settings, source: str, sha256: str, image: Image.Image) -> None:
         """Start afresh, replacing what icekit wrote here before (and nothing else).
 
         Raises:
-            InputError: the directory cannot be made.
+            CannotWrite: the system refuses.
+            InputError: somebody else's file is in the way.
         """
         record: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "ready": False}
-        try:
-            # First of all: from here on the directory is icekit's, whenever the process may be killed.
-            self._write_json("checkpoint/run.json", record)
-        except OSError as error:
-            raise InputError(f"cannot write to {self.path}: {(error.strerror or str(error)).lower()}") from error
-        self._delete_own(keep="run.json")
+        # First of all: from here on the directory is icekit's, whenever the process may be killed.
+        self._write_json(_STARTED, record)
+        self.delete_own(keep=(_STARTED, _RECORD))
+        self.written.reset()
+        self.written.claim(_CHECKPOINT[0])
         self._write("settings.toml", settings.to_toml().encode())
         self._write_image("image.png", image)
         record |= {"ready": True, "source": source, "sha256": sha256, "settings": settings.model_dump(mode="json")}
-        self._write_json("checkpoint/run.json", record)
+        self._write_json(_STARTED, record)
 
     def clear_leftovers(self) -> None:
-        """Delete what a killed process had half-written."""
-        for path in self._own_files():
-            if _becomes(path):
-                _delete(path)
+        """Delete what a killed process had half-written, and what it had no more time to delete."""
+        for path in self._files_by_pattern():
+            if becomes(path):
+                delete(path)
+        if self.is_complete:
+            if (self.path / _STARTED).is_file():
+                self._delete_checkpoint()
+            remove_empty_folders(self.path, [_STARTED])
 
-    def _delete_own(self, keep: str) -> None:
-        for path in self._own_files():
-            if (_becomes(path) or path.name) != keep:
-                _delete(path)
-                if path.parent != self.path and not any(path.parent.iterdir()):
-                    path.parent.rmdir()
+    def delete_own(self, keep: Collection[str] = ()) -> None:
+        """Delete what icekit wrote here, by its record.
 
-    def _own_files(self) -> list[Path]:
-        """The files that icekit wrote here, half-written ones among them, and folders of such."""
+        keep: names that stay.
+        """
+        names = self.own_names() - {*keep}
+        for path in self._files_by_pattern():
+            if becomes(path):
+                delete(path)
+        delete_files(self.path, names)
+
+    def own_names(self) -> set[str]:
+        """The files that icekit wrote here, relative to the directory.
+
+        A run of a version that kept no record: those of names that icekit gives.
+        """
+        try:
+            manifest = self.read_manifest()
+        except DamagedError:
+            manifest = {}
+        if isinstance(manifest.get("files"), list):
+            names = {name for name in manifest["files"] if isinstance(name, str)} | {"manifest.json"}
+            names |= {*_CHECKPOINT} if (self.path / _STARTED).is_file() else set()
+        elif self.written.is_there:
+            names = self.written.names() | {_RECORD, _STARTED}
+        else:
+            names = self._names_by_pattern()
+        return {name for name in names if is_own_name(name)}
+
+    def _names_by_pattern(self) -> set[str]:
+        paths = [path for path in self._files_by_pattern() if not becomes(path)]
+        return {path.relative_to(self.path).as_posix() for path in paths}
+
+    def _files_by_pattern(self) -> list[Path]:
+        """Files whose names icekit gives, half-written ones among them, and folders of such."""
         folders = [self.path / name for name in _OWN_PATTERNS if not (self.path / name).is_symlink()]
         paths = [path for folder in [self.path, *folders] if folder.is_dir() for path in folder.iterdir()]
-        return [path for path in paths if (path.is_file() or _becomes(path)) and self._is_own(path)]
+        final = {path: path.with_name(becomes(path) or path.name).relative_to(self.path).as_posix() for path in paths}
+        return [path for path in paths if (path.is_file() or becomes(path)) and is_own_name(final[path])]
 
-    def _is_own(self, path: Path) -> bool:
-        name = path.with_name(_becomes(path) or path.name).relative_to(self.path).as_posix()
-        folder, _, file = name.rpartition("/")
-        return name in _OWN_FILES or (folder in _OWN_PATTERNS and bool(re.fullmatch(_OWN_PATTERNS[folder], file)))
+    # --- One run in the place of another -----------------------------------------------------------------------------
+
+    @property
+    def next(self) -> RunDirectory:
+        """Where a run is built that is to replace the one here."""
+        return RunDirectory(self.path / NEXT, self.path)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the run is complete and no process has left anything to be done."""
+        return self.is_complete and not any((self.path / name).is_dir() for name in ("checkpoint", NEXT))
+
+    def discard_next(self) -> None:
+        """Delete what was built in ``next``."""
+        if self.next.is_ours:
+            self.next.delete_own()
+        remove_next(self.path)
+
+    @property
+    def holds_run(self) -> bool:
+        """Whether a run is here that is complete or was begun, damaged or not."""
+        try:
+            return self.is_complete or self.started() is not None
+        except DamagedError:
+            return True
+
+    def check_replaceable(self, finished: RunDirectory) -> None:
+        """Whether the run in ``next`` can replace the one here, which is the user's to mend.
+
+        Raises:
+            InputError: a file that is not icekit's is in the way, or a symbolic link is.
+        """
+        check_way(self.path, self.own_names(), [name for name in finished.own_names() if name not in _CHECKPOINT])
+
+    def replace(self) -> None:
+        """Put the complete run in ``next`` into the place of the one here; whoever opens the directory ends it if need
+        be: ``finish_exchange``.
+
+        Raises:
+            InputError: see ``check_replaceable``; nothing was changed then.
+        """
+        self.next.clear_leftovers()
+        exchange(self.path, old=self.own_names(), new=self.next.own_names(), last="manifest.json")
+
+    def finish_exchange(self, *, writing: bool = False) -> None:
+        """End the exchange that a killed process had begun, if there is one.
+
+        writing: whether this process is known to be ``writing_into`` the directory.
+
+        Raises:
+            InputError: another process is at it, or it cannot be ended.
+        """
+        finish_exchange(self.path, is_own_name, writing=writing)
 
     # --- Stage one ---------------------------------------------------------------------------------------------------
 
-    def load_image(self) -> Image.Image:
-        """The image as the run saw it."""
-        with Image.open(self.path / "image.png") as image:
-            return image.convert("RGB")
+    def load_image(self, size: tuple[int, int] | None = None) -> Image.Image:
+        """The image as the run saw it.
+
+        size: (width, height) that it must have, pixels.
+
+        Raises:
+            DamagedError: it is not there, damaged, or of another size.
+        """
+        image = self.files.picture("image.png", size)
+        if image is None:
+            raise self.files.damaged("image.png", "it is missing")
+        return image.convert("RGB")
 
     def save_located(self, located: Located) -> None:
         """Keep the regions found so far."""
@@ -227,36 +381,45 @@ class RunDirectory:
             },
         )
         current = {region["mask"] for region in regions}
-        for path in (self.path / "masks").glob("*.png"):  # a region that was renamed left its mask's old name
-            if re.fullmatch(_OWN_PATTERNS["masks"], path.name) and f"masks/{path.name}" not in current:
-                path.unlink()
+        for name in self.own_names() - current:  # a region that was renamed left its mask's old name
+            if name.startswith("masks/"):
+                (self.path / name).unlink(missing_ok=True)
 
-    def load_located(self) -> Located:
-        """The regions found so far."""
-        import torch
+    def load_located(self, size: tuple[int, int] | None = None) -> Located:
+        """The regions found so far.
 
-        record = _read_json(self.path / "checkpoint" / "regions.json")
-        if not record:
+        size: (width, height) that masks must have, pixels.
+
+        Raises:
+            DamagedError: their record or a mask is damaged, not there, or of another size.
+        """
+        name = "checkpoint/regions.json"
+        record = self.files.record(name, LocatedRecord)
+        if record is None:
             return Located()
-        regions = []
-        for entry in record["regions"]:
-            with Image.open(self.path / entry["mask"]) as image:
-                mask = torch.from_numpy(np.asarray(image.convert("L")) > 127)
-            regions.append(Region(entry["index"], entry["word"], entry["score"], mask, entry.get("hints", {})))
-        erased = record.get("erased")
-        return Located(
-            tuple(regions),
-            tuple(record["refused"]),
-            record["finished"],
-            record.get("rounds", len(record["regions"]) + len(record["refused"])),
-            record.get("last"),
-            None if erased is None else _mask_from_text(erased),
-        )
+        regions = [
+            Region(one.index, one.word, one.score, self._load_mask(one.mask, size), one.hints) for one in record.regions
+        ]
+        erased = None
+        if record.erased is not None:
+            try:
+                erased = _to_mask(decode_picture(base64.b64decode(record.erased, validate=True), size))
+            except ValueError as error:
+                raise self.files.damaged(name, f"erased: {error}") from error
+        rounds = len(record.regions) + len(record.refused) if record.rounds is None else record.rounds
+        return Located(tuple(regions), tuple(record.refused), record.finished, rounds, record.last, erased)
+
+    def _load_mask(self, name: str, size: tuple[int, int] | None) -> Tensor:
+        picture = self.files.picture(name, size)
+        if picture is None:
+            raise self.files.damaged(name, "it is missing")
+        return _to_mask(picture)
 
     # --- Stage two ---------------------------------------------------------------------------------------------------
 
     def open_log(self) -> StepLog:
         """``log.jsonl``, to append to."""
+        self._claim("log.jsonl")
         return StepLog(self.path / "log.jsonl")
 
     def save_learned(self, learned: Learned) -> None:
@@ -272,6 +435,7 @@ class RunDirectory:
         if tuning.weights:
             if tuning.weights_config:
                 self._write_json(f"{tuning.folder}/config.json", tuning.weights_config, indent=2)
+            self._claim(f"{tuning.folder}/{WEIGHTS_FILE}")
             # diffusers does not read a file that does not say which framework it is of.
             write_tensors_atomically(self.path / tuning.folder / WEIGHTS_FILE, tuning.weights, {"format": "pt"})
         everything: dict[str, Tensor] = {}
@@ -283,45 +447,83 @@ class RunDirectory:
             everything |= {_key(token, encoder, rows): _plain(row) for encoder, row in rows.items()}
         self._write("embeddings.safetensors", save(everything))
 
-    def load_tokens(self, encoders: Sequence[str] | None) -> dict[str, dict[str, Tensor]] | None:
+    def load_tokens(
+        self, lengths: Mapping[str, int] | None, expected: Collection[str]
+    ) -> dict[str, dict[str, Tensor]] | None:
         """The learned tokens: name -> text encoder -> its row, float32; None before they are there.
 
-        encoders: the text encoders that tokens have rows for; None for a run of schema version 1, which had one and
-            did not say which.
-        """
-        from safetensors.torch import load_file
+        lengths: the text encoders that tokens have rows for, and how long these are; None for a run of schema version
+            1, which had one and did not say which.
+        expected: the tokens that there should be.
 
-        path = self.path / "embeddings.safetensors"
-        if not path.is_file():
+        Raises:
+            DamagedError: the file is damaged, tokens or rows are missing or another run's, or numbers are not finite.
+        """
+        name = "embeddings.safetensors"
+        rows = self.files.finite_tensors(name)
+        if rows is None:
             return None
-        rows = load_file(path)
-        if encoders is None:
-            return {token: {_clip_of(row): row} for token, row in rows.items()}
-        if len(encoders) == 1:
-            return {token: {encoders[0]: row} for token, row in rows.items()}
+        keys = {
+            token: {_key(token, encoder, lengths or [""]): encoder for encoder in lengths or [""]} for token in expected
+        }
+        known = {key for own in keys.values() for key in own}
+        if missing := known - rows.keys():
+            raise self.files.damaged(name, f"it lacks {listed(missing)}")
+        if foreign := rows.keys() - known:
+            raise self.files.damaged(name, f"it has {listed(foreign)}, which this run does not know")
         tokens: dict[str, dict[str, Tensor]] = {}
-        for key, row in rows.items():
-            token, _, encoder = key.rpartition(".")
-            tokens.setdefault(token, {})[encoder] = row
-        return {token: {encoder: own[encoder] for encoder in encoders} for token, own in tokens.items()}
+        for token, own in keys.items():
+            tokens[token] = {}
+            for key, encoder in own.items():
+                row = rows[key]
+                length = row.numel() if lengths is None else lengths[encoder]
+                if not row.is_floating_point() or tuple(row.shape) != (length,):
+                    kind = f"{str(row.dtype).removeprefix('torch.')} {list(row.shape)}"
+                    raise self.files.damaged(name, f"{printable(key, 200)} is {kind}, and should be float32 [{length}]")
+                tokens[token][encoder or _clip_of(row)] = row.float()
+        return tokens
+
+    @property
+    def is_fine_tuned(self) -> bool:
+        """Whether there are trained weights of the noise predictor, an adapter or all of them. Raises DamagedError."""
+        names = ("lora.safetensors", *(f"{folder}/{WEIGHTS_FILE}" for folder in WEIGHTS_FOLDERS))
+        return any(self.files.find(name) for name in names)
 
     def load_tuning(self) -> FineTuning:
-        """What was made of the noise predictor; nothing where it was not trained."""
-        from safetensors.torch import load_file
+        """What was made of the noise predictor; nothing where it was not trained.
 
-        file = self.path / "lora.safetensors"
-        lora = load_file(file) if file.is_file() else {}
+        Raises:
+            DamagedError: a file is damaged, or is not of weights.
+        """
+        name = "lora.safetensors"
+        lora = self.files.finite_tensors(name) or {}
+        folders = {key.partition(".")[0] for key in lora}
+        if len(folders) > 1 or not folders <= set(WEIGHTS_FOLDERS):
+            raise self.files.damaged(name, f"its weights are of {listed(folders)}: it is no adapter of icekit's")
         for folder in WEIGHTS_FOLDERS:
-            file = self.path / folder / WEIGHTS_FILE
-            if file.is_file():
-                return FineTuning(lora, load_file(file), _read_json(file.with_name("config.json")) or {}, folder)
-        return FineTuning(lora, folder=next(iter(lora)).partition(".")[0]) if lora else FineTuning()
+            weights = self.files.finite_tensors(f"{folder}/{WEIGHTS_FILE}")
+            if weights is not None:
+                return FineTuning(lora, weights, self.weights_config(folder), folder)
+        return FineTuning(lora, folder=folders.pop()) if lora else FineTuning()
+
+    def weights_config(self, folder: str) -> dict[str, Any]:
+        """The configuration beside fine-tuned weights; empty where there is none. Raises DamagedError."""
+        config = self.files.json(f"{folder}/config.json")
+        if config is not None and not isinstance(config, dict):
+            raise self.files.damaged(f"{folder}/config.json", "it should be a JSON object")
+        return config or {}
 
     # --- What is made of it ------------------------------------------------------------------------------------------
 
     def has_sample(self, index: int, part: str, number: int, *, words_alone: bool = False) -> bool:
-        """Whether this sample was generated already."""
-        return (self.path / sample_name(index, part, number, words_alone=words_alone)).is_file()
+        """Whether this sample was generated already, and is whole: else it is made again, with the same bits."""
+        name = sample_name(index, part, number, words_alone=words_alone)
+        if self.files.find(name) is None:
+            return False
+        try:
+            return self.files.picture(name) is not None
+        except DamagedError:
+            return False
 
     def save_sample(self, index: int, part: str, number: int, image: Image.Image, *, words_alone: bool = False) -> None:
         """Keep a generated image; ``part`` is ``"object"`` or an attribute, ``words_alone`` as in ``sample_name``."""
@@ -336,49 +538,86 @@ class RunDirectory:
         self._write_json("checkpoint/timings.json", dict(timings))
 
     def load_timings(self) -> dict[str, float]:
-        """The seconds spent so far."""
-        return dict(_read_json(self.path / "checkpoint" / "timings.json") or {})
+        """The seconds spent so far. Raises DamagedError."""
+        record = self.files.record("checkpoint/timings.json", Timings)
+        return {} if record is None else record.model_dump()
 
     def save_report(self, html: str) -> None:
         """Keep the report."""
-        self._write("report.html", html.encode())
+        self._claim("report.html")
+        write_text_atomically(self.path / "report.html", html)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
-        """Write the manifest: the run is complete. Its checkpoint is no longer needed."""
-        self._write_json("manifest.json", manifest, indent=1)
-        for name in ("learner.safetensors", "regions.json", "timings.json", "run.json"):
-            (self.path / "checkpoint" / name).unlink(missing_ok=True)
-        folder = self.path / "checkpoint"
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        """Write the manifest, with the names of all ``files``: the run is complete, and its checkpoint goes."""
+        self._claim("manifest.json")
+        names = {name for name in self.own_names() - {*_CHECKPOINT} if (self.path / name).is_file()}
+        self._write_json("manifest.json", {**manifest, "files": sorted(names | {"manifest.json"})}, indent=1)
+        self._delete_checkpoint()
+
+    def _delete_checkpoint(self) -> None:
+        for name in _CHECKPOINT:
+            delete_files(self.path, [name])
 
     # --- Files -------------------------------------------------------------------------------------------------------
 
+    def _claim(self, name: str) -> None:
+        """Make sure that a file may be written, and put it into the record.
+
+        Raises:
+            InputError: somebody else's file is in the way, or a symbolic link is.
+        """
+        if name == _STARTED:  # by which the directory is known to be icekit's, before there is a record
+            refuse_links(self.path, name)
+        elif self.is_complete:
+            refuse_links(self.path, name)
+            if os.path.lexists(self.path / name) and name not in self.own_names():
+                raise in_the_way(self.path / name)
+        else:
+            self.written.claim(name)
+
     def _write(self, name: str, data: bytes) -> None:
+        self._claim(name)
         write_atomically(self.path / name, data)
 
     def _write_json(self, name: str, value: object, indent: int | None = None) -> None:
+        self._claim(name)
         write_json_atomically(self.path / name, value, indent)
 
     def _write_image(self, name: str, image: Image.Image) -> None:
+        self._claim(name)
         write_image_atomically(self.path / name, image)
 
 
 class FileCheckpoint:
     """A learner's state in one file: tensors, and the JSON state in its metadata. See ``protocols.Checkpoint``."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: Files | None = None) -> None:
+        """Keep it in this file.
+
+        files: those of the directory that it lies in; by default of its own folder.
+        """
         self.path = path
+        folder = path.parent
+        self._files = files or Files(folder, f"the learning state in {folder}", lambda: "delete it to learn afresh")
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and the state of the last save, or None."""
-        from safetensors import safe_open
+        """The tensors and the state of the last save, or None.
 
-        if not self.path.is_file():
+        Raises:
+            DamagedError: the file is damaged, or somebody else's.
+        """
+        name = self.path.relative_to(self._files.path).as_posix()
+        found = self._files.tensors(name)
+        if found is None:
             return None
-        with safe_open(self.path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
-            return tensors, json.loads(file.metadata()["state"])
+        tensors, metadata = found
+        try:
+            state = parse_json(metadata.get("state", "").encode())
+        except ValueError as error:
+            raise self._files.damaged(name, f"its state cannot be read: {error}") from error
+        if not isinstance(state, dict):
+            raise self._files.damaged(name, "its state should be a JSON object")
+        return tensors, state
 
     def save(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Replace the last save by this one, in one step."""
@@ -394,21 +633,25 @@ class StepLog:
 
     def write(self, step: Step) -> None:
         """Append a step's line."""
-        if self._file is None:
-            self._drop_from(step.step)
-            self._file = self.path.open("a", encoding="utf-8")
         line = {"step": step.step, "total": step.total, "phase": step.phase, "losses": dict(step.losses)}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            if self._file is None:
+                self._drop_from(step.step)
+                self._file = self.path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a line that could not be written, which was said
+                self._file.close()
 
     def _drop_from(self, first: int) -> None:
-        if not self.path.is_file():
+        if not os.path.lexists(self.path):
             return
+        if not self.path.is_file():
+            raise in_the_way(self.path)  # a pipe, say, into which nobody would take what is written
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
@@ -432,11 +675,16 @@ def _mask_to_text(mask: Tensor) -> str:
     return base64.b64encode(png.getvalue()).decode()
 
 
-def _mask_from_text(text: str) -> Tensor:
+def _to_mask(picture: Image.Image) -> Tensor:
     import torch
 
-    with Image.open(io.BytesIO(base64.b64decode(text))) as image:
-        return torch.from_numpy(np.asarray(image.convert("L")) > 127)
+    return torch.from_numpy(np.asarray(picture.convert("L")) > 127)
+
+
+def is_own_name(name: str) -> bool:
+    """Whether icekit writes files of this name, relative to a run directory."""
+    folder, _, file = name.rpartition("/")
+    return name in _OWN_FILES or (folder in _OWN_PATTERNS and bool(re.fullmatch(_OWN_PATTERNS[folder], file)))
 
 
 def mask_name(region: Region) -> str:
@@ -449,7 +697,7 @@ def sample_name(index: int, part: str, number: int, *, words_alone: bool = False
     return f"samples/{index}-{part}{WORDS_ALONE if words_alone else ''}-{number}.png"
 
 
-def _key(token: str, encoder: str, rows: Mapping[str, Tensor]) -> str:
+def _key(token: str, encoder: str, rows: Collection[str]) -> str:
     """A row's name in ``embeddings.safetensors``: the token's own where there is one text encoder."""
     return token if len(rows) == 1 else f"{token}.{encoder}"
 
@@ -459,25 +707,8 @@ def _clip_of(row: Tensor) -> str:
     return {1024: "clip_h", 1280: "clip_g"}.get(len(row), "clip_l")
 
 
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
-
-
-def _becomes(path: Path) -> str | None:
-    """The name of the file that a temporary one was to become; None if it is none."""
-    match = re.fullmatch(r"\.(.+?)(\.\d+)?\.part", path.name)
-    return match[1] if match else None
-
-
-def _read_json(path: Path) -> Any:
-    """The file's content; None if it is not there or no JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+def _is_manifest(content: Any) -> bool:
+    return isinstance(content, dict) and {"schema_version", "icekit_version"} <= content.keys()
 
 
 def _plain(tensor: Tensor) -> Tensor:

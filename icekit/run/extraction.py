@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from icekit.paths import user_path
 from icekit.protocols import FineTuning, InputError
-from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, WEIGHTS_FILE, WEIGHTS_FOLDERS, RunDirectory
+from icekit.protocols.errors import printable
+from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, RunDirectory
+from icekit.run.reading import Files
+from icekit.run.records import Header, Manifest
 from icekit.settings import Settings, read_settings_file, validate
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ class Concept:
     tokens: part (``"category"``, ``"instance"``, ``"colour"``, ...) -> token (``"<cup-0-colour>"``).
     embeddings: part -> text encoder -> its row, float32 on the CPU.
     mask_file: the mask, 0 or 255.
+    read_mask: reads it, checked.
     """
 
     index: int
@@ -37,19 +41,27 @@ class Concept:
     words: dict[str, list[str]]
     embeddings: dict[str, dict[str, Tensor]] = field(repr=False)
     mask_file: Path = field(repr=False)
+    read_mask: Callable[[], NDArray[np.bool_]] = field(repr=False, compare=False)
 
     def mask(self) -> NDArray[np.bool_]:
-        """The mask, bool ``[H, W]``, the size of the run's image."""
-        with Image.open(self.mask_file) as image:
-            return np.asarray(image.convert("L")) > 127
+        """The mask, bool ``[H, W]``, the size of the run's image.
+
+        Raises:
+            InputError: it is not there, damaged, of another size, or outside the run.
+        """
+        return self.read_mask()
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """A complete run: where it is, its manifest and its concepts."""
+    """A complete run: where it is, its manifest and its concepts.
+
+    manifest: as it is on disk. record: the same, checked.
+    """
 
     run_dir: Path
     manifest: dict[str, Any] = field(repr=False)
+    record: Manifest = field(repr=False)
     concepts: tuple[Concept, ...]
 
     @classmethod
@@ -57,41 +69,45 @@ class Extraction:
         """Read a run directory.
 
         Raises:
-            InputError: there is none, it is not complete, or a newer version of icekit wrote it.
+            InputError: there is none, it is not complete or damaged, or a newer version of icekit wrote it.
         """
-        path = Path(run_dir)
+        path = user_path(run_dir)
         directory = RunDirectory(path)
+        files = directory.files
         if not path.is_dir():
             raise InputError(f"no such run directory: {path}")
-        if not directory.is_complete:
+        directory.finish_exchange()
+        manifest = directory.read_manifest()
+        if not manifest:
             if directory.is_ours:
                 raise InputError(f"the run in {path} is not complete: `icekit run IMAGE --out {path} --resume` goes on")
             raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
-        manifest = directory.read_manifest()
-        if not OLDEST_SCHEMA_VERSION <= manifest["schema_version"] <= SCHEMA_VERSION:
+        header = files.check("manifest.json", Header, manifest)
+        if not OLDEST_SCHEMA_VERSION <= header.schema_version <= SCHEMA_VERSION:
             raise InputError(
-                f"{path} has schema version {manifest['schema_version']} (icekit {manifest['icekit_version']}); this "
+                f"{path} has schema version {header.schema_version} (icekit {header.icekit_version}); this "
                 f"icekit reads up to version {SCHEMA_VERSION}: use that one, or `icekit run IMAGE --out {path} "
                 "--overwrite`"
             )
-        try:
-            rows = directory.load_tokens(_encoders(manifest)) or {}
-            concepts = tuple(
-                Concept(
-                    index=entry["index"],
-                    label=entry["label"],
-                    score=entry["score"],
-                    area=entry["area"],
-                    tokens=entry["tokens"],
-                    words=entry["words"],
-                    embeddings={part: rows[token] for part, token in entry["tokens"].items()},
-                    mask_file=path / entry["mask"],
-                )
-                for entry in manifest["concepts"]
+        record = files.check("manifest.json", Manifest, manifest)
+        rows = directory.load_tokens(record.backbone.rows if record.backbone else None, record.tokens)
+        if rows is None:
+            raise files.damaged("embeddings.safetensors", "it is missing")
+        concepts = tuple(
+            Concept(
+                index=entry.index,
+                label=entry.label,
+                score=entry.score,
+                area=entry.area,
+                tokens=entry.tokens,
+                words=entry.words,
+                embeddings={part: rows[token] for part, token in entry.tokens.items()},
+                mask_file=path / entry.mask,
+                read_mask=_mask_reader(files, entry.mask, (record.image.width, record.image.height)),
             )
-        except KeyError as error:
-            raise InputError(f"the run in {path} is damaged: {error} is missing") from error
-        return cls(path, manifest, concepts)
+            for entry in record.concepts
+        )
+        return cls(path, manifest, record, concepts)
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:
@@ -101,26 +117,37 @@ class Extraction:
     @property
     def schema_version(self) -> int:
         """That of its manifest."""
-        return int(self.manifest["schema_version"])
+        return self.record.schema_version
 
     @property
     def identity(self) -> str | None:
         """What its tokens depend on, see ``protocols.Backbone``; None for a run of schema version 1."""
-        backbone = self.manifest.get("backbone")
-        return str(backbone["identity"]) if backbone else None
+        return self.record.backbone.identity if self.record.backbone else None
 
     def settings(self) -> Settings:
-        """The settings of the run, complete; of a run of schema version 1 those that there still are."""
-        values = read_settings_file(self.run_dir / "settings.toml")
-        if self.schema_version < SCHEMA_VERSION:
-            values = {key: value for key, value in values.items() if key in Settings.model_fields}
-        return validate(Settings, values)
+        """The settings of the run, complete; of a run of schema version 1 those that there still are.
+
+        Raises:
+            InputError: ``settings.toml`` is not there, damaged, or outside the run.
+        """
+        name = "settings.toml"
+        files = RunDirectory(self.run_dir).files
+        path = files.find(name)
+        if path is None:
+            raise files.damaged(name, "it is missing")
+        try:
+            values = read_settings_file(path)
+            if self.schema_version < SCHEMA_VERSION:
+                values = {key: value for key, value in values.items() if key in Settings.model_fields}
+            return validate(Settings, values)
+        except InputError as error:
+            problem = str(error).removeprefix(f"settings file {path}").removeprefix(":").strip()
+            raise files.damaged(name, printable(problem, 400)) from error
 
     @property
     def is_fine_tuned(self) -> bool:
         """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
-        files = ("lora.safetensors", *(f"{folder}/{WEIGHTS_FILE}" for folder in WEIGHTS_FOLDERS))
-        return any((self.run_dir / name).is_file() for name in files)
+        return RunDirectory(self.run_dir).is_fine_tuned
 
     def tuning(self) -> FineTuning:
         """What the learner made of the noise predictor."""
@@ -164,6 +191,11 @@ class ConceptLibrary:
         return len(self.concepts)
 
 
-def _encoders(manifest: Mapping[str, Any]) -> list[str] | None:
-    """The text encoders that a run's tokens have rows for; None for a run of schema version 1."""
-    return list(manifest["backbone"]["rows"]) if "backbone" in manifest else None
+def _mask_reader(files: Files, name: str, size: tuple[int, int]) -> Callable[[], NDArray[np.bool_]]:
+    def read() -> NDArray[np.bool_]:
+        picture = files.picture(name, size)
+        if picture is None:
+            raise files.damaged(name, "it is missing")
+        return np.asarray(picture.convert("L")) > 127
+
+    return read

@@ -78,6 +78,8 @@ def learn(
         checkpoint=checkpoint or NoCheckpoint(),
         on_step=checked_step,
     )
+    if not isinstance(learned, Learned):
+        raise RunError(f"learner {name!r} returned {type(learned).__name__}, expected icekit.Learned")
     for region in regions:
         for token in tokens_of(region, attributes, type(learner)).values():
             rows = learned.tokens.get(token, {})

@@ -98,8 +98,10 @@ class _StageOne:
         if located.finished:
             return located
         if isinstance(self.segmentor, Proposer):
-            proposals = self.segmentor.propose(self.image)[: self.settings.max_concepts]
-            for proposal in proposals[len(located.regions) :]:
+            proposals = self.segmentor.propose(self.image)
+            if not isinstance(proposals, list | tuple) or not all(isinstance(one, Proposal) for one in proposals):
+                raise RunError(f"{self._segmentor} proposed {_kind(proposals)}, expected a list of icekit.Proposal")
+            for proposal in proposals[len(located.regions) : self.settings.max_concepts]:
                 self._check_mask(proposal.mask)
                 best = self._word_of(proposal)
                 region = Region(len(located.regions), best.word, best.score, proposal.mask)
@@ -187,23 +189,31 @@ class _StageOne:
         return dataclasses.replace(located, regions=(*located.regions, region))
 
     def _check_mask(self, mask: Tensor) -> None:
-        if mask.dtype != torch.bool or mask.shape != self.image.shape[1:]:
+        right = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.image.shape[1:]
+        if not right:
+            given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else _kind(mask)
             raise RunError(
-                f"segmentor {self.settings.name_of('segmentor')!r} returned a mask of {mask.dtype} {list(mask.shape)},"
-                f" expected torch.bool {list(self.image.shape[1:])}"
+                f"{self._segmentor} returned a mask of {given}, expected torch.bool {list(self.image.shape[1:])}"
             )
+
+    @property
+    def _segmentor(self) -> str:
+        return f"segmentor {self.settings.name_of('segmentor')!r}"
 
     # --- Words -------------------------------------------------------------------------------------------------------
 
     def _words_for(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """The retriever's words for a view, best first, none of them used."""
         taken = {word.casefold() for word in used}
-        found = [one for one in self.retriever.retrieve(view, used) if one.word.casefold() not in taken]
-        for one in found:
+        candidates, name = self.retriever.retrieve(view, used), self.settings.name_of("retriever")
+        if not isinstance(candidates, list | tuple) or not all(isinstance(one, Candidate) for one in candidates):
+            raise RunError(f"retriever {name!r} returned {_kind(candidates)}, expected a list of icekit.Candidate")
+        for one in candidates:
+            if not isinstance(one.word, str) or not one.word.strip():
+                raise RunError(f"retriever {name!r} gave the word {one.word!r}, expected text")
             if not math.isfinite(one.score):
-                name = self.settings.name_of("retriever")
                 raise RunError(f"retriever {name!r} gave the word {one.word!r} the score {one.score}, no number")
-        return found
+        return [one for one in candidates if one.word.casefold() not in taken]
 
     def _words_alone(self, mask: Tensor, used: Sequence[str] = ()) -> list[Candidate]:
         """Words not used yet for what a mask shows, all else hidden; best first."""
@@ -267,3 +277,9 @@ class _StageOne:
             hints = {one.name: self.retriever.describe(view, region.word, one.vocabulary) for one in attributes}
             described.append(dataclasses.replace(region, hints=hints))
         return tuple(described)
+
+
+def _kind(value: object) -> str:
+    """What somebody returned, for messages."""
+    kinds = sorted({type(one).__name__ for one in value}) if isinstance(value, list | tuple) else []
+    return f"a {type(value).__name__} of {' and '.join(kinds)}" if kinds else type(value).__name__

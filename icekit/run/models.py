@@ -11,6 +11,7 @@ import torch
 
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError
+from icekit.run.machine import enough_memory
 from icekit.settings import Role, Settings
 
 
@@ -18,7 +19,11 @@ def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> B
     """The settings' backbone, loaded."""
     name = settings.name_of("backbone")
     values = found.component_settings("backbone", name, settings.values_of("backbone"))
-    backbone: Backbone = found.component("backbone", name)(values, device)
+    with (
+        enough_memory("load", found, lambda: settings),
+        found.naming("load", [("backbone", name)], by=("backbone", name)),
+    ):
+        backbone: Backbone = found.component("backbone", name)(values, device)
     return backbone
 
 
@@ -26,7 +31,25 @@ def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> B
 def build_component(found: Plugins, settings: Settings, role: Role, backbone: Backbone) -> Any:
     """The settings' retriever, segmentor or learner on this backbone."""
     name = settings.name_of(role)
-    return found.component(role, name)(found.component_settings(role, name, settings.values_of(role)), backbone)
+    values = found.component_settings(role, name, settings.values_of(role))
+    with found.naming("load", [(role, name), ("backbone", settings.name_of("backbone"))], by=(role, name)):
+        return found.component(role, name)(values, backbone)
+
+
+def check_picture(found: Plugins, settings: Settings, source: str, size: tuple[int, int]) -> None:
+    """Whether the segmentor's files are of this picture, where it has some: see ``protocols.Segmentor``.
+
+    size: the picture's (width, height), pixels, upright.
+
+    Raises:
+        InputError: they are not.
+    """
+    name = settings.name_of("segmentor")
+    check = getattr(found.component("segmentor", name), "check_picture", None)
+    if check is not None:
+        own = found.component_settings("segmentor", name, settings.values_of("segmentor"))
+        with found.naming("settings", [("segmentor", name)], by=("segmentor", name)):
+            check(own, source, size)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from icekit.protocols import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,7 +48,8 @@ def name_attribute(
 
     tokens: its rows, and maybe others'. noun: its concept's word.
 
-    Returns an empty list when the text encoder knows none of the words.
+    Returns an empty list when the text encoder knows none of the words. Where the noun is so long that a prompt with it
+    is not read to its end, token and word are compared alone.
     """
     import torch
 
@@ -54,9 +57,16 @@ def name_attribute(
     if not names:
         return []
 
-    def embed(word: str) -> Tensor:
-        prompts = [template.format(word, noun=noun) for template in TEMPLATES]
+    def embed(word: str, templates: Sequence[str]) -> Tensor:
+        prompts = [template.format(word, noun=noun) for template in templates]
         return backbone.embed_texts(prompts, tokens).float().cpu()
 
+    def nearest(templates: Sequence[str]) -> list[str]:
+        words = torch.stack([embed(name, templates) for name in names])
+        return nearest_words(embed(token, templates), words, names, count)
+
     with torch.no_grad():
-        return nearest_words(embed(token), torch.stack([embed(name) for name in names]), names, count)
+        try:
+            return nearest(TEMPLATES)
+        except InputError:
+            return nearest(TEMPLATES[:1])

@@ -17,20 +17,25 @@ from PIL import Image
 from torch import Tensor
 
 from icekit import plugins
+from icekit.paths import user_path
 from icekit.pixels import to_tensor
 from icekit.plugins import Observers, Plugins
 from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step
 from icekit.report import page as report
 from icekit.report.loss_chart import read_log
 from icekit.run import directory, images
-from icekit.run.directory import Located, RunDirectory, Started
+from icekit.run.atomic import CannotWrite
+from icekit.run.directory import Located, RunDirectory
 from icekit.run.extraction import Extraction
 from icekit.run.learning import learn, tokens_of
-from icekit.run.locating import locate
-from icekit.run.models import build_component, load_backbone, reproducible, resolve_device
+from icekit.run.locating import UNNAMED, locate
+from icekit.run.machine import enough_memory
+from icekit.run.models import build_component, check_picture, load_backbone, reproducible, resolve_device
 from icekit.run.naming import name_attribute
-from icekit.run.showing import Sample, likeliest, planned_samples, show, words_alone
-from icekit.settings import Role, Settings, flatten, merge, validate
+from icekit.run.ownership import refuse_if_busy, writing_into
+from icekit.run.records import Manifest, Started
+from icekit.run.showing import Sample, likeliest, planned_samples, prompts_of, show, words_alone
+from icekit.settings import ROLES, Role, Settings, flatten, merge, validate
 
 ATTENTION_SIDE = 128
 """Shorter side of the saved attention maps, pixels."""
@@ -39,7 +44,7 @@ HINTS_KEPT = 3
 
 
 def extract(
-    image: str | Path | Image.Image,
+    image: str | Path | Image.Image | images.SourceImage,
     out: str | Path | None = None,
     settings: Settings | None = None,
     *,
@@ -53,8 +58,8 @@ def extract(
     """Find the concepts of an image, learn their tokens, and keep everything in a run directory.
 
     Args:
-        image: a file in any common format, or a PIL image. Its middle is used, in the proportions of the backbone's
-            images.
+        image: a file in any common format, a PIL image, or one that was read before. Its middle is used, in the
+            proportions of the backbone's images.
         out: the run directory; ``runs/<stem of the image>`` if None.
         settings: ``icekit.Settings``; the defaults if None.
         resume: go on with the run in ``out`` if there is one, with its settings; a complete one is returned as it is.
@@ -69,12 +74,16 @@ def extract(
         RunError: the run failed. What it had done is kept in ``out`` for ``resume``.
     """
     found = installed or plugins.installed()
-    source = images.load_image(image)
-    run = RunDirectory(out if out is not None else Path("runs") / source.stem)
+    source = image if isinstance(image, images.SourceImage) else images.load_image(image)
+    run = RunDirectory(user_path(out, "out") if out is not None else Path("runs") / source.stem)
     with found.observed_by(observers) as tell, reproducible():
         try:
             this_run = _Run(found, tell, run, source, settings or Settings(), backbone, located)
-            return this_run.to_the_end(resume=resume, overwrite=overwrite)
+            with (
+                enough_memory(lambda: this_run.stage, found, lambda: this_run.settings),
+                found.naming(lambda: this_run.stage, this_run.components),
+            ):
+                return this_run.to_the_end(resume=resume, overwrite=overwrite)
         except BaseException as error:
             tell.tell("run_failed", error=error)
             raise
@@ -95,21 +104,42 @@ class _Run:
     ) -> None:
         self.plugins = found
         self.observers = observers
-        self.run = run
+        self.home = self.run = run
+        self.begun = False
         self.source = source
         self.settings = settings
         self.loaded = backbone
         self.located = located
         self.timings: dict[str, float] = {}
+        self.stage = "settings"
+
+    def components(self) -> list[tuple[str, str]]:
+        """Those that are at work, (role, name) each."""
+        return [(role, self.settings.name_of(role)) for role in ROLES]
 
     def to_the_end(self, *, resume: bool, overwrite: bool) -> Extraction:
-        self.run.check_usable(resume=resume, overwrite=overwrite)
+        refuse_if_busy(self.home.path)
+        self.home.check_usable(resume=resume, overwrite=overwrite)
+        if resume and self.home.is_settled and (started := self._started()):
+            self._take_up(started)
+            return Extraction.open(self.home.path)
+        with writing_into(self.home.path):
+            self.home.finish_exchange(writing=True)
+            self.home.check_usable(resume=resume, overwrite=overwrite)  # another process may have been here
+            return self._to_the_end(resume=resume, overwrite=overwrite)
+
+    def _to_the_end(self, *, resume: bool, overwrite: bool) -> Extraction:
+        self.home.clear_leftovers()
+        if (resume and self.home.next.holds_run) or (overwrite and self.home.holds_run):
+            self.run = self.home.next  # the old run stays until the new one is complete
+            self.run.check_usable(resume=resume, overwrite=overwrite)
         goes_on = False
         if resume and (started := self._started()):
             self._take_up(started)
             if self.run.is_complete:
-                return Extraction.open(self.run.path)
-            goes_on = True
+                self._settle()
+                return Extraction.open(self.home.path)
+            goes_on = self.begun = True
         self.settings = self.plugins.resolve(self.settings)  # before a model takes minutes to load
         self.attributes = [self.plugins.attribute(name) for name in self.settings.attributes]
         device = resolve_device(self.settings.device)
@@ -121,13 +151,20 @@ class _Run:
             self.backbone = self.loaded or load_backbone(self.plugins, self.settings, device)
         if not goes_on:
             picture = self.source.fitted(self.backbone.image_size)
-            self.run.begin(self.settings, self.source.source, self.source.sha256, picture)
+            if self.run is self.home:
+                self.home.discard_next()
+            self.run.begin(self.plugins.stored(self.settings), self.source.source, self.source.sha256, picture)
+            self.begun = True
         self.run.clear_leftovers()
-        self.image = to_tensor(self.run.load_image())
-        self.observers.tell("run_started", run_dir=self.run.path, settings=self.settings)
+        if goes_on:
+            self.run.update_settings(self.plugins.stored(self.settings))
+        self.size = self.backbone.image_size[::-1]
+        self.image = to_tensor(self.run.load_image(self.size))
+        self.observers.tell("run_started", run_dir=self.home.path, settings=self.settings)
 
         with self._stage("localise", self.settings.max_concepts):
             regions = self._locate()
+            self._check_prompts(regions)
         with self._stage("learn"):
             learned = self._learn(regions)
         samples = planned_samples(regions, learned.tokens, self.settings, self.attributes)
@@ -135,17 +172,21 @@ class _Run:
             words = self._name(regions, learned)
             self._show(regions, learned, samples)
         self._finish(regions, words)
-        extraction = Extraction.open(self.run.path)
+        self._settle()
+        extraction = Extraction.open(self.home.path)
         self.observers.tell("run_finished", extraction=extraction)
         return extraction
 
+    def _settle(self) -> None:
+        """Put a run that is complete into its place."""
+        if self.run is self.home:
+            self.home.discard_next()
+        else:
+            self.home.replace()
+
     def _check_picture(self) -> None:
         """Whether the segmentor's files are of this picture, where it has some: see ``protocols.Segmentor``."""
-        name = self.settings.name_of("segmentor")
-        check = getattr(self.plugins.component("segmentor", name), "check_picture", None)
-        if check is not None:
-            own = self.plugins.component_settings("segmentor", name, self.settings.values_of("segmentor"))
-            check(own, self.source.source, self.source.picture.size)
+        check_picture(self.plugins, self.settings, self.source.source, self.source.picture.size)
 
     # --- Going on ----------------------------------------------------------------------------------------------------
 
@@ -153,9 +194,13 @@ class _Run:
         if not self.run.is_complete:
             return self.run.started()
         extraction = Extraction.open(self.run.path)
-        image = extraction.manifest["image"]
-        settings = extraction.settings().model_dump(mode="json")
-        return Started(image["sha256"], image["source"], settings, extraction.schema_version)
+        image = extraction.record.image
+        return Started(
+            sha256=image.sha256,
+            source=image.source,
+            settings=extraction.settings().model_dump(mode="json"),
+            schema_version=extraction.schema_version,
+        )
 
     def _take_up(self, started: Started) -> None:
         """Take the settings of the run that is to go on; refuse if other ones, or another image, were given.
@@ -165,42 +210,55 @@ class _Run:
         """
         if started.schema_version != directory.SCHEMA_VERSION:
             raise InputError(
-                f"the run in {self.run.path} was made by another version of icekit (schema version "
+                f"the run in {self.home.path} was made by another version of icekit (schema version "
                 f"{started.schema_version}) and cannot go on: --overwrite starts it afresh"
             )
         changes = []
         if started.sha256 != self.source.sha256:
             changes.append(f"the image was {started.source}, now {self.source.source} (other content)")
         given = self.settings.given()
-        before = flatten(self.plugins.resolve(validate(Settings, started.settings)).model_dump(mode="json"))
+        earlier = self._settings_of(started)
+        before = flatten(self.plugins.stored(self.plugins.resolve(earlier)).model_dump(mode="json"))
         names = flatten({"components": given.get("components", {})})
+        asked = earlier
         if all(before[key] == name for key, name in names.items()):
             # As checked and filled in, so that "steps = '400'" is no change from 400.
-            now = flatten(
-                self.plugins.resolve(validate(Settings, merge(started.settings, given))).model_dump(mode="json")
-            )
+            asked = self.plugins.resolve(validate(Settings, merge(started.settings, given)))
+            now = flatten(self.plugins.stored(asked).model_dump(mode="json"))
         else:
             now = names
-        for key in flatten(given):
-            if key in now and now[key] != before.get(key):
-                changes.append(f"{key} was {before.get(key)}, now {now[key]}")
+        free = self.plugins.changes_no_result(asked)
+        for key, value in now.items():
+            if key not in free and value != before.get(key):
+                changes.append(f"{key} was {before.get(key)}, now {value}")
         if changes:
             raise InputError(
-                f"the run in {self.run.path} cannot go on: {'; '.join(changes)} (--overwrite starts it afresh)"
+                f"the run in {self.home.path} cannot go on: {'; '.join(changes)} (--overwrite starts it afresh)"
             )
-        self.settings = validate(Settings, started.settings)
+        self.settings = asked
+
+    def _settings_of(self, started: Started) -> Settings:
+        """The settings that a run began with. Raises InputError where they are none: they are damaged."""
+        try:
+            return validate(Settings, started.settings)
+        except InputError as error:
+            raise self.run.files.damaged("checkpoint/run.json", str(error)) from error
 
     @contextlib.contextmanager
     def _stage(self, name: str, total: int | None = None) -> Iterator[None]:
+        self.stage = name
         self.observers.tell("stage_started", name=name, total=total)
         begun = time.monotonic()
+        failed = True
         try:
             yield
+            failed = False
         finally:
             key = f"{name}_s"
             self.timings[key] = round(self.timings.get(key, 0) + time.monotonic() - begun, 3)
-            if self.run.started():
-                self.run.save_timings(self.timings)
+            if self.begun:
+                with contextlib.suppress(*[CannotWrite] * failed):  # what it failed for is what is told
+                    self.run.save_timings(self.timings)
 
     # --- Stages ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +266,7 @@ class _Run:
         return build_component(self.plugins, self.settings, role, self.backbone)
 
     def _locate(self) -> tuple[Region, ...]:
-        located = self.run.load_located()
+        located = self.run.load_located(self.size)
         if self.located is not None and not located.finished:
             located = self.located
             self.run.save_located(located)
@@ -241,8 +299,27 @@ class _Run:
             raise RunError(f"no concept found in {self.source.source}: {tried}; try another --retriever or min_area")
         return located.regions
 
+    def _check_prompts(self, regions: Sequence[Region]) -> None:
+        """Whether all that will be drawn fits into a prompt: to be known before anything is learned.
+
+        Raises:
+            InputError: names the concept whose word is too long for the model.
+        """
+        row = self.backbone.word_rows(UNNAMED)
+        for region in regions:
+            tokens = dict.fromkeys(self._tokens(region).values(), row)
+            for prompt in prompts_of(region, tokens, self.settings, self.attributes):
+                try:
+                    self.backbone.token_positions(prompt, [], tokens)
+                except InputError as error:
+                    raise InputError(
+                        f"concept {region.index} ({region.word[:80]!r}) cannot be drawn: {error}; give it a shorter "
+                        "word or learn fewer attributes (--overwrite starts the run afresh)"
+                    ) from error
+
     def _learn(self, regions: Sequence[Region]) -> Learned:
-        tokens = self.run.load_tokens(list(self.backbone.rows))
+        expected = [token for region in regions for token in self._tokens(region).values()]
+        tokens = self.run.load_tokens(self.backbone.rows, expected)
         if tokens is not None:
             return Learned(tokens, self.run.load_tuning())
         with self.run.open_log() as steps:
@@ -339,10 +416,12 @@ class _Run:
                 }
                 for region in regions
             ],
-            "learning_steps": max((line.step for line in read_log(self.run.path / "log.jsonl")), default=0),
+            "learning_steps": max((line.step for line in read_log(self.run.files)[0]), default=0),
             "timings": self.timings,
         }
-        self.run.save_report(report.render_report(self.run.path, manifest))
+        self.run.save_report(report.render_report(self.run.path, Manifest.model_validate(manifest), self.home.path))
+        if self.run is not self.home:
+            self.home.check_replaceable(self.run)
         self.run.finish(manifest)
 
     def _pipeline(self) -> dict[str, str]:

@@ -141,8 +141,7 @@ def attention_maps(
     attributes = attribute_parts(names)
     prompts = {concept_prompt(names): [part for part in names if part not in attributes]}
     if attributes:
-        category = [names["category"]] if "category" in names else []
-        prompts[" ".join(["a photo of a", *category, *(names[part] for part in attributes)])] = attributes
+        prompts[_attributes_prompt(names)] = attributes
     maps: dict[str, Tensor] = {}
     for prompt, parts in prompts.items():
         positions = backbone.token_positions(prompt, [names[part] for part in parts], tokens)
@@ -187,6 +186,19 @@ def planned_samples(
         return samples
     phrases = {region.index: words_alone(region, attributes) for region in regions}
     return samples + [replace(one, prompt=_photo_of(phrases[one.index][one.part]), words_alone=True) for one in samples]
+
+
+def prompts_of(region: Region, tokens: Tokens, settings: Settings, attributes: Sequence[Attribute]) -> list[str]:
+    """All prompts with which a concept is shown, each once; tokens: those that its learner learns."""
+    prompts = [sample.prompt for sample in planned_samples([region], tokens, settings, attributes)]
+    names = learned_tokens(region, attributes, tokens)
+    return list(dict.fromkeys([*prompts, concept_prompt(names), _attributes_prompt(names)]))
+
+
+def _attributes_prompt(names: Mapping[str, str]) -> str:
+    """What tells where a concept's attributes are looked for; names: part -> token."""
+    category = [names["category"]] if "category" in names else []
+    return " ".join(["a photo of a", *category, *(names[part] for part in attribute_parts(names))])
 
 
 def concept_prompt(names: Mapping[str, str]) -> str:

@@ -1,14 +1,30 @@
 """The conformance checks of icekit's protocols: what plugin authors import into their own tests.
 
-A backbone of your own is done when these pass on a small model of its family, say a folder of random weights that your
-tests write. They need no GPU, and a few seconds for a model of that size::
+A component is done when these pass::
 
-    import pytest
-    from diffusers import StableDiffusionXLPipeline
+    from icekit.testing import parametrize_with_checks
+    from my_plugin import MySegmentor
 
-    from icekit.testing import BackboneUnderTest, backbone_checks
-    from my_plugin import MyBackbone
 
+    @parametrize_with_checks([MySegmentor])
+    def test_conformance(check, subject):
+        check(subject)
+
+That is all it takes for a retriever, a segmentor, a learner, a metric, a data set or an attribute: they are checked on
+a backbone of random weights and on pictures that are drawn here (``tiny``, ``scenes``), without a GPU or a download.
+Other settings, or another backbone, are said by a ``...UnderTest``, as in
+``SegmentorUnderTest(MySegmentor, {"sharp": True})``.
+
+What a component is known to fail is said with a reason, and then is an ``xfail`` that must fail::
+
+    @parametrize_with_checks([MyLearner], expected_failures={"check_ten_concepts": "one prompt holds five"})
+
+Each check is a function: its name says what it is about, its docstring what must hold, and the message of its
+``AssertionError`` what was found and what should be. A check that does not apply raises ``unittest.SkipTest``, which
+pytest shows as skipped. pytest is needed by the decorator alone: ``check_segmentor(MySegmentor)`` and its companions
+run all checks of a kind and return what came of each.
+
+A backbone is checked on a small model of its family, say a folder of random weights that your tests write::
 
     @pytest.fixture(scope="module")
     def subject(tmp_path_factory):
@@ -20,14 +36,9 @@ tests write. They need no GPU, and a few seconds for a model of that size::
         )
 
 
-    @pytest.mark.parametrize("check", backbone_checks())
+    @parametrize_with_checks("backbone")
     def test_my_backbone(check, subject):
         check(subject)
-
-Each check is a function: its name says what it is about, its docstring what must hold, and the message of its
-``AssertionError`` what was found. A check that does not apply to the subject (no ``reference`` was handed in, or the
-family lacks the capability, see ``icekit.protocols.Capability``) raises ``unittest.SkipTest``, which pytest shows as
-skipped. Nothing here needs pytest: ``check_backbone(subject)`` runs them all and returns what came of each.
 
 ``reference``, the diffusers pipeline of the same model, makes the strongest checks: the backbone's prediction, picture,
 training target, LoRA adapter and saved tokens against those of the pipeline itself. Load it apart from the backbone,
@@ -39,35 +50,75 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from icekit.testing.subject import BackboneUnderTest, CheckResult
+from icekit.testing.running import KINDS, checks_of, parametrize_with_checks, run_check, run_checks
+from icekit.testing.subjects import (
+    AttributeUnderTest,
+    BackboneUnderTest,
+    CheckResult,
+    DatasetUnderTest,
+    LearnerUnderTest,
+    MetricUnderTest,
+    RetrieverUnderTest,
+    SegmentorUnderTest,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from icekit.protocols import Attribute
 
-__all__ = ["BackboneUnderTest", "CheckResult", "backbone_checks", "check_backbone"]
+__all__ = [
+    "KINDS",
+    "AttributeUnderTest",
+    "BackboneUnderTest",
+    "CheckResult",
+    "DatasetUnderTest",
+    "LearnerUnderTest",
+    "MetricUnderTest",
+    "RetrieverUnderTest",
+    "SegmentorUnderTest",
+    "check_attribute",
+    "check_backbone",
+    "check_dataset",
+    "check_learner",
+    "check_metric",
+    "check_retriever",
+    "check_segmentor",
+    "checks_of",
+    "parametrize_with_checks",
+    "run_check",
+    "run_checks",
+]
 
 
-def backbone_checks() -> list[Callable[[BackboneUnderTest], None]]:
-    """All checks of a backbone, cheap ones first."""
-    from icekit.testing import backbone  # torch takes seconds to import
+def check_attribute(subject: Attribute | AttributeUnderTest) -> list[CheckResult]:
+    """Run all checks of an attribute; none of them stops the others."""
+    return run_checks(subject, "attribute")
 
-    return list(backbone.CHECKS)
+
+def check_retriever(subject: type | RetrieverUnderTest) -> list[CheckResult]:
+    """Run all checks of a retriever; none of them stops the others."""
+    return run_checks(subject, "retriever")
+
+
+def check_segmentor(subject: type | SegmentorUnderTest) -> list[CheckResult]:
+    """Run all checks of a segmentor; none of them stops the others."""
+    return run_checks(subject, "segmentor")
+
+
+def check_learner(subject: type | LearnerUnderTest) -> list[CheckResult]:
+    """Run all checks of a learner; none of them stops the others."""
+    return run_checks(subject, "learner")
 
 
 def check_backbone(subject: BackboneUnderTest) -> list[CheckResult]:
     """Run all checks of a backbone; none of them stops the others."""
-    from unittest import SkipTest
+    return run_checks(subject, "backbone")
 
-    results = []
-    for check in backbone_checks():
-        holds = " ".join((check.__doc__ or "").split())
-        try:
-            check(subject)
-        except SkipTest as reason:
-            results.append(CheckResult(check.__name__, holds, "skipped", str(reason)))
-        except Exception as error:  # a check that cannot be run has failed
-            found = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
-            results.append(CheckResult(check.__name__, holds, "failed", found))
-        else:
-            results.append(CheckResult(check.__name__, holds, "passed", ""))
-    return results
+
+def check_metric(subject: type | MetricUnderTest) -> list[CheckResult]:
+    """Run all checks of a metric; none of them stops the others."""
+    return run_checks(subject, "metric")
+
+
+def check_dataset(subject: type | DatasetUnderTest) -> list[CheckResult]:
+    """Run all checks of a data set; none of them stops the others."""
+    return run_checks(subject, "dataset")

@@ -134,6 +134,8 @@ def test_text_in_lists_and_files(tmp_path: Path) -> None:
         ("rate", "nan"),
         ("rate", "'nan'"),
         ("rate", "1e300"),
+        ("rate", "1e30"),
+        ("rate", "1e-40"),
         ("rate", "'1e300'"),
         ("rate", "1e999"),
         ("share", "inf"),
@@ -162,7 +164,7 @@ def test_a_runs_own_numbers(assignment: str) -> None:
         Settings(samples=True)
 
 
-@pytest.mark.parametrize("text", ["400", "5e-4", "'5e-4'", "1e30", "0"])
+@pytest.mark.parametrize("text", ["400", "5e-4", "'5e-4'", "1e9", "1e-30", "0"])
 def test_what_is_a_number(text: str) -> None:
     assert assigned("rate", text) == float(text.strip("'"))
     assert type(assigned("rate", text)) is float

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
 from icekit.builtin.segmentors.masks import SUFFIXES, fit_mask, image_files, natural_order, read_mask
 from icekit.files import is_hidden, read_bytes
+from icekit.paths import PLACE
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
 from icekit.protocols import BenchPicture, ComponentSettings, InputError, TrueConcept
+from icekit.protocols.values import bounded
+from icekit.waiting import told
+
+MAX_NAME_BYTES = 100
+"""Of a picture's name, by which files of a bench are called."""
 
 
 class FolderDataset:
@@ -25,7 +34,7 @@ class FolderDataset:
     class Settings(ComponentSettings):
         """Settings of the ``folder`` data set."""
 
-        path: Path | None = Field(None, description="the folder of pictures")
+        path: Annotated[Path | None, PLACE] = Field(None, description="the folder of pictures")
 
     def __init__(self, settings: Settings) -> None:
         if settings.path is None:
@@ -46,13 +55,11 @@ class FolderDataset:
             raise InputError(f"no picture in {self._path}: it needs image files, or folders with one each")
         if count is not None and count > len(entries):
             raise InputError(f"--n {count}: {self._path} has {len(entries)} pictures")
+        names = safe_names([name for name, _, _ in entries])
+        chosen = list(zip(names, entries, strict=True))[:count]
         return [
-            BenchPicture(
-                re.sub(r"[^\w.-]+", "-", name),
-                picture,
-                _concepts(picture, masks, size),
-            )
-            for name, picture, masks in entries[:count]
+            BenchPicture(name, picture, _concepts(picture, masks, size))
+            for name, (_, picture, masks) in told(chosen, f"reading the pictures of {self._path}")
         ]
 
 
@@ -75,6 +82,21 @@ def find_pictures(folder: Path) -> list[tuple[str, Path, list[Path]]]:
     if twice is not None:
         raise InputError(f"{folder} has several pictures called {twice!r}: names must differ")
     return found
+
+
+def safe_names(names: Sequence[str]) -> list[str]:
+    """Names that files can have: of word characters, dots and hyphens, of bounded length.
+
+    Those that would be the same, in a file system that knows no case too, all get digits of their own.
+    """
+    safe = [bounded(re.sub(r"[^\w.-]+", "-", name), MAX_NAME_BYTES) for name in names]
+    counts = Counter(one.casefold() for one in safe)
+    return [
+        bounded(one, MAX_NAME_BYTES - 9) + "-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        if counts[one.casefold()] > 1
+        else one
+        for one, name in zip(safe, names, strict=True)
+    ]
 
 
 def _image_files(folder: Path) -> list[Path]:

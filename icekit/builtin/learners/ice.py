@@ -35,7 +35,7 @@ from icekit.learning.hints import hinted_token
 from icekit.learning.lesson import Draw, Lesson, LessonSettings, Pictures
 from icekit.learning.prior import PriorSettings, kept_prior, prior_loss
 from icekit.learning.rows import assign, flat, weighted_sum
-from icekit.learning.training import Group, Losses, Task, TaskLearner, Trainer
+from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner, Trainer
 from icekit.learning.triplet import IntrinsicForm, intrinsic_triplet, object_triplet
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.learning.word_posterior import Mixture, WordPosterior, signal_to_noise
@@ -62,14 +62,19 @@ LEAST_HINT = 1e-3
 class IceSettings(LessonSettings, PriorSettings):
     """Settings of ``IceLearner``; numbers are the paper's by default. "Published" below is what its code does."""
 
-    steps: int = Field(800, ge=2, description="learning steps of both phases together; the first half is phase one")
+    steps: int = Field(
+        800, ge=2, le=MAX_STEPS, description="learning steps of both phases together; the first half is phase one"
+    )
     word_steps: int = Field(
         0,
         ge=0,
+        le=MAX_STEPS,
         description="steps before these, in which each attribute's words are weighed by the denoising loss under them; "
         "attribute tokens and the instance then start from the words that win (paper: none)",
     )
-    word_draws: int = Field(2, ge=1, description="noises and pictures that all words are tried on in such a step")
+    word_draws: int = Field(
+        2, ge=1, le=1000, description="noises and pictures that all words are tried on in such a step"
+    )
     word_rate: float = Field(
         0.25,
         gt=0,
@@ -98,6 +103,7 @@ class IceSettings(LessonSettings, PriorSettings):
     close_ups: int = Field(
         0,
         ge=0,
+        le=1000,
         description="how many crops around each concept, other concepts taken out, its tokens learn from in place of "
         "the whole image: a token cannot become a place then; 0: the whole image (paper)",
     )
@@ -116,7 +122,7 @@ class IceSettings(LessonSettings, PriorSettings):
     intrinsic_triplet_weight: float = Field(5e-2, ge=0, description="weight of the intrinsic triplet (phase two)")
     object_margin: float = Field(0.05, ge=0, description="margin of the object triplet")
     intrinsic_margin: float = Field(0.7, ge=0, description="factor in the margins of the intrinsic triplet")
-    noise_offset: float = Field(0.1, ge=0, description="standard deviation of the noise added to whole channels")
+    noise_offset: float = Field(0.1, ge=0, le=10, description="standard deviation of the noise added to whole channels")
     concepts_per_step: Literal["all", "one"] = Field(
         "all",
         description="whose losses a step is of: all concepts', or one's that is drawn, so that all concepts share the "
@@ -165,7 +171,7 @@ class IceSettings(LessonSettings, PriorSettings):
         0.2, gt=0, description="AdamW's learning rate of those weights (of their logarithms), constant"
     )
     refine_steps: int = Field(
-        0, ge=0, description="steps of fine-tuning the noise predictor after the tokens; published: 300"
+        0, ge=0, le=MAX_STEPS, description="steps of fine-tuning the noise predictor after the tokens; published: 300"
     )
     refine_weights: Trained = Field(
         "lora",
@@ -175,7 +181,7 @@ class IceSettings(LessonSettings, PriorSettings):
     refine_learning_rate: float | None = Field(
         None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 2e-6 for all (published)"
     )
-    refine_rank: int = Field(4, ge=1, description="rank of the LoRA adapter")
+    refine_rank: int = Field(4, ge=1, le=1024, description="rank of the LoRA adapter")
     refine_prompts: Literal["both", "attributes"] = Field(
         "both",
         description="what the weights learn to draw: the prompts of phase one and those of phase two, each as likely, "

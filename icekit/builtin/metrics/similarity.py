@@ -7,7 +7,7 @@ source. A concept that was not found has no images: it counts as wrong in ACC^k 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from PIL import Image
@@ -15,6 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from icekit.builtin.metrics.image_encoders import ImageEncoder, clip_encoder, dino_encoder
+from icekit.clip import ClipName, ClipWeights
+from icekit.paths import PLACE
 from icekit.pixels import isolate, to_tensor
 from icekit.protocols import (
     Backbone,
@@ -39,8 +41,8 @@ _BACKGROUND = "what is around a concept when the source image is masked to it: b
 class ClipSettings(ComponentSettings):
     """What the pictures are compared with."""
 
-    clip: str = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
-    pretrained: str = Field("openai", description="open_clip's name of the weights; not for folders")
+    clip: ClipName = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
+    pretrained: ClipWeights = Field("openai", description="open_clip's name of the weights; not for folders")
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
     prompt: PromptedBy = Field("instance", description=_PROMPT)
 
@@ -52,7 +54,9 @@ class ClipSettings(ComponentSettings):
 class DinoSettings(ComponentSettings):
     """What the pictures are compared with."""
 
-    dino: str = Field("facebook/dino-vits16", description="hub id or folder of a vision transformer for transformers")
+    dino: Annotated[str, PLACE] = Field(
+        "facebook/dino-vits16", description="hub id or folder of a vision transformer for transformers"
+    )
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
     prompt: PromptedBy = Field("instance", description=_PROMPT)
 

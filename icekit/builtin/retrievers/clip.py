@@ -12,8 +12,10 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from icekit.clip import ClipModel
+from icekit.clip import ClipModel, ClipName, ClipWeights
+from icekit.paths import PLACE
 from icekit.protocols import Backbone, Candidate, ComponentSettings, InputError, View
+from icekit.waiting import told
 from icekit.words import WordList, one_or_more, read_vocabulary
 
 
@@ -28,15 +30,15 @@ class ClipRetriever:
     class Settings(ComponentSettings):
         """Settings of the ``clip`` retriever."""
 
-        model: str = Field(
+        model: ClipName = Field(
             "ViT-B-32",
             description="open_clip name, hf-hub:OWNER/NAME, a folder (local-dir:PATH), or one inside an installed "
             "package (package:NAME/FOLDER)",
         )
-        pretrained: str = Field(
+        pretrained: ClipWeights = Field(
             "laion2b_s34b_b79k", description="open_clip's name of the weights, or a .safetensors file; not for folders"
         )
-        vocabulary: str | tuple[str, ...] | None = Field(
+        vocabulary: Annotated[str | tuple[str, ...] | None, PLACE] = Field(
             None, description="words to choose from: a list, or a text file with one a line; none: the built-in nouns"
         )
         templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
@@ -79,7 +81,8 @@ class ClipRetriever:
         background = [word.lower() for word in settings.background]
         self._stop_words = frozenset(word.lower() for word in settings.stop_words)
         words = read_vocabulary(settings.vocabulary)
-        known = [word for word in words if backbone.knows(word) and word not in background]
+        asked = told(words, "asking the backbone which words it knows")
+        known = [word for word in asked if backbone.knows(word) and word not in background]
         if not known:
             raise InputError(
                 f"retriever.vocabulary: the backbone knows none of its {len(words)} words"

@@ -22,12 +22,14 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from icekit.builtin.retrievers.clip import ClipRetriever, check_templates
-from icekit.clip import ClipModel
+from icekit.clip import ClipModel, ClipName, ClipWeights
 from icekit.files import is_hidden, read_bytes
-from icekit.paths import setting_path
+from icekit.paths import setting_path, stored_place
 from icekit.pictures import MAX_BYTES, open_picture, to_rgb
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
+from icekit.protocols.strict import Stored
+from icekit.waiting import told
 from icekit.words import one_or_more
 
 SAMPLE_PHOTOGRAPHS = (
@@ -36,6 +38,10 @@ SAMPLE_PHOTOGRAPHS = (
 """Pictures that scikit-image carries in its package (``skimage.data``): people, animals, things, surfaces, writing."""
 IMAGE_BATCH = 64
 """Images of a folder that are embedded at once."""
+
+
+def _stored_mean(source: str) -> str:
+    return stored_place(source, names=("photographs", "none"))
 
 
 class SpliceRetriever(ClipRetriever):
@@ -59,14 +65,16 @@ class SpliceRetriever(ClipRetriever):
             description="lambda of |C^T w - z|^2 + lambda |w|_1 (published: 0.2; a Lasso that divides by the dimension "
             "alone calls this 0.1): the larger, the fewer words, none less similar to the image than half of it",
         )
-        image_mean: str = Field(
+        image_mean: Annotated[str, Stored(_stored_mean)] = Field(
             "photographs",
             description="mean image embedding, taken off first: photographs (a dozen of scikit-image's), a folder of "
             "images like yours, a .safetensors file, or none (similarities and fit penalties are smaller then)",
         )
         rerank: bool = Field(False, description="let a second CLIP rank all words with a weight anew (published)")
-        rerank_model: str = Field("ViT-H-14", description="the second CLIP, as model (published: ViT-H-14)")
-        rerank_pretrained: str = Field("laion2b_s32b_b79k", description="open_clip's name of the second CLIP's weights")
+        rerank_model: ClipName = Field("ViT-H-14", description="the second CLIP, as model (published: ViT-H-14)")
+        rerank_pretrained: ClipWeights = Field(
+            "laion2b_s32b_b79k", description="open_clip's name of the second CLIP's weights"
+        )
         rerank_templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
             ("{}",), min_length=1, description="prompts of the second CLIP (published: bare words)"
         )
@@ -173,7 +181,8 @@ def image_mean(source: str, clip: ClipModel) -> Tensor | None:
         if not files:
             raise InputError(f"retriever.image_mean: no image in the folder {source}")
         batches = [files[start : start + IMAGE_BATCH] for start in range(0, len(files), IMAGE_BATCH)]
-        return torch.cat([clip.embed_images([_read(file) for file in batch]) for batch in batches]).mean(dim=0)
+        looked = told(batches, f"CLIP looks at the images of {source}, {IMAGE_BATCH} at once")
+        return torch.cat([clip.embed_images([_read(file) for file in batch]) for batch in looked]).mean(dim=0)
     if not path.is_file():
         raise InputError(
             f"retriever.image_mean: no such file or folder: {source}; it can be photographs, none, a folder of images"

@@ -50,16 +50,18 @@ class DiffSegSegmentor(AttentionSegmentor):
             description="attention grids that are clustered, brought to the finest and averaged: cells along the "
             "image's shorter side; the model's nearest are taken",
         )
-        anchors: int = Field(16, ge=1, description="shorter side of the grid of maps that merging starts from")
+        anchors: int = Field(16, ge=1, le=1024, description="shorter side of the grid of maps that merging starts from")
         kl_threshold: float = Field(1.1, gt=0, description="maps closer than this, in nats of symmetric KL, are merged")
-        rounds: int = Field(3, ge=1, description="rounds of merging")
+        rounds: int = Field(3, ge=1, le=1000, description="rounds of merging")
         rejoin: bool = Field(
             False,
             description="after the first round a map that was merged may be merged into later ones, too (published)",
         )
         foreground: float = Field(0.6, ge=0, le=1, description="refinement learns the object's colours above this")
         background: float = Field(0.4, ge=0, le=1, description="refinement learns its surroundings' colours below this")
-        kmeans: int = Field(10, ge=0, description="rounds at most of k-means that the merged maps are refined by")
+        kmeans: int = Field(
+            10, ge=0, le=10_000, description="rounds at most of k-means that the merged maps are refined by"
+        )
         kmeans_distance: Distance = Field(
             "kl", description="what k-means goes by: the divergence that merging uses, or euclidean (published)"
         )

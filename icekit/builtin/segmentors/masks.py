@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from icekit.files import is_hidden, read_bytes
+from icekit.paths import PLACES
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
 from icekit.pixels import cover
 from icekit.protocols import Backbone, ComponentSettings, InputError, Proposal
@@ -42,7 +43,7 @@ class MaskFilesSegmentor:
     class Settings(ComponentSettings):
         """Settings of the ``masks`` segmentor."""
 
-        files: Annotated[tuple[Path, ...], BeforeValidator(_one_or_more)] = Field(
+        files: Annotated[tuple[Path, ...], BeforeValidator(_one_or_more), PLACES] = Field(
             (), description="mask images, or one folder of them; white is the object"
         )
         words: WordList = Field(

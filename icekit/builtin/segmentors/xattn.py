@@ -40,7 +40,7 @@ class CrossAttentionSegmentor(AttentionSegmentor):
             "minmax", description="of each prompt word's map over space, before the words are compared"
         )
         propagation: int = Field(
-            1, ge=0, description="how often the maps are propagated between places that look at one another"
+            1, ge=0, le=1000, description="how often the maps are propagated between places that look at one another"
         )
         competition: Competition = Field("ratio", description="how the word's map is set against its rivals'")
         temperature: float = Field(

@@ -14,7 +14,7 @@ from icekit.learning.denoising import latent_mask
 from icekit.learning.lesson import Lesson, LessonSettings
 from icekit.learning.rows import assign, flat, mean_token
 from icekit.learning.templates import Templates
-from icekit.learning.training import Group, Losses, Task, TaskLearner
+from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import Backbone, Capability, Learned, Tokens
 from icekit.randomness import seeded_generator
@@ -27,10 +27,13 @@ class ConceptExpressSettings(LessonSettings):
     """Settings of ``ConceptExpressLearner``; the defaults are the published ones, or are said to be ours."""
 
     steps: int = Field(
-        500, ge=2, description="learning steps; with updates=each one has an optimiser step for every token in turn"
+        500,
+        ge=2,
+        le=MAX_STEPS,
+        description="learning steps; with updates=each one has an optimiser step for every token in turn",
     )
     split_share: float = Field(0.2, gt=0, lt=1, description="share of the steps before the split tokens are merged")
-    split_tokens: int = Field(5, ge=1, description="tokens that each concept is split into at first")
+    split_tokens: int = Field(5, ge=1, le=100, description="tokens that each concept is split into at first")
     updates: Literal["each", "together"] = Field(
         "each",
         description="each: every split token has an optimiser step of its own, and after the merge every concept and "

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from icekit.learning.hints import described_token
 from icekit.learning.lesson import Lesson
-from icekit.learning.training import Group, Losses, Task, TaskLearner
+from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
 from icekit.protocols import Capability, InputError, Learned, Trained, token_names
 from icekit_neighbours.lesson import Prior, WeightsSettings
 from icekit_neighbours.pictures import PictureBook, PictureSettings
@@ -22,7 +22,7 @@ WEIGHTS_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 5e-6}
 class DreamBoothSettings(PictureSettings, WeightsSettings):
     """Settings of ``DreamBoothLearner``; the defaults are the paper's, or are said to be ours."""
 
-    steps: int = Field(1000, ge=1, description="learning steps")
+    steps: int = Field(1000, ge=1, le=MAX_STEPS, description="learning steps")
     weights_learning_rate: float | None = Field(
         None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 5e-6 for all (published)"
     )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from icekit.learning.hints import hinted_token
 from icekit.learning.lesson import Draw, Lesson, LessonSettings
 from icekit.learning.rows import assign, flat, mean_token
-from icekit.learning.training import Group, Losses, Task, TaskLearner
+from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import Backbone, Capability, Learned, token_names
 from icekit_neighbours.hyperbolic import (
@@ -49,7 +49,9 @@ from icekit_neighbours.hyperbolic import (
 class HyperExpressSettings(LessonSettings):
     """Settings of ``HyperExpressLearner``; the defaults are ICE's, or are said to be ours."""
 
-    steps: int = Field(800, ge=2, description="learning steps of all phases together; the first half is phase one")
+    steps: int = Field(
+        800, ge=2, le=MAX_STEPS, description="learning steps of all phases together; the first half is phase one"
+    )
     compose_share: float = Field(
         0.25,
         ge=0,
@@ -87,9 +89,12 @@ class HyperExpressSettings(LessonSettings):
         1e-2, gt=0, description="AdamW's learning rate of the weights that parts have in a whole (our choice)"
     )
     directions: int = Field(
-        8, ge=1, description="geodesic directions of the projection, or one fewer than anchors, if less (our choice)"
+        8,
+        ge=1,
+        le=1000,
+        description="geodesic directions of the projection, or one fewer than anchors, if less (our choice)",
     )
-    noise_offset: float = Field(0.1, ge=0, description="standard deviation of the noise added to whole channels")
+    noise_offset: float = Field(0.1, ge=0, le=10, description="standard deviation of the noise added to whole channels")
 
 
 # --- The losses, on points of the ball -------------------------------------------------------------------------------

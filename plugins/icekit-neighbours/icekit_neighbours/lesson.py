@@ -36,7 +36,7 @@ class WeightsSettings(LessonSettings, PriorSettings):
         description="what is trained of the noise predictor: a LoRA adapter on its attention, or all of its weights "
         "(published), which a run then keeps as a model of its own",
     )
-    weights_rank: int = Field(4, ge=1, description="rank of the LoRA adapter")
+    weights_rank: int = Field(4, ge=1, le=1024, description="rank of the LoRA adapter")
 
 
 def instance_name(region: Region) -> str:

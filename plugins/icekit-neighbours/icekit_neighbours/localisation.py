@@ -57,7 +57,7 @@ class ConceptExpressSegmentor:
         )
         shares: Shares = Field((0.0,), description="how noisy, 0 to 1 of the noise schedule (published: 0)")
         noise: bool = Field(False, description="add that much noise to the image; published: a clean latent")
-        noise_seed: int = Field(0, ge=0, description="seed of the noise")
+        noise_seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
         grids: Grids = Field(
             GRIDS,
             description="attention grids that are read, brought to the finest: cells along the image's shorter side; "

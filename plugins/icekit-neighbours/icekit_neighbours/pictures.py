@@ -27,8 +27,8 @@ class PictureSettings(LessonSettings):
     shown: Shown = Field(
         "alone", description="what a token learns: its object alone on plain colours, or the whole image as it is"
     )
-    backgrounds: int = Field(8, ge=1, description="plain colours, random, that an object alone is shown on")
-    batch_size: int = Field(1, ge=1, description="pictures of each concept in one step")
+    backgrounds: int = Field(8, ge=1, le=1000, description="plain colours, random, that an object alone is shown on")
+    batch_size: int = Field(1, ge=1, le=1000, description="pictures of each concept in one step")
 
 
 def alone(image: Tensor, mask: Tensor, colours: Tensor) -> Tensor:

@@ -22,6 +22,6 @@ torch.use_deterministic_algorithms(True)
 @pytest.fixture(scope="session")
 def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 2.x folder: 128-pixel images, latents ``[4, 16, 16]``, attention at 16, 8, 4 and 2."""
-    import tiny_models
+    from icekit.testing import tiny
 
-    return tiny_models.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")
+    return tiny.write_stable_diffusion(tmp_path_factory.mktemp("models") / "sd")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
 
 from icekit.backbones.stable_diffusion import StableDiffusion
-from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
+from icekit.paths import stored_place
+from icekit.protocols import CHANGES_NO_RESULT, NO_TOKENS, Conditioning, InputError, Tokens
+from icekit.protocols.strict import Stored, needs_memory
 from icekit_tabletop.captions import WORDS
 from icekit_tabletop.weights import model_dir
 from icekit_tabletop.world import COLOURS, MATERIALS, TABLES, TEXTURES, WALLS
@@ -22,13 +25,17 @@ _OBJECT_WORDS = frozenset([*COLOURS, *MATERIALS, *TEXTURES])
 _KNOWN = frozenset(WORDS) - (_SURFACE_WORDS - _OBJECT_WORDS)
 
 
+def _stored_model(model: str) -> str:
+    return stored_place(model, names=(OWN_MODEL,))
+
+
 class Tabletop(StableDiffusion):
     """Stable Diffusion in small: 64-pixel scenes of objects on a table, with a vocabulary of some hundred words."""
 
     class Settings(StableDiffusion.Settings):
         """As Stable Diffusion's, with the package's own model as the default."""
 
-        model: str = Field(
+        model: Annotated[str, Stored(_stored_model)] = Field(
             default=OWN_MODEL,
             description=f"{OWN_MODEL}: the model that comes with the package; else a folder in diffusers' format",
         )
@@ -41,6 +48,7 @@ class Tabletop(StableDiffusion):
             gt=0,
             description="images generated as one batch; the last bits of an image depend on how many are generated "
             "beside it",
+            json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
         )
 
     preset = "tabletop"

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from icekit.pixels import middle
 from icekit.protocols import BenchPicture, ComponentSettings, TrueConcept
+from icekit.waiting import told
 from icekit_tabletop.render import Scene, render_scene
 from icekit_tabletop.world import Split
 
@@ -44,7 +45,7 @@ class TabletopDataset:
         side = max(size)
         left, top, right, bottom = middle((side, side), size)
         pictures = []
-        for number in range(DEFAULT_COUNT if count is None else count):
+        for number in told(range(DEFAULT_COUNT if count is None else count), "rendering scenes"):
             objects = self.settings.objects or 1 + number % 3
             scene = distinct_scene([seed, number], (FIRST_SEED, LAST_SEED), objects, side, self.settings.split)
             masks = [mask[top:bottom, left:right] for mask in scene.masks]
