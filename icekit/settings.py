@@ -96,7 +96,7 @@ class Settings(StrictSettings):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="where the models run", json_schema_extra=CHANGES_NO_RESULT
     )
-    preset: str | None = Field(None, description="a named set of settings, below those that are given")
+    preset: str | None = Field(None, min_length=1, description="a named set of settings, below those that are given")
     components: Components = Field(Components(), description="which plugin does what")
     backbone: dict[str, Any] = Field({}, description="settings of the backbone")
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")
@@ -200,9 +200,15 @@ def load_settings(
     """
     values: dict[str, Any] = {}
     if config is not None:
-        values = merge(values, read_settings_file(config))
+        values = read_settings_file(config)
+        try:
+            validate(Settings, values)
+        except InputError as error:
+            raise InputError(f"settings file {config}: {error}") from error
     for assignment in assignments:
         values = merge(values, parse_assignment(assignment))
+    if options:
+        validate(Settings, values)  # what an option replaces must be right as well
     return validate(Settings, merge(values, options or {}))
 
 
@@ -367,7 +373,7 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
             holder = getattr(holder.model_fields.get(part), "annotation", None)
         parent = prefix + "".join(f"{part}." for part in location[:-1])
         known = [parent + name for name in getattr(holder, "model_fields", {})]
-        return f"unknown setting {key!r}: {nearest(key, known)}"
+        return f"unknown setting {_shortened(key)!r}: {nearest(key, known)}"
     message = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.removeprefix("a valid ").replace("\n", " ")
     if problem["type"] == "model_type":

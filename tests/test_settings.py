@@ -154,7 +154,7 @@ def test_the_flags_that_became_naming(tmp_path: Path, key: str) -> None:
     for arguments in ((tmp_path / "settings.toml",), (None, [f"{key}=false"])):
         with pytest.raises(InputError) as error:
             load_settings(*arguments)
-        assert str(error.value).startswith(f"there is no setting '{key}' any more: set naming to retrieved (")
+        assert f"there is no setting '{key}' any more: set naming to retrieved (" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -262,3 +262,17 @@ def test_settings_file_that_cannot_be_read(tmp_path: Path) -> None:
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         Settings().seed = 3
+
+
+def test_a_wrong_value_names_the_file_it_is_in(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("seed = 2020-01-01\n")
+    with pytest.raises(InputError, match=r"^settings file .*mine\.toml: setting 'seed' cannot be datetime"):
+        load_settings(file, ["seed=1"])
+    with pytest.raises(InputError, match="'samples' cannot be True"):
+        load_settings(None, ["samples=true"], {"samples": 2})
+
+
+def test_a_preset_has_a_name() -> None:
+    with pytest.raises(InputError, match="'preset' cannot be ''"):
+        load_settings(None, (), {"preset": ""})
