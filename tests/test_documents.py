@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LEARNING = ("learning-seed-4409", "learning-seed-5519")
 TEXTURE = ("texture-seed-4409", "texture-seed-5519")
+TABLE = ("table-seed-6607", "table-seed-7703")
 SHORT = ("sim_i", "acc1", "words_*", "images_*", "transfer_colour", "leak_colour_material")
+PARTS = ("sim_i", "acc?", "words_*", "images_*", "transfer_colour", "leak_colour_material", "recompose")
 LONG = ("miou", "recall", "word_accuracy", "sim_?", "acc?", "words_*", "transfer_*", "leak_*", "recompose")
 
 
@@ -24,6 +26,7 @@ def columns(patterns: tuple[str, ...]) -> list[str]:
         ("README.md", LEARNING, ["--across", *columns(SHORT), "--against", "described"]),
         ("docs/bench.md", LEARNING, ["--against", "described"]),
         ("docs/bench.md", TEXTURE, ["--across", "--against", "described"]),
+        ("docs/bench.md", TABLE, ["--across", *columns(PARTS), "--against", "described"]),
         ("docs/bench.md", ("tabletop-seed-7",), ["--across", *columns(LONG)]),
     ],
 )

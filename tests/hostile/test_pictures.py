@@ -217,7 +217,7 @@ def refused(path: Path | str) -> str:
     with pytest.raises(InputError) as error:
         load_image(path)
     assert "\n" not in str(error.value)
-    assert str(path) in str(error.value)
+    assert str(path).replace("\0", "\\x00") in str(error.value)
     return str(error.value)
 
 

@@ -297,7 +297,7 @@ def test_more_attributes_than_fit_are_refused(learn: Learn) -> None:
 
 def test_a_broken_loss_names_itself(learn: Learn, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hyperexpress, "entailment_loss", lambda *_: torch.tensor(torch.nan))
-    with pytest.raises(RunError, match=r"the entailment loss became nan in step 1 .*lower learner.learning_rate"):
+    with pytest.raises(RunError, match=r"the entailment loss became nan in step 1 .*nothing was learned before it"):
         learn()
 
 
