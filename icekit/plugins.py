@@ -225,6 +225,21 @@ class Plugins:
         self._call_one(f"register_{role}s", plugin, register=register)
         return offers
 
+    def observers(self) -> list[tuple[Origin, str]]:
+        """The plugins that watch runs, and what each says of itself, in one line."""
+        hooks = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "icekit_spec")]
+        watching = {
+            implementation.plugin_name
+            for name in hooks
+            if not name.startswith("register_")
+            for implementation in getattr(self.manager.hook, name).get_hookimpls()
+        }
+        return [
+            (origin, (inspect.getdoc(plugin) or "").partition("\n")[0])
+            for plugin, origin in self._origins.items()
+            if origin.plugin in watching
+        ]
+
     def component(self, role: str, name: str) -> type:
         """The class registered under this name for one of ``ROLES``, or as a ``"dataset"`` or ``"metric"``.
 

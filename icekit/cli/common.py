@@ -80,6 +80,11 @@ class CommandGroup(click.Group):
             cmd.params.append(traceback_option())
         super().add_command(cmd, name)
 
+    @property
+    def of_plugins(self) -> dict[str, tuple[click.Command, plugins.Origin]]:
+        """The commands that plugins have added, by name."""
+        return {name: (self.commands[name], origin) for name, origin in self._origins.items() if name in self.commands}
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command; what a plugin's raises is the plugin's. It may exit with a status of its own.
 

@@ -23,27 +23,37 @@ if TYPE_CHECKING:
 @click.group("plugins", cls=CommandGroup, invoke_without_command=True)
 @click.pass_context
 def plugins_group(context: click.Context) -> None:
-    """What is installed: components, attributes and presets by name, and plugins that are broken."""
+    """What is installed: components, attributes, presets, commands and observers, and plugins that are broken."""
     if context.invoked_subcommand is None:
         context.invoke(list_plugins, as_json=False)
 
 
 @plugins_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def list_plugins(as_json: bool) -> None:
-    """List components, attributes and presets by name, and plugins that are broken."""
+@click.pass_context
+def list_plugins(context: click.Context, as_json: bool) -> None:
+    """List components, attributes and presets by name, commands and observers, and plugins that are broken."""
     found = plugins.installed()
-    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
+    rows = [
+        (one.role, one.name, one.summary, one.origin) for role in plugins.KINDS for one in found.offered(role).values()
+    ]
+    root = context.find_root().command
+    if isinstance(root, CommandGroup):
+        rows += [
+            ("command", name, command.get_short_help_str(limit=100), origin)
+            for name, (command, origin) in root.of_plugins.items()
+        ]
+    rows += [("observer", origin.plugin, summary, origin) for origin, summary in found.observers()]
     if as_json:
         listed = [
-            {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)} for one in everything
+            {"kind": kind, "name": name, "summary": summary, **vars(origin)} for kind, name, summary, origin in rows
         ]
         broken = [{**vars(one.origin), "reason": one.reason} for one in found.broken]
         click.echo(json.dumps({"plugins": listed, "broken": broken}, indent=1))
         return
     table = table_of("kind", "name", "what it is", "from")
-    for one in everything:
-        table.add_row(one.role, one.name, one.summary, f"{one.origin.distribution} {one.origin.version}")
+    for kind, name, summary, origin in rows:
+        table.add_row(kind, name, summary, f"{origin.distribution} {origin.version}")
     print_table(table)
     for trouble in found.broken:
         click.echo(str(trouble))

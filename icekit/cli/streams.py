@@ -97,7 +97,8 @@ def guarded_streams() -> Iterator[None]:
     out, err = sys.stdout, sys.stderr
     for stream in (out, err):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")
     sys.stdout, sys.stderr = Results(out), Messages(err)
     try:
         yield
