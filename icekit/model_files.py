@@ -18,6 +18,7 @@ from typing import Any, Never
 from torch import Tensor
 
 from icekit.protocols import InputError, RunError
+from icekit.protocols.errors import printable
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "code_revision")
 """What makes a library run Python code that comes with a model."""
@@ -209,8 +210,7 @@ def check_finite(values: Tensor, part: str, advice: str) -> None:
 
 def one_line(error: BaseException, length: int = 400) -> str:
     """What an error says, as one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= length else text[: length - 3] + "..."
+    return printable(" ".join(str(error).split()) or type(error).__name__, length)
 
 
 class Hub:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
@@ -51,6 +52,8 @@ from icekit.protocols import (
 )
 
 SIDE, DIM = 32, 8
+NAMES = dict.fromkeys(("backbone", "retriever", "segmentor", "learner"), "plain")
+"""Settings that choose them."""
 ENCODER = "clip_l"
 """The one text encoder that the plain backbone has."""
 WORDS = ("cup", "red bowl", "vase", "ball")
@@ -186,6 +189,15 @@ class DescribingRetriever(PlainRetriever):
 
     def describe(self, view: View, noun: str, words: Sequence[str]) -> Mapping[str, float]:
         return {words[0]: 0.75, words[1]: 0.25}
+
+
+def write_data_set(folder: Path, words: Sequence[str] = ("cup",)) -> None:
+    """A folder for the data set ``folder``: one picture, ``one``, with the words' quadrants as masks."""
+    masks = folder / "masks" / "one"
+    masks.mkdir(parents=True)
+    Image.new("RGB", (SIDE, SIDE), "red").save(folder / "one.png")
+    for number, word in enumerate(words):
+        Image.fromarray(quadrant(word).numpy().astype(np.uint8) * 255).save(masks / f"{number}-{word}.png")
 
 
 def quadrant(word: str, size: Sequence[int] = (SIDE, SIDE)) -> Tensor:

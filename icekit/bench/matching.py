@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from icekit.protocols import BenchImage, FoundConcept, Match
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -41,3 +43,14 @@ def match_masks(true: Sequence[Tensor], found: Sequence[Tensor]) -> list[tuple[i
         else:
             matches.append((column, float(overlap[row, column])))
     return matches
+
+
+def matches_of(image: BenchImage, found: Sequence[FoundConcept]) -> list[Match]:
+    """Every true concept of an image with the one that was found for it; without a truth, every one that was found."""
+    if not image.concepts:
+        return [Match(concept.region.mask, None, concept, 0.0) for concept in found]
+    pairs = match_masks([concept.mask for concept in image.concepts], [concept.region.mask for concept in found])
+    return [
+        Match(concept.mask, concept, None if index is None else found[index], overlap)
+        for concept, (index, overlap) in zip(image.concepts, pairs, strict=True)
+    ]

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from icekit.bench.directory import BenchDirectory, load_strip, save_strip
-from icekit.bench.matching import match_masks
+from icekit.bench.matching import matches_of
 from icekit.protocols import NO_TOKENS, Backbone, BenchImage, FoundConcept, InputError, Match, Region
 from icekit.randomness import derived_seed
 from icekit.run.extraction import Extraction
@@ -49,15 +49,7 @@ class MeasuredOutcome:
     @property
     def matches(self) -> Sequence[Match]:
         """See ``protocols.Match``."""
-        if not self.image.concepts:
-            return [Match(concept.region.mask, None, concept, 0.0) for concept in self.found]
-        pairs = match_masks(
-            [concept.mask for concept in self.image.concepts], [concept.region.mask for concept in self.found]
-        )
-        return [
-            Match(concept.mask, concept, None if index is None else self.found[index], overlap)
-            for concept, (index, overlap) in zip(self.image.concepts, pairs, strict=True)
-        ]
+        return matches_of(self.image, self.found)
 
     def generate(self, prompt: str) -> list[Image.Image]:
         """See ``protocols.Outcome``."""

@@ -26,12 +26,10 @@ from icekit.cli.streams import ResultsLost, guarded_streams
 from icekit.foreign import is_of_the_machine, is_out_of_memory, nothing_after_results, said
 from icekit.plugins import ComponentError
 from icekit.protocols import InputError, RunError
-from icekit.protocols.errors import printable
+from icekit.protocols.errors import one_line
 from icekit.run.atomic import CannotWrite, why
 from icekit.run.machine import OutOfMemory
 
-MAX_MESSAGE = 4_000
-"""Most characters of a message."""
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -125,5 +123,5 @@ def _goes_on(invocation: Invocation) -> str:
 def _fail(error: BaseException, message: str, invocation: Invocation, status: int) -> int:
     if invocation.traceback:
         traceback.print_exception(error)
-    click.echo(f"icekit: {printable(' '.join(message.split()), MAX_MESSAGE)}", err=True)
+    click.echo(f"icekit: {one_line(message)}", err=True)
     return status

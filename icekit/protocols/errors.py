@@ -15,6 +15,11 @@ def printable(text: str, length: int = 1_000) -> str:
     return shown if len(shown) <= length else f"{shown[: length - 3]}..."
 
 
+def one_line(message: object) -> str:
+    """A message as one line that a terminal can print."""
+    return printable(" ".join(str(message).split()), MAX_MESSAGE)
+
+
 class InputError(ValueError):
     """The user's input or settings are wrong. The message names what was given and what would be right.
 
@@ -22,11 +27,11 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(" ".join(str(message).split()), MAX_MESSAGE))
+        super().__init__(one_line(message))
 
 
 class RunError(RuntimeError):
     """The run itself failed (a loss became NaN, nothing was found, ...). The message is one plain line, as above."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(printable(" ".join(str(message).split()), MAX_MESSAGE))
+        super().__init__(one_line(message))

@@ -11,7 +11,7 @@ from unittest import SkipTest
 import torch
 from PIL import Image
 
-from icekit.bench.matching import match_masks
+from icekit.bench.matching import matches_of
 from icekit.protocols import (
     Attribute,
     BenchImage,
@@ -62,13 +62,7 @@ class DrawnOutcome:
     @property
     def matches(self) -> Sequence[Match]:
         """See ``protocols.Outcome``."""
-        if not self.image.concepts:
-            return [Match(one.region.mask, None, one, 0.0) for one in self.found]
-        pairs = match_masks([one.mask for one in self.image.concepts], [one.region.mask for one in self.found])
-        return [
-            Match(one.mask, one, None if place is None else self.found[place], overlap)
-            for one, (place, overlap) in zip(self.image.concepts, pairs, strict=True)
-        ]
+        return matches_of(self.image, self.found)
 
     def generate(self, prompt: str) -> list[Image.Image]:
         """See ``protocols.Outcome``. Raises InputError for a token that no found concept has."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import plain_components as plain
 import pytest
 from PIL import Image
@@ -51,10 +50,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for module in ("icekit.run.orchestrator", "icekit.bench.benchmark"):
         monkeypatch.setattr(sys.modules[module], "time", SimpleNamespace(monotonic=lambda: 0.0))
     Image.new("RGB", (50, 50), "red").save(tmp_path / "photo.png")
-    (tmp_path / "data" / "masks" / "one").mkdir(parents=True)
-    Image.new("RGB", (plain.SIDE, plain.SIDE), "red").save(tmp_path / "data" / "one.png")
-    mask = Image.fromarray(plain.quadrant("cup").numpy().astype(np.uint8) * 255)
-    mask.save(tmp_path / "data" / "masks" / "one" / "0-cup.png")
+    plain.write_data_set(tmp_path / "data")
     yield tmp_path
 
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import plain_components as plain
 import pytest
 from click.testing import CliRunner
@@ -36,10 +35,7 @@ BENCH = [
 def place(tmp_path: Path) -> Path:
     """A photo, and a data set of it."""
     Image.new("RGB", (50, 50), "red").save(tmp_path / "photo.png")
-    (tmp_path / "data" / "masks" / "one").mkdir(parents=True)
-    Image.new("RGB", (plain.SIDE, plain.SIDE), "red").save(tmp_path / "data" / "one.png")
-    mask = Image.fromarray(plain.quadrant("cup").numpy().astype(np.uint8) * 255)
-    mask.save(tmp_path / "data" / "masks" / "one" / "0-cup.png")
+    plain.write_data_set(tmp_path / "data")
     return tmp_path
 
 

@@ -29,13 +29,6 @@ from icekit.protocols.strict import as_stored, changes_no_result
 from icekit.run.compose import compose
 from icekit.settings import Settings, load_settings, merge
 
-NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return plain.beside_builtins()
-
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -45,7 +38,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**given: Any) -> Settings:
-    return load_settings(options=merge({"components": NAMES, "samples": 1, "max_concepts": 1}, given))
+    return load_settings(options=merge({"components": plain.NAMES, "samples": 1, "max_concepts": 1}, given))
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,8 @@ from icekit.report.page import write_report
 from icekit.run.compose import compose
 from icekit.settings import load_settings, merge
 
-NAMES = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
 SECRET = b"outside of the run"
 Damage = Callable[[Path], None]
-
-
-@pytest.fixture(scope="module")
-def plugins() -> Plugins:
-    return plain.beside_builtins()
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +36,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(**given: Any) -> Any:
-    return load_settings(options=merge({"components": NAMES, "samples": 1, "max_concepts": 2}, given))
+    return load_settings(options=merge({"components": plain.NAMES, "samples": 1, "max_concepts": 2}, given))
 
 
 @pytest.fixture(scope="module")
