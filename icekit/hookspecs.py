@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import pluggy
 
 if TYPE_CHECKING:
     import click
 
-    from icekit.protocols import Attribute, Region, Step
+    from icekit.protocols import Attribute, ComponentSettings, Region, Step
     from icekit.run.extraction import Extraction
     from icekit.settings import Settings
 
@@ -23,23 +23,48 @@ hookspec = pluggy.HookspecMarker("icekit")
 hookimpl = pluggy.HookimplMarker("icekit")
 
 
+class Register(Protocol):
+    """What a hook is handed to register components with."""
+
+    def __call__(
+        self, name: str, component: type | str, *, settings: type[ComponentSettings] | None = None, summary: str = ""
+    ) -> None:
+        """Register a component under the name that people type.
+
+        icekit imports every plugin whenever it starts, and torch takes seconds to import. So a component whose module
+        imports it, or anything else that is heavy, is named by its place, and imported when it is used::
+
+            register("clip", "my_package.clip:ClipRetriever", settings=ClipSettings, summary="Ranks words by CLIP.")
+
+        Args:
+            name: letters, digits, - and _.
+            component: the class, or its place ``"package.module:Class"``.
+            settings: of a place: the class's ``Settings``, from a module that is quick to import.
+            summary: of a place: what it is, one line. Of a class it is the first line of its docstring.
+
+        Raises:
+            PluginError: the name or the component cannot be; the plugin is then listed as broken.
+        """
+        ...
+
+
 @hookspec
-def register_backbones(register: Callable[[str, type], None]) -> None:
+def register_backbones(register: Register) -> None:
     """Offer text-to-image models: ``register("sd21", StableDiffusion)``; see ``protocols.Backbone``."""
 
 
 @hookspec
-def register_retrievers(register: Callable[[str, type], None]) -> None:
+def register_retrievers(register: Register) -> None:
     """Offer retrievers, image -> words: ``register("clip", ClipRetriever)``; see ``protocols.Retriever``."""
 
 
 @hookspec
-def register_segmentors(register: Callable[[str, type], None]) -> None:
+def register_segmentors(register: Register) -> None:
     """Offer segmentors, image and word -> mask: ``register("xattn", CrossAttention)``; see ``protocols.Segmentor``."""
 
 
 @hookspec
-def register_learners(register: Callable[[str, type], None]) -> None:
+def register_learners(register: Register) -> None:
     """Offer learners, image and regions -> tokens: ``register("ice", IceLearner)``; see ``protocols.Learner``."""
 
 
@@ -59,12 +84,12 @@ def register_presets(register: Callable[[str, Path], None]) -> None:
 
 
 @hookspec
-def register_datasets(register: Callable[[str, type], None]) -> None:
+def register_datasets(register: Register) -> None:
     """Offer data sets for ``icekit bench``: ``register("folder", FolderDataset)``; see ``protocols.Dataset``."""
 
 
 @hookspec
-def register_metrics(register: Callable[[str, type], None]) -> None:
+def register_metrics(register: Register) -> None:
     """Offer what ``icekit bench`` measures: ``register("miou", MeanIou)``; see ``protocols.Metric``."""
 
 

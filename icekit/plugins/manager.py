@@ -8,16 +8,11 @@ while they come in goes to stderr.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
 import re
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,96 +20,29 @@ from typing import Any
 import pluggy
 from pydantic import ValidationError
 
-from icekit import hookspecs, protocols
+from icekit import hookspecs
 from icekit.foreign import aside, guarded, is_of_the_machine, is_out_of_memory, said, watched_interrupts
+from icekit.plugins.checking import (
+    CAPABILITIES,
+    MAX_NAME_BYTES,
+    PluginError,
+    check_attribute,
+    check_component,
+    check_declaration,
+    needs_of,
+    spellings,
+)
+from icekit.plugins.observers import Observers
+from icekit.plugins.registered import BrokenPlugin, ComponentError, Declared, Origin, Registered
 from icekit.protocols import Attribute, Capability, ComponentSettings, InputError, RunError
 from icekit.protocols.strict import as_stored, changes_no_result
-from icekit.protocols.values import MAX_ATTRIBUTE_BYTES
 from icekit.settings import BENCH_TABLES, ROLES, Components, Preset, Role, Settings, merge, nearest, shown, validate
 
 GROUP = "icekit"
-BUILTIN = "icekit.builtin"
-
-_PROTOCOLS: dict[str, type] = {
-    "backbone": protocols.Backbone,
-    "retriever": protocols.Retriever,
-    "segmentor": protocols.Segmentor,
-    "learner": protocols.Learner,
-    "dataset": protocols.Dataset,
-    "metric": protocols.Metric,
-}
 KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
 """All that plugins can register by name."""
-MAX_NAME_BYTES = 60
-"""Of a registered name: folders of a bench are called by up to three."""
-RESERVED_TOKENS = ("category", "instance", "object")
-"""What a concept's parts and samples are called already: no attribute can have such a name."""
 OWN_ROOMS = tuple(f"icekit.{room}" for room in ("bench", "cli", "files", "report", "run"))
 """Modules that are no component's: what they raise no component has raised."""
-CAPABILITIES: dict[Capability, str] = {
-    "attention": "maps of words over the picture",
-    "similarity": "maps of places over places",
-    "fine_tuning": "weights that can be trained",
-    "posterior": "the autoencoder's spread",
-}
-"""What a component may need of its backbone, in words."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a plugin comes from: its name (the entry point's), its distribution and that one's version."""
-
-    plugin: str
-    distribution: str
-    version: str
-
-    def __str__(self) -> str:
-        return f"plugin {self.plugin!r} ({self.distribution} {self.version})"
-
-
-@dataclass(frozen=True)
-class BrokenPlugin:
-    """A plugin that is broken, or a part of it, and why (one line)."""
-
-    origin: Origin
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.origin} is broken: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Registered:
-    """A component, an attribute or a preset, and the plugin that brought it."""
-
-    role: str
-    name: str
-    value: Any
-    origin: Origin
-
-    @property
-    def summary(self) -> str:
-        """First line of its docstring, or of a preset's file; an attribute's anchor."""
-        if isinstance(self.value, Preset):
-            return self.value.summary
-        if isinstance(self.value, Attribute):
-            return f"anchor {self.value.anchor!r}, {len(self.value.vocabulary)} words"
-        return (inspect.getdoc(self.value) or "").partition("\n")[0]
-
-    @property
-    def settings(self) -> type[ComponentSettings] | None:
-        """The component's settings model; None for an attribute or a preset."""
-        return getattr(self.value, "Settings", None)
-
-
-class PluginError(Exception):
-    """A plugin breaks its contract. The message is one line."""
-
-
-class ComponentError(RunError):
-    """A component raised what is no error of icekit's, or tried to end the program."""
 
 
 class Plugins:
@@ -202,14 +130,21 @@ class Plugins:
                 raise PluginError(f"{role} {name!r} is already registered by {taken.origin}")
             offers[name] = Registered(role, name, value, origin)
 
-        def register_component(name: str, component: type) -> None:
-            check_component(role, name, component)
-            add(name, component)
+        def register_component(
+            name: str, component: type | str, *, settings: type[ComponentSettings] | None = None, summary: str = ""
+        ) -> None:
+            if isinstance(component, str):
+                check_declaration(role, name, component, settings, summary)
+                assert settings is not None
+                add(name, Declared(component, settings, summary))
+            else:
+                check_component(role, name, component)
+                add(name, component)
 
         def register_attribute(attribute: Attribute) -> None:
             check_attribute(attribute)
             for other in ({**earlier, **offers}).values():
-                same = _spellings(attribute) & _spellings(other.value)
+                same = spellings(attribute) & spellings(other.value)
                 if attribute.name != other.name and same:
                     raise PluginError(
                         f"attribute {attribute.name!r} would be called as {other.name!r} of {other.origin} is, "
@@ -465,7 +400,9 @@ class Plugins:
         return merge(values, own)
 
     def _settings_model(self, role: str, name: str) -> type[ComponentSettings]:
-        return self.component(role, name).Settings  # type: ignore[attr-defined]
+        model = self._find(role, name).settings
+        assert model is not None, f"{role}s have settings"
+        return model
 
     def _check_needs(self, components: Components, settings: Mapping[Role, ComponentSettings]) -> None:
         """Whether the backbone can do what each component needs.
@@ -489,10 +426,10 @@ class Plugins:
             )
 
     def _usual_needs(self, role: Role, name: str) -> Collection[Capability]:
-        """What a component needs with its settings as they are by default; all there is where it has no default."""
+        """What a component needs with its settings as they are by default; all there is where that cannot be said."""
         try:
             return needs_of(self.component(role, name), self._settings_model(role, name)())
-        except ValidationError:
+        except (ValidationError, InputError):
             return tuple(CAPABILITIES)
 
     # --- Observers ---------------------------------------------------------------------------------------------------
@@ -510,38 +447,6 @@ class Plugins:
                     self.manager.unregister(observer)
 
 
-class Observers:
-    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run."""
-
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
-        self._callers: dict[str, dict[str, Any]] = {}
-        self._silenced: set[str] = set()
-
-    def tell(self, hook: str, **arguments: Any) -> None:
-        """Call one hook of every observer."""
-        for name, caller in self._callers_of(hook).items():
-            if name in self._silenced:
-                continue
-            try:
-                with guarded():
-                    caller(**arguments)
-            except Exception as error:
-                self._silenced.add(name)
-                log.warning("plugin %r failed in %s and is ignored from here on: %s", name, hook, said(error))
-
-    def _callers_of(self, hook: str) -> dict[str, Any]:
-        if hook not in self._callers:  # step_done is called very often
-            everyone = self._manager.get_plugins()
-            self._callers[hook] = {
-                implementation.plugin_name: self._manager.subset_hook_caller(
-                    hook, [other for other in everyone if other is not implementation.plugin]
-                )
-                for implementation in getattr(self._manager.hook, hook).get_hookimpls()
-            }
-        return self._callers[hook]
-
-
 def _first_argument(frame: FrameType) -> object:
     """What a function was called with first: of a method ``self``, however it is called."""
     code = frame.f_code
@@ -550,116 +455,3 @@ def _first_argument(frame: FrameType) -> object:
     if code.co_flags & inspect.CO_VARARGS:
         return next(iter(frame.f_locals.get(code.co_varnames[code.co_kwonlyargcount], ())), None)
     return None
-
-
-def needs_of(component: type, settings: ComponentSettings) -> Collection[Capability]:
-    """What a component with these settings needs of its backbone: see ``protocols.Capability``."""
-    depending: Callable[[ComponentSettings], Collection[Capability]] | None = getattr(component, "needs_with", None)
-    needs: Collection[Capability] = getattr(component, "needs", ()) if depending is None else depending(settings)
-    return needs
-
-
-def check_component(role: str, name: str, component: object) -> None:
-    """Whether this can be a component: a class, a nested ``Settings``, every method of the protocol.
-
-    Raises:
-        PluginError: it cannot; the message says what is missing.
-    """
-    protocol = _PROTOCOLS[role]
-    if role == "segmentor" and hasattr(component, "propose"):
-        protocol = protocols.Proposer
-    if not isinstance(component, type):
-        raise PluginError(f"{role} {name!r} is not a class but {component!r}")
-    where = f"{role} {name!r} ({component.__module__}.{component.__qualname__})"
-    settings = getattr(component, "Settings", None)
-    if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
-        raise PluginError(f"{where} has no nested class Settings(icekit.ComponentSettings)")
-    methods = [key for key, value in vars(protocol).items() if not key.startswith("_") and inspect.isfunction(value)]
-    missing = [method for method in methods if not callable(getattr(component, method, None))]
-    missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
-    if missing:
-        raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
-    for method in methods:
-        _check_signature(getattr(component, method), getattr(protocol, method), where)
-    preset = getattr(component, "preset", None)
-    if role in ("backbone", "dataset") and not isinstance(preset, str | None):
-        raise PluginError(f"{where} has the preset {preset!r}: it should be a preset's name")
-    said = "lacks" if role == "backbone" else "needs"
-    for capability in getattr(component, said, ()) if role in ROLES else ():
-        if capability not in CAPABILITIES:
-            raise PluginError(f"{where} {said} {capability!r}: {nearest(capability, CAPABILITIES)}")
-
-
-def _check_signature(method: Any, promised: Any, where: str) -> None:
-    """Whether a method takes what it will be called with."""
-    wanted = inspect.signature(promised)
-    named = [one.name for one in wanted.parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY]
-    try:
-        taken = inspect.signature(method)
-    except (TypeError, ValueError):  # not written in Python
-        return
-    try:
-        taken.bind(*([None] * (len(wanted.parameters) - len(named))), **dict.fromkeys(named))
-    except TypeError as error:
-        raise PluginError(
-            f"{where}: {promised.__name__}{taken} cannot be called as {promised.__name__}{wanted}: {error}"
-        ) from error
-
-
-def _spellings(attribute: Attribute) -> set[str]:
-    """An attribute's name and aliases, as they are the same for a file system that knows no case."""
-    return {_spelling(name) for name in (attribute.name, *attribute.aliases)}
-
-
-def _spelling(name: str) -> str:
-    return unicodedata.normalize("NFKC", name).casefold()
-
-
-def check_attribute(attribute: object) -> None:
-    """Whether this can be an attribute.
-
-    Raises:
-        PluginError: it is no ``Attribute``, or its name cannot be part of a token.
-    """
-    if not isinstance(attribute, Attribute):
-        raise PluginError(f"register_attributes was given {attribute!r}, not an icekit.Attribute")
-    if (
-        not isinstance(attribute.name, str)
-        or not attribute.name.isidentifier()
-        or (_spelling(attribute.name) in RESERVED_TOKENS)
-    ):
-        raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
-    if len(attribute.name.encode()) > MAX_ATTRIBUTE_BYTES:
-        raise PluginError(f"attribute {attribute.name!r:.100} has too long a name: {MAX_ATTRIBUTE_BYTES} bytes at most")
-    texts = {"anchor": (attribute.anchor,), "vocabulary": attribute.vocabulary, "aliases": attribute.aliases}
-    for key, values in texts.items():
-        if not isinstance(values, tuple | list) or not all(isinstance(one, str) and one.strip() for one in values):
-            given = values if key != "anchor" else attribute.anchor
-            raise PluginError(f"attribute {attribute.name!r} has the {key} {given!r}: it should be text, not empty")
-
-
-def own_version() -> str:
-    """The version of icekit."""
-    try:
-        return version("icekit")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"
-
-
-@functools.cache
-def installed() -> Plugins:
-    """The built-ins and every plugin of the entry-point group ``icekit``, imported once a process."""
-    plugins = Plugins()
-    plugins.add(Origin("builtin", "icekit", own_version()), lambda: import_module(BUILTIN))
-    for entry in sorted(entry_points(group=GROUP), key=lambda entry: entry.name):
-        plugins.add(_origin_of(entry), entry.load)
-    return plugins
-
-
-def _origin_of(entry: EntryPoint) -> Origin:
-    """Where an entry point is from; its distribution's metadata may be damaged."""
-    try:
-        found = (entry.dist.name, entry.dist.version) if entry.dist else (None, None)
-    except Exception:
-        found = (None, None)
-    return Origin(entry.name, *(one or "unknown" for one in found))

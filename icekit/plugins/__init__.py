@@ -1,0 +1,26 @@
+"""The plugins: where they come from, what they have registered, and what is wrong with them."""
+
+from icekit.plugins.checking import MAX_NAME_BYTES, RESERVED_TOKENS, PluginError, check_attribute, check_component
+from icekit.plugins.manager import GROUP, KINDS, Plugins
+from icekit.plugins.observers import Observers
+from icekit.plugins.registered import BrokenPlugin, ComponentError, Declared, Origin, Registered
+from icekit.plugins.sources import installed, own_version
+
+__all__ = [
+    "GROUP",
+    "KINDS",
+    "MAX_NAME_BYTES",
+    "RESERVED_TOKENS",
+    "BrokenPlugin",
+    "ComponentError",
+    "Declared",
+    "Observers",
+    "Origin",
+    "PluginError",
+    "Plugins",
+    "Registered",
+    "check_attribute",
+    "check_component",
+    "installed",
+    "own_version",
+]

@@ -1,0 +1,140 @@
+"""Whether what a plugin registers can be what it is registered as."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import unicodedata
+from collections.abc import Callable, Collection
+from typing import Any
+
+from icekit import protocols
+from icekit.protocols import Attribute, Capability, ComponentSettings
+from icekit.protocols.values import MAX_ATTRIBUTE_BYTES
+from icekit.settings import ROLES, nearest
+
+
+class PluginError(Exception):
+    """A plugin breaks its contract. The message is one line."""
+
+
+_PROTOCOLS: dict[str, type] = {
+    "backbone": protocols.Backbone,
+    "retriever": protocols.Retriever,
+    "segmentor": protocols.Segmentor,
+    "learner": protocols.Learner,
+    "dataset": protocols.Dataset,
+    "metric": protocols.Metric,
+}
+MAX_NAME_BYTES = 60
+"""Of a registered name: folders of a bench are called by up to three."""
+RESERVED_TOKENS = ("category", "instance", "object")
+"""What a concept's parts and samples are called already: no attribute can have such a name."""
+CAPABILITIES: dict[Capability, str] = {
+    "attention": "maps of words over the picture",
+    "similarity": "maps of places over places",
+    "fine_tuning": "weights that can be trained",
+    "posterior": "the autoencoder's spread",
+}
+"""What a component may need of its backbone, in words."""
+
+
+def needs_of(component: type, settings: ComponentSettings) -> Collection[Capability]:
+    """What a component with these settings needs of its backbone: see ``protocols.Capability``."""
+    depending: Callable[[ComponentSettings], Collection[Capability]] | None = getattr(component, "needs_with", None)
+    needs: Collection[Capability] = getattr(component, "needs", ()) if depending is None else depending(settings)
+    return needs
+
+
+def check_component(role: str, name: str, component: object) -> None:
+    """Whether this can be a component: a class, a nested ``Settings``, every method of the protocol.
+
+    Raises:
+        PluginError: it cannot; the message says what is missing.
+    """
+    protocol = _PROTOCOLS[role]
+    if role == "segmentor" and hasattr(component, "propose"):
+        protocol = protocols.Proposer
+    if not isinstance(component, type):
+        raise PluginError(f"{role} {name!r} is not a class but {component!r}")
+    where = f"{role} {name!r} ({component.__module__}.{component.__qualname__})"
+    settings = getattr(component, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
+        raise PluginError(f"{where} has no nested class Settings(icekit.ComponentSettings)")
+    methods = [key for key, value in vars(protocol).items() if not key.startswith("_") and inspect.isfunction(value)]
+    missing = [method for method in methods if not callable(getattr(component, method, None))]
+    missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
+    if missing:
+        raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
+    for method in methods:
+        _check_signature(getattr(component, method), getattr(protocol, method), where)
+    preset = getattr(component, "preset", None)
+    if role in ("backbone", "dataset") and not isinstance(preset, str | None):
+        raise PluginError(f"{where} has the preset {preset!r}: it should be a preset's name")
+    said = "lacks" if role == "backbone" else "needs"
+    for capability in getattr(component, said, ()) if role in ROLES else ():
+        if capability not in CAPABILITIES:
+            raise PluginError(f"{where} {said} {capability!r}: {nearest(capability, CAPABILITIES)}")
+
+
+def check_declaration(role: str, name: str, place: str, settings: object, summary: str) -> None:
+    """Whether a component can be declared so, without its being imported.
+
+    Raises:
+        PluginError: it cannot; the message says what is missing.
+    """
+    where = f"{role} {name!r} ({place})"
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", place):
+        raise PluginError(f"{role} {name!r} is declared as {place!r:.100}: it should be package.module:Class")
+    if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
+        raise PluginError(f"{where} is declared without settings=..., its subclass of icekit.ComponentSettings")
+    if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
+        raise PluginError(f"{where} is declared without summary=..., one line that says what it is")
+
+
+def _check_signature(method: Any, promised: Any, where: str) -> None:
+    """Whether a method takes what it will be called with."""
+    wanted = inspect.signature(promised)
+    named = [one.name for one in wanted.parameters.values() if one.kind is inspect.Parameter.KEYWORD_ONLY]
+    try:
+        taken = inspect.signature(method)
+    except (TypeError, ValueError):  # not written in Python
+        return
+    try:
+        taken.bind(*([None] * (len(wanted.parameters) - len(named))), **dict.fromkeys(named))
+    except TypeError as error:
+        raise PluginError(
+            f"{where}: {promised.__name__}{taken} cannot be called as {promised.__name__}{wanted}: {error}"
+        ) from error
+
+
+def spellings(attribute: Attribute) -> set[str]:
+    """An attribute's name and aliases, as they are the same for a file system that knows no case."""
+    return {_spelling(name) for name in (attribute.name, *attribute.aliases)}
+
+
+def _spelling(name: str) -> str:
+    return unicodedata.normalize("NFKC", name).casefold()
+
+
+def check_attribute(attribute: object) -> None:
+    """Whether this can be an attribute.
+
+    Raises:
+        PluginError: it is no ``Attribute``, or its name cannot be part of a token.
+    """
+    if not isinstance(attribute, Attribute):
+        raise PluginError(f"register_attributes was given {attribute!r}, not an icekit.Attribute")
+    if (
+        not isinstance(attribute.name, str)
+        or not attribute.name.isidentifier()
+        or (_spelling(attribute.name) in RESERVED_TOKENS)
+    ):
+        raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
+    if len(attribute.name.encode()) > MAX_ATTRIBUTE_BYTES:
+        raise PluginError(f"attribute {attribute.name!r:.100} has too long a name: {MAX_ATTRIBUTE_BYTES} bytes at most")
+    texts = {"anchor": (attribute.anchor,), "vocabulary": attribute.vocabulary, "aliases": attribute.aliases}
+    for key, values in texts.items():
+        if not isinstance(values, tuple | list) or not all(isinstance(one, str) and one.strip() for one in values):
+            given = values if key != "anchor" else attribute.anchor
+            raise PluginError(f"attribute {attribute.name!r} has the {key} {given!r}: it should be text, not empty")

@@ -1,0 +1,44 @@
+"""Telling observers what happens in a run."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pluggy
+
+from icekit.foreign import guarded, said
+
+log = logging.getLogger(__name__)
+
+
+class Observers:
+    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run."""
+
+    def __init__(self, manager: pluggy.PluginManager) -> None:
+        self._manager = manager
+        self._callers: dict[str, dict[str, Any]] = {}
+        self._silenced: set[str] = set()
+
+    def tell(self, hook: str, **arguments: Any) -> None:
+        """Call one hook of every observer."""
+        for name, caller in self._callers_of(hook).items():
+            if name in self._silenced:
+                continue
+            try:
+                with guarded():
+                    caller(**arguments)
+            except Exception as error:
+                self._silenced.add(name)
+                log.warning("plugin %r failed in %s and is ignored from here on: %s", name, hook, said(error))
+
+    def _callers_of(self, hook: str) -> dict[str, Any]:
+        if hook not in self._callers:  # step_done is called very often
+            everyone = self._manager.get_plugins()
+            self._callers[hook] = {
+                implementation.plugin_name: self._manager.subset_hook_caller(
+                    hook, [other for other in everyone if other is not implementation.plugin]
+                )
+                for implementation in getattr(self._manager.hook, hook).get_hookimpls()
+            }
+        return self._callers[hook]
