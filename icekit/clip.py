@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,8 @@ from icekit.model_files import (
     one_line,
     read_json,
 )
-from icekit.paths import PREFIX, resolved_path, stored_place
+from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError, RunError, View
-from icekit.protocols.strict import Stored
 from icekit.waiting import told
 
 CONFIGURATION = "open_clip_config.json"
@@ -44,25 +43,6 @@ TEXT_BATCH = 256
 
 CROP_MARGIN = 0.1
 """A crop is wider than the visible part by this share of its side, on every side."""
-
-
-def _stored_model(model: str) -> str:
-    place = stored_place(model)
-    if place == model or model.startswith("local-dir:") or "/" in model:
-        return place
-    import open_clip  # here, for it takes seconds: a folder of this name is here, and it may be an architecture's
-
-    return model if model in open_clip.list_models() else place
-
-
-def _stored_weights(pretrained: str) -> str:
-    return stored_place(pretrained) if pretrained.endswith(".safetensors") else pretrained
-
-
-ClipName = Annotated[str, Stored(_stored_model)]
-"""The type of a setting that ``load_clip`` takes as its model: a folder is kept as where it is on this machine."""
-ClipWeights = Annotated[str, Stored(_stored_weights)]
-"""The type of a setting that ``load_clip`` takes as its weights: likewise a file."""
 
 
 class ClipModel:

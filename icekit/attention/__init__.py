@@ -14,32 +14,7 @@ The way that ``xattn`` and ``diffseg`` go, and that a segmentor of your own may 
 (height, width), and no picture has to be a square.
 """
 
-from icekit.attention.colours import colour_distance, log_likelihood
-from icekit.attention.looking import look_at, require_similarity
-from icekit.attention.maps import Normalisation, aggregate, flat, normalise_over_space, on_grid, upsample
-from icekit.attention.peaks import Joining, heaviest_part
-from icekit.attention.refinement import random_walker_with_prior, refine, without_islands
-from icekit.attention.segmentor import AttentionSegmentor, Grids, LookingSettings, Shares, one_or_more
+import lazy_loader
 
-__all__ = [
-    "AttentionSegmentor",
-    "Grids",
-    "Joining",
-    "LookingSettings",
-    "Normalisation",
-    "Shares",
-    "aggregate",
-    "colour_distance",
-    "flat",
-    "heaviest_part",
-    "log_likelihood",
-    "look_at",
-    "normalise_over_space",
-    "on_grid",
-    "one_or_more",
-    "random_walker_with_prior",
-    "refine",
-    "require_similarity",
-    "upsample",
-    "without_islands",
-]
+# What there is to import is in __init__.pyi; each name is imported when it is first used, for torch takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icekit.attention.settings import Normalisation
 from icekit.protocols import Grid
-
-Normalisation = Literal["minmax", "max", "l2"]
 
 
 def upsample(maps: Tensor, size: Grid) -> Tensor:

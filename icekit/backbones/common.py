@@ -6,34 +6,14 @@ import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Annotated, Any
+from typing import Any
 
 from PIL import Image
-from pydantic import AfterValidator, BeforeValidator
 from torch import Tensor, nn
 
 from icekit.backbones.fine_tuning import replaced_weights
 from icekit.model_files import check_finite
 from icekit.protocols import FineTuning, InputError, Tokens
-
-LONGEST_SIDE = 8192
-"""Longest side of the pictures that a model can be asked for, pixels."""
-
-
-def _both_sides(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else value
-
-
-def _positive(size: tuple[int, int]) -> tuple[int, int]:
-    if min(size) < 1:
-        raise ValueError("one side in pixels, or two: [height, width]")
-    if max(size) > LONGEST_SIDE:
-        raise ValueError(f"sides of at most {LONGEST_SIDE} pixels")
-    return size
-
-
-ImageSize = Annotated[tuple[int, int], BeforeValidator(_both_sides), AfterValidator(_positive)]
-"""The type of a setting that is the size of pictures: a side, or (height, width)."""
 
 SAMPLED_ROWS = 64
 

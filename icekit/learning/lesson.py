@@ -11,11 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from icekit.learning.denoising import (
-    Shares,
     coverage,
     draw_shares,
     latent_mask,
@@ -26,7 +24,8 @@ from icekit.learning.denoising import (
     uniform_shares,
 )
 from icekit.learning.rows import finished, parameters
-from icekit.learning.training import Task, Trainer, TrainingSettings
+from icekit.learning.settings import LessonSettings
+from icekit.learning.training import Task, Trainer
 from icekit.model_files import check_finite
 from icekit.protocols import (
     Backbone,
@@ -40,25 +39,6 @@ from icekit.protocols import (
     nearest_grids,
 )
 from icekit.randomness import seeded_generator
-
-
-class LessonSettings(TrainingSettings):
-    """Settings of every learner that is made of a lesson."""
-
-    timestep_range: Shares = Field(
-        (0.0, 1.0), description="share of the noise schedule that steps are drawn from (papers: all of it)"
-    )
-    by_area: bool = Field(
-        False,
-        description="divide a concept's denoising loss by its mask's share of the picture, so that a small object "
-        "counts as much as a large one (papers: no)",
-    )
-    attention_grid: int = Field(
-        16,
-        ge=1,
-        description="cells along the picture's shorter side on which an attention loss is computed; the model's "
-        "nearest grid is taken",
-    )
 
 
 @dataclass(frozen=True)

@@ -6,43 +6,13 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.learning.training import Trainer, TrainingSettings
+from icekit.learning.settings import PriorSettings
+from icekit.learning.training import Trainer
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Region
 from icekit.randomness import seeded_generator
-
-
-class PriorSettings(TrainingSettings):
-    """Settings of learners that preserve the prior while they train weights."""
-
-    prior_images: int = Field(
-        64,
-        ge=0,
-        le=100_000,
-        description="images generated to preserve the prior while weights are trained; published: 1000",
-    )
-    prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
-    prior_prompt: str | None = Field(
-        None,
-        description="what these images are of; none: the regions' words in turn, in the templates (DreamBooth: the "
-        "class noun); ICE as published: 'a photo at the beach'",
-    )
-    prior_steps: int | None = Field(
-        None, ge=1, le=1000, description="denoising steps of these images; none: the backbone's own"
-    )
-    prior_guidance: float | None = Field(
-        None, ge=0, le=100, description="how strongly these images follow their prompt; none: the backbone's own"
-    )
-
-    @field_validator("prior_prompt")
-    @classmethod
-    def _says_something(cls, prompt: str | None) -> str | None:
-        if prompt is not None and not prompt.strip():
-            raise ValueError("a prompt, or none for the regions' words")
-        return prompt
 
 
 def prior_prompts(

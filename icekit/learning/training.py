@@ -12,13 +12,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from icekit.learning.rows import TokenParameters, flat
-from icekit.learning.templates import PHOTO_TEMPLATES, Templates
+from icekit.learning.settings import TrainingSettings
 from icekit.protocols import (
-    CHANGES_NO_RESULT,
     Attribute,
     Backbone,
     Checkpoint,
@@ -31,7 +29,7 @@ from icekit.protocols import (
     Trained,
     Tuned,
 )
-from icekit.protocols.strict import changes_no_result, needs_memory
+from icekit.protocols.strict import changes_no_result
 from icekit.randomness import seeded_generator
 
 Losses = dict[str, Tensor]
@@ -39,31 +37,11 @@ Losses = dict[str, Tensor]
 
 AFRESH = "start again (--overwrite)"
 """The way out where a saved state cannot be gone on with."""
-MAX_STEPS = 1_000_000
-"""Most learning steps of a phase: days of learning, and a log that can still be read."""
 PRECISE = "--set backbone.dtype=float32 where the model runs in half precision"
 """What may help against numbers that are too large for a model."""
 GRADIENT_SCALE = 1024.0
 """Losses are multiplied by this before backpropagation and gradients divided after it: in float16 the denoising loss's
 gradients would underflow. A power of two, so that in float32 it changes nothing."""
-
-
-class TrainingSettings(ComponentSettings):
-    """Settings that every learner that trains has."""
-
-    weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of what is trained together")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
-    templates: Templates = Field(PHOTO_TEMPLATES, description="prompts, {} where the tokens go")
-    max_batch: int = Field(
-        4,
-        ge=1,
-        description="images denoised at once; more are taken in turns, with equal result",
-        json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
-    )
-    checkpoint_every: int = Field(
-        50, ge=1, description="steps between two saves of the learning state", json_schema_extra=CHANGES_NO_RESULT
-    )
 
 
 S = TypeVar("S", bound=ComponentSettings)

@@ -6,13 +6,10 @@ for every finite input: a satisfied hinge adds an exact zero to a mean whose den
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-IntrinsicForm = Literal["pairs", "tokens"]
-"""How the intrinsic triplet adds its terms up; see ``intrinsic_triplet``."""
+from icekit.learning.settings import IntrinsicForm
 
 
 def object_triplet(anchor: Tensor, category: Tensor, instance: Tensor, margin: float = 0.05) -> Tensor:

@@ -92,7 +92,7 @@ class StrictSettings(BaseModel):
     wanted, what looks like a number, a date or a boolean is text as it was typed. In a path ``~`` is replaced.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod

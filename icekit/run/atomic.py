@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from icekit.protocols import RunError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 NEED_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})

@@ -131,7 +131,7 @@ def _check_free(name: str, kind: str, installed: Plugins) -> None:
     if kind in ("command", "observer"):
         return
     for one in installed.offered(kind).values():
-        if name == one.name or name in getattr(one.value, "aliases", ()):
+        if name == one.name or name in getattr(one.given, "aliases", ()):
             raise InputError(f"{kind} {name!r} is already registered by {one.origin}: choose another name")
         if kind == "metric" and _identifier(name) in one.value.columns:
             raise InputError(f"metric {one.name!r} of {one.origin} has a column {name!r}: choose another name")

@@ -7,15 +7,12 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import Field
-
+from icekit.builtin.datasets.settings import FolderSettings
 from icekit.builtin.segmentors.masks import SUFFIXES, fit_mask, image_files, natural_order, read_mask
 from icekit.files import is_hidden, read_bytes
-from icekit.paths import PLACE
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
-from icekit.protocols import BenchPicture, ComponentSettings, InputError, TrueConcept
+from icekit.protocols import BenchPicture, InputError, TrueConcept
 from icekit.protocols.values import bounded
 from icekit.waiting import told
 
@@ -31,12 +28,9 @@ class FolderDataset:
     word, ``mask0.png`` does not.
     """
 
-    class Settings(ComponentSettings):
-        """Settings of the ``folder`` data set."""
+    Settings = FolderSettings
 
-        path: Annotated[Path | None, PLACE] = Field(None, description="the folder of pictures")
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: FolderSettings) -> None:
         if settings.path is None:
             raise InputError("data set 'folder' has no folder: give one, as in --path FOLDER")
         if not settings.path.is_dir():

@@ -4,52 +4,22 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from icekit.builtin.learners.settings import DescribedTokenSettings, RandomTokenSettings, WordTokenSettings
 from icekit.learning.hints import hinted_token
 from icekit.learning.rows import finished, weighted_sum
 from icekit.learning.training import S, Task, TaskLearner
 from icekit.protocols import (
     Attribute,
-    ComponentSettings,
     InputError,
     Learned,
     Region,
     token_names,
 )
 from icekit.randomness import seeded_generator
-
-
-class WordTokenSettings(ComponentSettings):
-    """Settings of the ``words`` learner."""
-
-    words: tuple[dict[str, str], ...] = Field(
-        (),
-        description="for each concept in turn, the words of its tokens: "
-        '{category = "cup", instance = "red metal", colour = "red"}; the category and the instance that are not '
-        "given are the concept's own word, an attribute is its anchor",
-    )
-
-
-class DescribedTokenSettings(ComponentSettings):
-    """Settings of the ``described`` learner."""
-
-    rows: Literal["mean", "likeliest"] = Field(
-        "mean",
-        description="an attribute's row: the mean of the rows of its words, each as much as it is likely, which is "
-        "what ICE starts from; or the row of the likeliest word alone",
-    )
-    instance: Literal["mean", "sum"] = Field(
-        "mean", description="the instance's row: the mean of the attributes' rows, or their sum"
-    )
-
-
-class RandomTokenSettings(ComponentSettings):
-    """Settings of the ``random`` learner: there are none."""
 
 
 class _Untaught(TaskLearner[S]):

@@ -7,62 +7,23 @@ source. A concept that was not found has no images: it counts as wrong in ACC^k 
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
-from typing import Annotated, Literal
 
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from icekit.builtin.metrics.image_encoders import ImageEncoder, clip_encoder, dino_encoder
-from icekit.clip import ClipName, ClipWeights
-from icekit.paths import PLACE
+from icekit.builtin.metrics.settings import ClipSettings, DinoSettings, PromptedBy
 from icekit.pixels import isolate, to_tensor
 from icekit.protocols import (
     Backbone,
     BenchImage,
     Column,
-    ComponentSettings,
     FoundConcept,
     InputError,
     Outcome,
     Score,
     object_tokens,
 )
-
-PromptedBy = Literal["instance", "attributes"]
-_PROMPT = (
-    "tokens that a concept's images are made with: instance and category, or category and all attributes, as ICE's "
-    "published figures were (where there are no attribute tokens: instance and category)"
-)
-_BACKGROUND = "what is around a concept when the source image is masked to it: black, or the mean colour"
-
-
-class ClipSettings(ComponentSettings):
-    """What the pictures are compared with."""
-
-    clip: ClipName = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
-    pretrained: ClipWeights = Field("openai", description="open_clip's name of the weights; not for folders")
-    background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
-    prompt: PromptedBy = Field("instance", description=_PROMPT)
-
-    def encoder(self, device: torch.device) -> ImageEncoder:
-        """The encoder, loaded."""
-        return clip_encoder(self.clip, self.pretrained, device)
-
-
-class DinoSettings(ComponentSettings):
-    """What the pictures are compared with."""
-
-    dino: Annotated[str, PLACE] = Field(
-        "facebook/dino-vits16", description="hub id or folder of a vision transformer for transformers"
-    )
-    background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
-    prompt: PromptedBy = Field("instance", description=_PROMPT)
-
-    def encoder(self, device: torch.device) -> ImageEncoder:
-        """The encoder, loaded."""
-        return dino_encoder(self.dino, device)
 
 
 def object_phrase(concept: FoundConcept, prompted_by: PromptedBy = "instance") -> str:

@@ -7,16 +7,14 @@ here the words are ranked by one CLIP alone, against words for the background, w
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
 
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from icekit.clip import ClipModel, ClipName, ClipWeights
-from icekit.paths import PLACE
-from icekit.protocols import Backbone, Candidate, ComponentSettings, InputError, View
+from icekit.builtin.retrievers.settings import ClipSettings
+from icekit.clip import ClipModel
+from icekit.protocols import Backbone, Candidate, InputError, View
 from icekit.waiting import told
-from icekit.words import WordList, one_or_more, read_vocabulary
+from icekit.words import read_vocabulary
 
 
 class ClipRetriever:
@@ -27,55 +25,9 @@ class ClipRetriever:
         RunError: the weights cannot be fetched.
     """
 
-    class Settings(ComponentSettings):
-        """Settings of the ``clip`` retriever."""
+    Settings = ClipSettings
 
-        model: ClipName = Field(
-            "ViT-B-32",
-            description="open_clip name, hf-hub:OWNER/NAME, a folder (local-dir:PATH), or one inside an installed "
-            "package (package:NAME/FOLDER)",
-        )
-        pretrained: ClipWeights = Field(
-            "laion2b_s34b_b79k", description="open_clip's name of the weights, or a .safetensors file; not for folders"
-        )
-        vocabulary: Annotated[str | tuple[str, ...] | None, PLACE] = Field(
-            None, description="words to choose from: a list, or a text file with one a line; none: the built-in nouns"
-        )
-        templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-            ("a photo of a {}",),
-            min_length=1,
-            description="prompts a word is put into, their embeddings averaged; each costs a pass over the vocabulary",
-        )
-        # No "table" or "wall" by default: they are in most photographs, and would win while objects are still there.
-        background: WordList = Field(
-            ("background", "blurred background", "nothing"),
-            description="words for what is no object; when one of them describes the rest best, the search ends",
-        )
-        stop_words: WordList = Field(
-            (),
-            description="words of the vocabulary that are never proposed: those that name pictures rather than what is "
-            "in them, say",
-        )
-        max_similarity: float = Field(
-            0.85,
-            gt=0,
-            le=1,
-            description="a word whose text similarity to a used one is this or more is dropped; which count as used "
-            "is the run's to say (reuse)",
-        )
-        min_score: float = Field(
-            -1.0,
-            ge=-1,
-            le=1,
-            description="a word whose score is not above this is not proposed, whatever else there is",
-        )
-        crop: bool = Field(True, description="look at the bounding box of a small visible part as well as at the whole")
-        crop_below: float = Field(
-            0.5, ge=0, le=1, description="small: the visible part's square covers less than this share of the image"
-        )
-        top: int = Field(5, ge=1, description="words returned at most")
-
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: ClipSettings, backbone: Backbone) -> None:
         self.settings = settings
         check_templates("templates", settings.templates)
         background = [word.lower() for word in settings.background]

@@ -13,24 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from icekit.builtin.retrievers.clip import ClipRetriever, check_templates
-from icekit.clip import ClipModel, ClipName, ClipWeights
+from icekit.builtin.retrievers.settings import SpliceSettings
+from icekit.clip import ClipModel
 from icekit.files import is_hidden, read_bytes
-from icekit.paths import setting_path, stored_place
+from icekit.paths import setting_path
 from icekit.pictures import MAX_BYTES, open_picture, to_rgb
 from icekit.pixels import to_tensor
 from icekit.protocols import Backbone, Candidate, InputError, View
-from icekit.protocols.strict import Stored
 from icekit.waiting import told
-from icekit.words import one_or_more
 
 SAMPLE_PHOTOGRAPHS = (
     "astronaut", "brick", "camera", "cat", "clock", "coffee", "coins", "grass", "gravel", "moon", "page", "rocket",
@@ -38,10 +35,6 @@ SAMPLE_PHOTOGRAPHS = (
 """Pictures that scikit-image carries in its package (``skimage.data``): people, animals, things, surfaces, writing."""
 IMAGE_BATCH = 64
 """Images of a folder that are embedded at once."""
-
-
-def _stored_mean(source: str) -> str:
-    return stored_place(source, names=("photographs", "none"))
 
 
 class SpliceRetriever(ClipRetriever):
@@ -53,35 +46,11 @@ class SpliceRetriever(ClipRetriever):
         RunError: the weights cannot be fetched.
     """
 
-    class Settings(ClipRetriever.Settings):
-        """Settings of the ``splice`` retriever."""
+    Settings = SpliceSettings
 
-        templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-            ("{}",), min_length=1, description="prompts a word is put into, their embeddings averaged"
-        )
-        l1_penalty: float = Field(
-            0.2,
-            gt=0,
-            description="lambda of |C^T w - z|^2 + lambda |w|_1 (published: 0.2; a Lasso that divides by the dimension "
-            "alone calls this 0.1): the larger, the fewer words, none less similar to the image than half of it",
-        )
-        image_mean: Annotated[str, Stored(_stored_mean)] = Field(
-            "photographs",
-            description="mean image embedding, taken off first: photographs (a dozen of scikit-image's), a folder of "
-            "images like yours, a .safetensors file, or none (similarities and fit penalties are smaller then)",
-        )
-        rerank: bool = Field(False, description="let a second CLIP rank all words with a weight anew (published)")
-        rerank_model: ClipName = Field("ViT-H-14", description="the second CLIP, as model (published: ViT-H-14)")
-        rerank_pretrained: ClipWeights = Field(
-            "laion2b_s32b_b79k", description="open_clip's name of the second CLIP's weights"
-        )
-        rerank_templates: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-            ("{}",), min_length=1, description="prompts of the second CLIP (published: bare words)"
-        )
+    settings: SpliceSettings
 
-    settings: Settings
-
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: SpliceSettings, backbone: Backbone) -> None:
         check_templates("rerank_templates", settings.rerank_templates)
         super().__init__(settings, backbone)
         if len(self._words) < 2:

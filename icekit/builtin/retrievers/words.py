@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pydantic import Field
-
-from icekit.protocols import Backbone, Candidate, ComponentSettings, InputError, View
-from icekit.words import WordList
+from icekit.builtin.retrievers.settings import WordsSettings
+from icekit.protocols import Backbone, Candidate, InputError, View
 
 
 class WordsRetriever:
@@ -17,12 +15,9 @@ class WordsRetriever:
         InputError: no words, or one that the backbone does not know.
     """
 
-    class Settings(ComponentSettings):
-        """Settings of the ``words`` retriever."""
+    Settings = WordsSettings
 
-        words: WordList = Field((), description="what to look for, in this order: cup,ball")
-
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: WordsSettings, backbone: Backbone) -> None:
         words = [word.strip() for word in settings.words if word.strip()]
         if not words:
             raise InputError("retriever 'words' has no words: give some, as in --set retriever.words=cup,ball")

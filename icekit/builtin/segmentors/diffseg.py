@@ -10,26 +10,21 @@ its segments (ICE, Cendra and Han, CVPR 2025).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from icekit.attention import (
     AttentionSegmentor,
-    Grids,
     aggregate,
     flat,
     normalise_over_space,
     on_grid,
-    one_or_more,
     upsample,
 )
+from icekit.builtin.segmentors.settings import DiffSegSettings, Distance
 from icekit.protocols import Grid, Segmentation, View
-
-Distance = Literal["kl", "euclidean"]
 
 LEAST = 1e-12
 """Probabilities are not taken to be smaller: a softmax in float32 underflows to zero, which has no logarithm."""
@@ -42,44 +37,9 @@ class DiffSegSegmentor(AttentionSegmentor):
         InputError: the backbone does not tell what is looked at.
     """
 
-    class Settings(AttentionSegmentor.Settings):
-        """Settings of the ``diffseg`` segmentor."""
+    Settings = DiffSegSettings
 
-        pixel_grids: Grids = Field(
-            (64, 32, 16, 8),
-            description="attention grids that are clustered, brought to the finest and averaged: cells along the "
-            "image's shorter side; the model's nearest are taken",
-        )
-        anchors: int = Field(16, ge=1, le=1024, description="shorter side of the grid of maps that merging starts from")
-        kl_threshold: float = Field(1.1, gt=0, description="maps closer than this, in nats of symmetric KL, are merged")
-        rounds: int = Field(3, ge=1, le=1000, description="rounds of merging")
-        rejoin: bool = Field(
-            False,
-            description="after the first round a map that was merged may be merged into later ones, too (published)",
-        )
-        foreground: float = Field(0.6, ge=0, le=1, description="refinement learns the object's colours above this")
-        background: float = Field(0.4, ge=0, le=1, description="refinement learns its surroundings' colours below this")
-        kmeans: int = Field(
-            10, ge=0, le=10_000, description="rounds at most of k-means that the merged maps are refined by"
-        )
-        kmeans_distance: Distance = Field(
-            "kl", description="what k-means goes by: the divergence that merging uses, or euclidean (published)"
-        )
-        erase_with: Annotated[tuple[str, ...], BeforeValidator(one_or_more)] = Field(
-            (), description="words of the prompt whose segments are erased with each word's (published: background)"
-        )
-
-        @model_validator(mode="after")
-        def _erased_is_said(self) -> DiffSegSegmentor.Settings:
-            said = self.prompt.replace("{word}", " ").lower().split()
-            for word in self.erase_with:
-                if word.lower() not in said:
-                    raise ValueError(
-                        f"with erase_with = {word!r}, prompt must have this word, and it is {self.prompt!r}"
-                    )
-            return self
-
-    settings: Settings
+    settings: DiffSegSettings
 
     @torch.no_grad()
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor | Segmentation:

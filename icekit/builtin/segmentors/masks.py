@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from icekit.builtin.segmentors.settings import MaskFilesSettings
 from icekit.files import is_hidden, read_bytes
-from icekit.paths import PLACES
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
 from icekit.pixels import cover
-from icekit.protocols import Backbone, ComponentSettings, InputError, Proposal
-from icekit.words import WordList
+from icekit.protocols import Backbone, InputError, Proposal
 
 SUFFIXES = frozenset({".png", ".bmp", ".gif", ".jpg", ".jpeg", ".tif", ".tiff", ".webp"})
 """What is taken for a mask in a folder."""
-
-
-def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, str | Path) else value
 
 
 class MaskFilesSegmentor:
@@ -40,17 +33,9 @@ class MaskFilesSegmentor:
         InputError: no file, no such file, not an image, nothing white in it, or files that differ in their proportions.
     """
 
-    class Settings(ComponentSettings):
-        """Settings of the ``masks`` segmentor."""
+    Settings = MaskFilesSettings
 
-        files: Annotated[tuple[Path, ...], BeforeValidator(_one_or_more), PLACES] = Field(
-            (), description="mask images, or one folder of them; white is the object"
-        )
-        words: WordList = Field(
-            (), description="what they show, in the same order: cup,ball; none: the retriever names them"
-        )
-
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: MaskFilesSettings, backbone: Backbone) -> None:
         paths = mask_paths(settings.files)
         masks = {path: read_mask(path) for path in paths}
         for path, mask in masks.items():
@@ -61,7 +46,7 @@ class MaskFilesSegmentor:
         self._masks = [fit_mask(masks[path], backbone.image_size, path) for path in paths]
 
     @staticmethod
-    def check_picture(settings: Settings, picture: str, size: tuple[int, int]) -> None:
+    def check_picture(settings: MaskFilesSettings, picture: str, size: tuple[int, int]) -> None:
         """Whether the masks are of this picture, see ``protocols.Segmentor``: they must have its proportions."""
         for path in mask_paths(settings.files):
             _check_proportions(path, _size(read_mask(path)), picture, size)

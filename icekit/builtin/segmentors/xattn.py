@@ -8,16 +8,12 @@ brought to the picture's own edges by ``icekit.attention.refine``.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
-from pydantic import Field, field_validator
 from torch import Tensor
 
-from icekit.attention import AttentionSegmentor, Normalisation, flat, normalise_over_space, on_grid, upsample
+from icekit.attention import AttentionSegmentor, flat, normalise_over_space, on_grid, upsample
+from icekit.builtin.segmentors.settings import Competition, CrossAttentionSettings
 from icekit.protocols import View
-
-Competition = Literal["ratio", "softmax", "argmax", "none"]
 
 
 class CrossAttentionSegmentor(AttentionSegmentor):
@@ -27,37 +23,9 @@ class CrossAttentionSegmentor(AttentionSegmentor):
         InputError: the backbone does not tell what is looked at.
     """
 
-    class Settings(AttentionSegmentor.Settings):
-        """Settings of the ``xattn`` segmentor."""
+    Settings = CrossAttentionSettings
 
-        pixel_grid: int = Field(
-            32,
-            ge=1,
-            description="attention grid the map is propagated on: cells along the image's shorter side; the model's "
-            "nearest is taken",
-        )
-        normalisation: Normalisation = Field(
-            "minmax", description="of each prompt word's map over space, before the words are compared"
-        )
-        propagation: int = Field(
-            1, ge=0, le=1000, description="how often the maps are propagated between places that look at one another"
-        )
-        competition: Competition = Field("ratio", description="how the word's map is set against its rivals'")
-        temperature: float = Field(
-            0.5, gt=0, description="of the competition: small and the largest map takes all, large and all share"
-        )
-        threshold: float | Literal["otsu"] = Field(
-            0.42, description="share of the map's maximum that is the word's, or otsu: chosen by the map's histogram"
-        )
-
-        @field_validator("threshold")
-        @classmethod
-        def _is_share(cls, threshold: float | str) -> float | str:
-            if isinstance(threshold, float) and not 0 < threshold < 1:
-                raise ValueError("between 0 and 1, or otsu")
-            return threshold
-
-    settings: Settings
+    settings: CrossAttentionSettings
 
     @torch.no_grad()
     def segment(self, view: View, word: str, generator: torch.Generator) -> Tensor:

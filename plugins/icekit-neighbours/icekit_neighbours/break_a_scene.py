@@ -5,36 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from icekit.learning.lesson import Draw, Lesson
 from icekit.learning.rows import flat
-from icekit.learning.templates import Templates
-from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import Backbone, Capability, Learned, Tokens, Trained
 from icekit.randomness import seeded_generator
-from icekit_neighbours.lesson import START, Prior, Start, WeightsSettings, instance_tokens
+from icekit_neighbours.lesson import Prior, instance_tokens
+from icekit_neighbours.settings import BreakASceneSettings
 
 WEIGHTS_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 2e-6}
 """AdamW's learning rate of the weights by what is trained, where none is set."""
-
-
-class BreakASceneSettings(WeightsSettings):
-    """Settings of ``BreakASceneLearner``; the defaults are the paper's, or are said to be ours."""
-
-    steps: int = Field(
-        800, ge=2, le=MAX_STEPS, description="learning steps of both phases together; the first half is phase one"
-    )
-    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, phase one")
-    tuning_learning_rate: float = Field(2e-6, gt=0, description="AdamW's learning rate for the tokens, phase two")
-    weights_learning_rate: float | None = Field(
-        None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 2e-6 for all (published)"
-    )
-    attention_weight: float = Field(1e-2, ge=0, description="weight of the cross-attention loss")
-    batch_size: int = Field(1, ge=1, le=1000, description="subsets of the concepts in one step")
-    start: Start = Field("noun", description=START)
-    templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
 
 
 def union_sample(count: int, generator: torch.Generator) -> list[int]:

@@ -3,65 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
 from icekit.learning.denoising import latent_mask
-from icekit.learning.lesson import Lesson, LessonSettings
+from icekit.learning.lesson import Lesson
 from icekit.learning.rows import assign, flat, mean_token
-from icekit.learning.templates import Templates
-from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import Backbone, Capability, Learned, Tokens
 from icekit.randomness import seeded_generator
 from icekit.words import read_vocabulary
 from icekit_neighbours.lesson import instance_name, starting_token
 from icekit_neighbours.looking import look, mean_self_attention
-
-
-class ConceptExpressSettings(LessonSettings):
-    """Settings of ``ConceptExpressLearner``; the defaults are the published ones, or are said to be ours."""
-
-    steps: int = Field(
-        500,
-        ge=2,
-        le=MAX_STEPS,
-        description="learning steps; with updates=each one has an optimiser step for every token in turn",
-    )
-    split_share: float = Field(0.2, gt=0, lt=1, description="share of the steps before the split tokens are merged")
-    split_tokens: int = Field(5, ge=1, le=100, description="tokens that each concept is split into at first")
-    updates: Literal["each", "together"] = Field(
-        "each",
-        description="each: every split token has an optimiser step of its own, and after the merge every concept and "
-        "the joint prompt (published: 3100 for 3 concepts); together: one optimiser step for all concepts, each with "
-        "one of its tokens, as the other learners do",
-    )
-    joint: bool = Field(True, description="after the merge, learn from a prompt of all concepts too (published)")
-    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
-    attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
-    attention_target: Literal["self_attention", "mask"] = Field(
-        "self_attention",
-        description="what a token's attention is drawn to: the mean self-attention of its mask's places (published), "
-        "or the mask itself, as in ICE",
-    )
-    contrastive_weight: float = Field(1e-3, ge=0, description="weight of the supervised contrastive loss")
-    temperature: float = Field(0.07, gt=0, description="temperature of the contrastive loss")
-    templates: Templates = Field(("a photo of {}",), description="prompts, {} where the tokens go, joined by 'and'")
-    start: Literal["random", "noun", "hints"] = Field(
-        "random",
-        description="random: every token starts as the row of a random word (published); noun: as that of the region's "
-        "word; hints: as the mean of that and of the words that the retriever described the region with",
-    )
-    initial_noise: float = Field(
-        0.5,
-        ge=0,
-        description="how far split tokens start apart, in standard deviations of their row; with noun and hints only "
-        "(our choice)",
-    )
+from icekit_neighbours.settings import ConceptExpressSettings
 
 
 def contrastive_loss(tokens: Tensor, temperature: float) -> Tensor:

@@ -3,46 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
 
-from pydantic import Field, field_validator
 from torch import Tensor
 
 from icekit.learning.hints import described_token
 from icekit.learning.lesson import Lesson
-from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.protocols import Capability, InputError, Learned, Trained, token_names
-from icekit_neighbours.lesson import Prior, WeightsSettings
-from icekit_neighbours.pictures import PictureBook, PictureSettings
+from icekit_neighbours.lesson import Prior
+from icekit_neighbours.pictures import PictureBook
+from icekit_neighbours.settings import DreamBoothSettings
 
 WEIGHTS_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 5e-6}
 """AdamW's learning rate of the weights by what is trained, where none is set."""
-
-
-class DreamBoothSettings(PictureSettings, WeightsSettings):
-    """Settings of ``DreamBoothLearner``; the defaults are the paper's, or are said to be ours."""
-
-    steps: int = Field(1000, ge=1, le=MAX_STEPS, description="learning steps")
-    weights_learning_rate: float | None = Field(
-        None, gt=0, description="AdamW's learning rate of the weights; none: 1e-4 for lora, 5e-6 for all (published)"
-    )
-    identifiers: tuple[str, ...] = Field(
-        ("sks", "ohwx", "zwx", "xjy", "qlk", "vzt", "jqh", "wpd", "kfx", "ybn"),
-        min_length=1,
-        description="rare words, one for each concept in turn",
-    )
-    start: Literal["identifier", "hints"] = Field(
-        "identifier",
-        description="what [V] is. identifier: a rare word (published); hints: the mean of the rows of the words that "
-        "the retriever described the region with, where there are some",
-    )
-
-    @field_validator("identifiers")
-    @classmethod
-    def _differ(cls, identifiers: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(identifiers)) < len(identifiers) or not all(identifiers):
-            raise ValueError("words that differ, none of them empty")
-        return identifiers
 
 
 class DreamBoothLearner(TaskLearner[DreamBoothSettings]):

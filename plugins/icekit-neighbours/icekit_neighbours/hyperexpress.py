@@ -22,16 +22,14 @@ for and the paper does not have: it is the whole that the parts must add up to.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from icekit.learning.hints import hinted_token
-from icekit.learning.lesson import Draw, Lesson, LessonSettings
+from icekit.learning.lesson import Draw, Lesson
 from icekit.learning.rows import assign, flat, mean_token
-from icekit.learning.training import MAX_STEPS, Group, Losses, Task, TaskLearner
+from icekit.learning.training import Group, Losses, Task, TaskLearner
 from icekit.learning.wasserstein import wasserstein_distance
 from icekit.protocols import Backbone, Capability, Learned, token_names
 from icekit_neighbours.hyperbolic import (
@@ -44,58 +42,7 @@ from icekit_neighbours.hyperbolic import (
     mobius_add,
     principal_directions,
 )
-
-
-class HyperExpressSettings(LessonSettings):
-    """Settings of ``HyperExpressLearner``; the defaults are ICE's, or are said to be ours."""
-
-    steps: int = Field(
-        800, ge=2, le=MAX_STEPS, description="learning steps of all phases together; the first half is phase one"
-    )
-    compose_share: float = Field(
-        0.25,
-        ge=0,
-        le=0.5,
-        description="share of the steps, the last ones, that learn composability too (our choice)",
-    )
-    learning_rate: float = Field(5e-4, gt=0, description="AdamW's learning rate for the tokens, constant")
-    map_learning_rate: float = Field(
-        1e-4,
-        ge=0,
-        description="AdamW's learning rate for W, the map from text embeddings to the ball's tangent space; 0: W stays "
-        "what it starts as (our choice)",
-    )
-    map_scale: float = Field(
-        0.15,
-        gt=0,
-        description="W starts as this times the identity: half of a text's distance from the centre; if that is much "
-        "more than the aperture, cones are too narrow to hold anything (our choice)",
-    )
-    attention_weight: float = Field(1e-5, ge=0, description="weight of the Wasserstein attention loss")
-    contrast: Literal["triplet", "infonce"] = Field(
-        "triplet",
-        description="how tokens are told apart: the paper's triplets, or the cross-entropy over minus the distances",
-    )
-    contrast_weight: float = Field(5e-2, ge=0, description="weight of that loss (ours: ICE's in phase two)")
-    margin: float = Field(0.2, ge=0, description="margin of the triplets, a hyperbolic distance (our choice)")
-    temperature: float = Field(0.2, gt=0, description="temperature of the cross-entropy (our choice)")
-    entailment_weight: float = Field(2e-2, ge=0, description="weight of the entailment loss (our choice)")
-    aperture: float = Field(0.1, gt=0, description="K, how wide entailment cones are; Ganea et al. and MERU: 0.1")
-    anchors_entail: bool = Field(
-        False, description="an attribute's anchor (colour) entails its token too, not only the object (ours)"
-    )
-    composition_weight: float = Field(5e-2, ge=0, description="weight of the composition loss (our choice)")
-    composition_learning_rate: float = Field(
-        1e-2, gt=0, description="AdamW's learning rate of the weights that parts have in a whole (our choice)"
-    )
-    directions: int = Field(
-        8,
-        ge=1,
-        le=1000,
-        description="geodesic directions of the projection, or one fewer than anchors, if less (our choice)",
-    )
-    noise_offset: float = Field(0.1, ge=0, le=10, description="standard deviation of the noise added to whole channels")
-
+from icekit_neighbours.settings import HyperExpressSettings
 
 # --- The losses, on points of the ball -------------------------------------------------------------------------------
 

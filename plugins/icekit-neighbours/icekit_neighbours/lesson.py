@@ -7,36 +7,18 @@ for one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from icekit.learning.hints import hinted_token
-from icekit.learning.lesson import Lesson, LessonSettings
-from icekit.learning.prior import PriorSettings, kept_prior, prior_loss
+from icekit.learning.lesson import Lesson
+from icekit.learning.prior import kept_prior, prior_loss
 from icekit.learning.rows import mean_token
 from icekit.learning.training import Losses, Task, Trainer
-from icekit.protocols import Attribute, Backbone, Region, Trained, token_names
+from icekit.protocols import Attribute, Backbone, Region, token_names
 from icekit.randomness import seeded_generator
-
-Start = Literal["noun", "hints"]
-START = (
-    "noun: a token starts as the row of the region's word (published); hints: as the mean of that and of the rows of "
-    "the words that the retriever described the region with, where there are some"
-)
-
-
-class WeightsSettings(LessonSettings, PriorSettings):
-    """Settings of those that train the noise predictor's weights too."""
-
-    weights: Trained = Field(
-        "lora",
-        description="what is trained of the noise predictor: a LoRA adapter on its attention, or all of its weights "
-        "(published), which a run then keeps as a model of its own",
-    )
-    weights_rank: int = Field(4, ge=1, le=1024, description="rank of the LoRA adapter")
+from icekit_neighbours.settings import Start, WeightsSettings
 
 
 def instance_name(region: Region) -> str:

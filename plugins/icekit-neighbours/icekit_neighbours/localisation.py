@@ -8,16 +8,14 @@ are background; what is left is clustered on.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
 from scipy import ndimage, sparse
 from torch import Tensor
 
-from icekit.attention import Grids, LookingSettings, Shares, flat, refine, require_similarity, upsample, without_islands
+from icekit.attention import flat, refine, require_similarity, upsample, without_islands
 from icekit.protocols import Backbone, Capability, InputError, Proposal
 from icekit_neighbours.finch import (
     Array,
@@ -29,7 +27,8 @@ from icekit_neighbours.finch import (
     means,
     renumbered,
 )
-from icekit_neighbours.looking import GRIDS, look
+from icekit_neighbours.looking import look
+from icekit_neighbours.settings import LocalisationSettings
 
 
 class ConceptExpressSegmentor:
@@ -39,56 +38,11 @@ class ConceptExpressSegmentor:
         InputError: the backbone does not tell what is looked at.
     """
 
+    Settings = LocalisationSettings
+
     needs: Collection[Capability] = ("attention", "similarity")
 
-    class Settings(LookingSettings):
-        """Settings of the ``conceptexpress`` segmentor; the defaults are the published ones, or are said to be ours."""
-
-        caption: str = Field("", description="prompt under which the attention is looked at; by default no word at all")
-        salient_by: Literal["end_token", "last_word"] = Field(
-            "end_token",
-            description="whose attention maps tell objects from background: the end-of-text token's, as published, "
-            "or the caption's last word's, for a model that hides the end token from its noise predictor",
-        )
-        salience: float = Field(
-            1.0,
-            gt=0,
-            description="a cluster is background if its attention is below this many times the mean (our choice)",
-        )
-        shares: Shares = Field((0.0,), description="how noisy, 0 to 1 of the noise schedule (published: 0)")
-        noise: bool = Field(False, description="add that much noise to the image; published: a clean latent")
-        noise_seed: int = Field(0, ge=0, lt=2**63, description="seed of the noise")
-        grids: Grids = Field(
-            GRIDS,
-            description="attention grids that are read, brought to the finest: cells along the image's shorter side; "
-            "the model's nearest are taken",
-        )
-        adjacent: bool = Field(True, description="link only clusters that touch in the grid (published)")
-        clusters: int = Field(
-            10,
-            ge=1,
-            description="background is removed in the coarsest partition with this many clusters or more (our choice)",
-        )
-        merge_below: float | None = Field(
-            None,
-            gt=0,
-            description="what is left is merged further where its symmetric KL divergence is below this, nats; none: "
-            "the limit adapts, no two clusters are linked that are further apart than places were in the first round "
-            "(published)",
-        )
-        apart: bool = Field(
-            False, description="each connected part is a region of its own: for scenes of separate things"
-        )
-        min_area: float = Field(0.01, ge=0, lt=1, description="regions below this share of the image go")
-        refinement: bool = Field(False, description="let the masks' edges follow the image's (not published)")
-
-        @model_validator(mode="after")
-        def _has_last_word(self) -> ConceptExpressSegmentor.Settings:
-            if self.salient_by == "last_word" and not self.caption.split():
-                raise ValueError("with salient_by=last_word, caption must have a word")
-            return self
-
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: LocalisationSettings, backbone: Backbone) -> None:
         require_similarity(backbone)
         self.settings = settings
         self._backbone = backbone

@@ -10,9 +10,7 @@ from torch import Tensor
 from icekit.attention import aggregate, look_at, upsample
 from icekit.protocols import Backbone, Look
 from icekit.randomness import seeded_generator
-
-GRIDS = (64, 32, 16, 8)
-"""Cells along the picture's shorter side of the grids that are read: all those of the published model."""
+from icekit_neighbours.settings import GRIDS
 
 
 def look(

@@ -8,27 +8,14 @@ That is done here too. With the whole image instead every concept's token would 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from icekit.learning.lesson import Lesson, LessonSettings
+from icekit.learning.lesson import Lesson
 from icekit.learning.training import Losses
 from icekit.randomness import seeded_generator
-
-Shown = Literal["alone", "image"]
-
-
-class PictureSettings(LessonSettings):
-    """Settings of learners without masks of their own."""
-
-    shown: Shown = Field(
-        "alone", description="what a token learns: its object alone on plain colours, or the whole image as it is"
-    )
-    backgrounds: int = Field(8, ge=1, le=1000, description="plain colours, random, that an object alone is shown on")
-    batch_size: int = Field(1, ge=1, le=1000, description="pictures of each concept in one step")
+from icekit_neighbours.settings import PictureSettings
 
 
 def alone(image: Tensor, mask: Tensor, colours: Tensor) -> Tensor:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from pydantic import Field
-
 from icekit.learning.lesson import Lesson
 from icekit.learning.rows import flat
-from icekit.learning.training import MAX_STEPS, Group, Task, TaskLearner
+from icekit.learning.training import Group, Task, TaskLearner
 from icekit.protocols import Learned
-from icekit_neighbours.lesson import START, Start, instance_tokens
-from icekit_neighbours.pictures import PictureBook, PictureSettings
-
-
-class TextualInversionSettings(PictureSettings):
-    """Settings of ``TextualInversionLearner``; the defaults are the published ones."""
-
-    steps: int = Field(5000, ge=1, le=MAX_STEPS, description="learning steps")
-    learning_rate: float = Field(
-        5e-4, gt=0, description="AdamW's learning rate for the tokens, constant; it is multiplied by batch_size"
-    )
-    start: Start = Field("noun", description=START)
+from icekit_neighbours.lesson import instance_tokens
+from icekit_neighbours.pictures import PictureBook
+from icekit_neighbours.settings import TextualInversionSettings
 
 
 class TextualInversionLearner(TaskLearner[TextualInversionSettings]):

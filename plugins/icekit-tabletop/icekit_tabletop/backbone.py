@@ -4,57 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
 from icekit.backbones.stable_diffusion import StableDiffusion
-from icekit.paths import stored_place
-from icekit.protocols import CHANGES_NO_RESULT, NO_TOKENS, Conditioning, InputError, Tokens
-from icekit.protocols.strict import Stored, needs_memory
+from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
 from icekit_tabletop.captions import WORDS
+from icekit_tabletop.settings import OWN_MODEL, TabletopSettings
 from icekit_tabletop.weights import model_dir
 from icekit_tabletop.world import COLOURS, MATERIALS, TABLES, TEXTURES, WALLS
-
-OWN_MODEL = "icekit-tabletop"
-"""Name of the model that comes with the package, in ``Tabletop.Settings.model``."""
 
 _SURFACE_WORDS = frozenset(word for name in [*TABLES, *WALLS] for word in name.split())
 _OBJECT_WORDS = frozenset([*COLOURS, *MATERIALS, *TEXTURES])
 _KNOWN = frozenset(WORDS) - (_SURFACE_WORDS - _OBJECT_WORDS)
 
 
-def _stored_model(model: str) -> str:
-    return stored_place(model, names=(OWN_MODEL,))
-
-
 class Tabletop(StableDiffusion):
     """Stable Diffusion in small: 64-pixel scenes of objects on a table, with a vocabulary of some hundred words."""
 
-    class Settings(StableDiffusion.Settings):
-        """As Stable Diffusion's, with the package's own model as the default."""
-
-        model: Annotated[str, Stored(_stored_model)] = Field(
-            default=OWN_MODEL,
-            description=f"{OWN_MODEL}: the model that comes with the package; else a folder in diffusers' format",
-        )
-        words_only: bool = Field(
-            default=True,
-            description="let the noise predictor attend to the start token and the words alone, as it was trained",
-        )
-        images_at_once: int = Field(
-            default=8,
-            gt=0,
-            description="images generated as one batch; the last bits of an image depend on how many are generated "
-            "beside it",
-            json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
-        )
+    Settings = TabletopSettings
 
     preset = "tabletop"
-    _settings: Settings
+    _settings: TabletopSettings
 
-    def __init__(self, settings: Settings, device: torch.device | str) -> None:
+    def __init__(self, settings: TabletopSettings, device: torch.device | str) -> None:
         if settings.model == OWN_MODEL:
             settings = settings.model_copy(update={"model": str(_own(model_dir))})
         super().__init__(settings, device)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from icekit.pixels import middle
-from icekit.protocols import BenchPicture, ComponentSettings, TrueConcept
+from icekit.protocols import BenchPicture, TrueConcept
 from icekit.waiting import told
 from icekit_tabletop.render import Scene, render_scene
+from icekit_tabletop.settings import DatasetSettings
 from icekit_tabletop.world import Split
 
 FIRST_SEED, LAST_SEED = 3_000_000_000, 2**32
@@ -23,15 +23,11 @@ DEFAULT_COUNT = 16
 class TabletopDataset:
     """Rendered scenes of one to three objects, all of combinations that no model was trained on, no shape twice."""
 
-    class Settings(ComponentSettings):
-        """Which scenes."""
-
-        split: Split = Field("held-out", description="combinations of shape, colour and material: held-out, train, any")
-        objects: int | None = Field(None, ge=1, le=4, description="objects a scene; by default 1, 2 and 3 in turn")
+    Settings = DatasetSettings
 
     preset = "tabletop-bench"
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: DatasetSettings) -> None:
         self.settings = settings
 
     @property

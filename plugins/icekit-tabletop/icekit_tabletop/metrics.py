@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from icekit.protocols import Backbone, BenchImage, Column, ComponentSettings, FoundConcept, Match, Outcome, Score
+from icekit.protocols import Backbone, BenchImage, Column, FoundConcept, Match, Outcome, Score
 from icekit_tabletop.probe import shipped_probe
+from icekit_tabletop.settings import MetricSettings
 from icekit_tabletop.train.settings import IMAGE_SIZE
 from icekit_tabletop.world import COLOURS, MATERIALS, SHAPES
 
@@ -32,13 +33,12 @@ READABLE: dict[str, tuple[str, ...]] = {
 class _TabletopMetric:
     """What the metrics of this module share."""
 
-    class Settings(ComponentSettings):
-        """There are none."""
+    Settings = MetricSettings
 
     columns: Mapping[str, Column] = {}
     needs: Collection[str] = ("masks", "words", "colour", "material")
 
-    def __init__(self, settings: Settings, backbone: Backbone) -> None:
+    def __init__(self, settings: MetricSettings, backbone: Backbone) -> None:
         pass
 
     def prepare(self, images: Sequence[BenchImage]) -> None:

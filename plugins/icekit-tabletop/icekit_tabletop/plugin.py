@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,35 +17,53 @@ from icekit.protocols import InputError
 from icekit.run.atomic import write_image_atomically, write_json_atomically
 from icekit.run.ownership import cannot_write, check_way, delete_files, delete_half_written, writing_into
 
+if TYPE_CHECKING:
+    from icekit.hookspecs import Register
+
 IMAGE, SCENE = "image.png", "scene.json"
+METRICS = {
+    "attribute_words": ("AttributeWords", "Share of objects whose attribute token was named with the true word."),
+    "attribute_images": ("AttributeImages", "Share of an attribute's images in which the probe reads the true one."),
+    "transfer": ("Transfer", "An object's colour token on another thing: does the colour come, the cup stay?"),
+    "leakage": ("Leakage", "What a token changes that is not its business: 0 is ideal, 1 the worst."),
+    "recompose": ("Recompose", "All of a concept's tokens together: is it the object again?"),
+}
+"""The metrics by name: their classes, and what each measures."""
 
 
 @hookimpl
-def register_backbones(register: Callable[[str, type], None]) -> None:
+def register_backbones(register: Register) -> None:
     """The tabletop's own text-to-image model."""
-    from icekit_tabletop.backbone import Tabletop
+    from icekit_tabletop.settings import TabletopSettings
 
-    register("tabletop", Tabletop)
+    register(
+        "tabletop",
+        "icekit_tabletop.backbone:Tabletop",
+        settings=TabletopSettings,
+        summary="Stable Diffusion in small: 64-pixel scenes of objects on a table, some hundred words.",
+    )
 
 
 @hookimpl
-def register_datasets(register: Callable[[str, type], None]) -> None:
+def register_datasets(register: Register) -> None:
     """Held-out scenes with all that is true of them."""
-    from icekit_tabletop.dataset import TabletopDataset
+    from icekit_tabletop.settings import DatasetSettings
 
-    register("tabletop", TabletopDataset)
+    register(
+        "tabletop",
+        "icekit_tabletop.dataset:TabletopDataset",
+        settings=DatasetSettings,
+        summary="Rendered scenes of one to three objects, all of combinations that no model was trained on.",
+    )
 
 
 @hookimpl
-def register_metrics(register: Callable[[str, type], None]) -> None:
+def register_metrics(register: Register) -> None:
     """What the truth of a rendered scene allows to measure."""
-    from icekit_tabletop import metrics
+    from icekit_tabletop.settings import MetricSettings
 
-    register("attribute_words", metrics.AttributeWords)
-    register("attribute_images", metrics.AttributeImages)
-    register("transfer", metrics.Transfer)
-    register("leakage", metrics.Leakage)
-    register("recompose", metrics.Recompose)
+    for name, (component, summary) in METRICS.items():
+        register(name, f"icekit_tabletop.metrics:{component}", settings=MetricSettings, summary=summary)
 
 
 @hookimpl

