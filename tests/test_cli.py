@@ -162,11 +162,61 @@ def test_help(run: Run) -> None:
     assert run("--version")[1].startswith("icekit ")
 
 
-def test_help_does_not_wait_for_torch(place: Path) -> None:
-    help_ = "try: icekit.cli.program.main(['--help'])\nexcept SystemExit: pass"
-    code = f"import sys, icekit.cli.program\n{help_}\nsys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment(), stdout=subprocess.DEVNULL)
+def test_what_needs_no_model_does_not_wait_for_torch(place: Path) -> None:
+    commands = ["--help", "--version", "run --help", "bench --help", "plugins list", "plugins new --help"]
+    commands += [f"plugins show {name}" for name in ("ice", "clip", "sd21", "sim_i_dino", "published", "colour")]
+    code = (
+        "import sys, icekit.cli.program\n"
+        f"for command in {commands}:\n"
+        "    try: icekit.cli.program.main(command.split())\n"
+        "    except SystemExit as end: assert not end.code\n"
+        "    heavy = {'torch', 'numpy', 'diffusers', 'open_clip', 'transformers', 'PIL'} & set(sys.modules)\n"
+        "    assert not heavy, f'{command} imports {heavy}'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, env=environment(), capture_output=True, text=True)
+    assert done.stderr == ""
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("shell", "words", "expected"),
+    [
+        ("bash", "run photo.jpg --retriever ", {"clip", "splice", "words"}),
+        ("bash", "run photo.jpg --attribute ", {"colour", "material"}),
+        ("bash", "run photo.jpg --set learner.intrinsic_tr", {"learner.intrinsic_triplet_weight="}),
+        ("bash", "bench fold", {"folder"}),
+        ("zsh", "run photo.jpg --segmentor x", {"xattn"}),
+        ("zsh", "run photo.jpg --preset publ", {"published"}),
+        ("zsh", "bench folder --metric sim_i", {"sim_i", "sim_i_dino"}),
+        ("fish", "run photo.jpg --learner i", {"ice"}),
+        ("fish", "plugins show xa", {"xattn"}),
+        ("fish", "plugins new gloss --kind att", {"attribute"}),
+        ("fish", "pl", {"plugins"}),
+    ],
+)
+def test_completion(place: Path, shell: str, words: str, expected: set[str]) -> None:
+    """As the shell asks for it: with what was typed in the environment, click's protocol."""
+    typed = f"icekit {words}"
+    before, _, last = typed.rpartition(" ")
+    variables = (
+        {"COMP_WORDS": before, "COMP_CWORD": last}
+        if shell == "fish"
+        else {"COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - bool(last))}
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "icekit"],
+        cwd=place,
+        env=environment() | variables | {"_ICEKIT_COMPLETE": f"{shell}_complete"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    found = {
+        "bash": lambda line: line.partition(",")[2],
+        "zsh": lambda line: line,
+        "fish": lambda line: line.partition(",")[2].partition("\t")[0],
+    }[shell]
+    assert expected <= {found(line) for line in done.stdout.splitlines()}
 
 
 def test_plugins_show(run: Run) -> None:

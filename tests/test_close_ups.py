@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from icekit.learning.close_ups import close_ups
+from icekit.learning.crops import close_ups
 
 SIDE = 64
 

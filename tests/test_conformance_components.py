@@ -17,6 +17,7 @@ from icekit_tabletop.dataset import TabletopDataset
 from icekit_tabletop.world import SHAPES
 
 from icekit import builtin
+from icekit.plugins import Origin, Plugins
 from icekit.testing import (
     KINDS,
     DatasetUnderTest,
@@ -30,12 +31,11 @@ from icekit.testing.scenes import NOUNS, Scene, to_mask_picture, two_objects
 
 
 def registered(plugin: Any, role: str) -> dict[str, Any]:
-    """What a plugin registers of one kind, by name."""
-    found: dict[str, Any] = {}
-    if role == "attribute":
-        plugin.register_attributes(lambda attribute: found.__setitem__(attribute.name, attribute))
-    else:
-        getattr(plugin, f"register_{role}s")(found.__setitem__)
+    """What a plugin registers of one kind, by name; what it declares is imported."""
+    plugins = Plugins()
+    plugins.add(Origin(plugin.__name__, plugin.__name__, "0"), lambda: plugin)
+    found = {name: one.value for name, one in plugins.offered(role).items()}
+    assert not plugins.broken
     return found
 
 

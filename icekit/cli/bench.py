@@ -14,13 +14,14 @@ import click
 
 from icekit import plugins
 from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.completion import DEVICES, complete_setting, names
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
 from icekit.settings import merge, parse_assignment, read_settings_file
 
 
 def _several(role: str, what: str) -> Callable[[Any], Any]:
-    return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what)
+    return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what, shell_complete=names(role))
 
 
 def _parse_part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
@@ -31,7 +32,7 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
 
 
 @click.command("bench")
-@click.argument("dataset", metavar="DATASET")
+@click.argument("dataset", metavar="DATASET", shell_complete=names("dataset"))
 @click.option("--out", type=UserPath(), required=True, metavar="DIR", help="Bench directory")
 @click.option("--n", "count", type=COUNT, metavar="N", help="Number of images [default: the data set's]")
 @click.option("--seed", type=SEED, default=0, show_default=True, metavar="N", help="Which "
@@ -42,12 +43,20 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
 @_several("learner", "Measure this learner; give it once for each")
 @_several("attribute", "Learn this attribute; give it once for each")
 @_several("metric", "Measure this; give it once for each [default: all that suit the data set]")
-@click.option("--backbone", metavar="NAME", help="Text-to-image model [default: the data set's, or sd21]")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    shell_complete=names("backbone"),
+    help="Text-to-image model [default: the data set's, or sd21]",
+)
 @click.option("--config", type=UserPath(), metavar="FILE", help="Settings file (TOML); a table "
               "[rows.NAME] in it is a row of its own, with settings over the others")  # fmt: skip
 @click.option("--path", type=UserPath(), metavar="FOLDER", help="The pictures, for the data set folder")
-@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400 "
+@click.option(
+    "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the models run [default: auto]"
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
+              shell_complete=complete_setting, help="One setting, as in learner.steps=400 "
               "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the bench in DIR, with the same settings.")
 @click.option("--overwrite", is_flag=True, help="Replace the bench in DIR.")

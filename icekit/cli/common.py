@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from icekit import plugins
+from icekit.cli.completion import names
 from icekit.foreign import is_of_the_machine, said
 from icekit.protocols import InputError, RunError
 
@@ -114,7 +115,7 @@ class PresetOption(click.Option):
         return super().get_help_record(ctx)
 
 
-preset_option = click.option("--preset", cls=PresetOption, metavar="NAME")
+preset_option = click.option("--preset", cls=PresetOption, metavar="NAME", shell_complete=names("preset"))
 
 
 def print_json(value: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from icekit.cli.common import print_json
+from icekit.cli.completion import DEVICES
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
 from icekit.protocols import InputError
@@ -22,7 +23,9 @@ from icekit.protocols import InputError
     "--seed", type=SEED, default=0, show_default=True, metavar="N", help="Every random choice follows from it."
 )
 @click.option("--out", type=UserPath(), metavar="DIR", help="[default: a new folder in compositions/]")
-@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the model runs [default: as the run's]")
+@click.option(
+    "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the model runs [default: as the run's]"
+)
 @click.option("--overwrite", is_flag=True, help="Replace the composition in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def compose(

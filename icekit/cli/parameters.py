@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from icekit.paths import user_path
 from icekit.protocols import InputError
@@ -24,6 +25,10 @@ class UserPath(click.ParamType[Any]):
             return user_path(value)
         except InputError as error:
             self.fail(str(error), param, ctx)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Left to the shell."""
+        return [CompletionItem(incomplete, type="file")]
 
 
 class Whole(click.IntRange):

@@ -11,6 +11,7 @@ import click
 
 from icekit import plugins
 from icekit.cli.common import CommandGroup, print_table, table_of
+from icekit.cli.completion import names, one_of
 from icekit.paths import user_path
 from icekit.protocols import InputError
 from icekit.scaffold import KINDS, check_name, write_plugin
@@ -60,7 +61,7 @@ def list_plugins(context: click.Context, as_json: bool) -> None:
 
 
 @plugins_group.command("show")
-@click.argument("name")
+@click.argument("name", shell_complete=names(*plugins.KINDS))
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def show_plugin(name: str, as_json: bool) -> None:
     """Show what NAME is, and its settings: a component's with defaults and meaning, a preset's as they are."""
@@ -87,7 +88,13 @@ def show_plugin(name: str, as_json: bool) -> None:
 
 @plugins_group.command("new")
 @click.argument("name")
-@click.option("--kind", required=True, metavar="KIND", help=f"What it is to be: {', '.join(KINDS)}.")
+@click.option(
+    "--kind",
+    required=True,
+    metavar="KIND",
+    shell_complete=one_of(*KINDS),
+    help=f"What it is to be: {', '.join(KINDS)}.",
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="DIR", help="Empty or new folder [default: icekit-NAME]"
 )

@@ -12,6 +12,7 @@ import click
 
 from icekit import plugins
 from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.completion import DEVICES, complete_setting, names
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
 from icekit.hookspecs import hookimpl
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
 
 def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]:
-    return click.option(f"--{role}", metavar="NAME", help=f"{what} [default: {default}; `icekit plugins` lists them]")
+    help_ = f"{what} [default: {default}; `icekit plugins` lists them]"
+    return click.option(f"--{role}", metavar="NAME", help=help_, shell_complete=names(role))
 
 
 @click.command("run")
@@ -33,14 +35,18 @@ def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]
 @component_option("retriever", "What finds words for the image", "clip")
 @component_option("segmentor", "What finds a word's place in the image", "xattn")
 @component_option("learner", "What learns the tokens", "ice")
-@click.option("--attribute", "attributes", multiple=True, metavar="NAME", help="Learn this attribute; give it once for "
+@click.option("--attribute", "attributes", multiple=True, metavar="NAME", shell_complete=names("attribute"),
+              help="Learn this attribute; give it once for "
               "each [default: colour and material]")  # fmt: skip
 @click.option("--max-concepts", type=COUNT, metavar="N", help="Stop looking after this many concepts [default: 10]")
 @click.option("--seed", type=SEED, metavar="N", help="Every random choice follows from it [default: 0]")
-@click.option("--device", metavar="auto|cpu|cuda|mps", help="Where the models run [default: auto]")
+@click.option(
+    "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the models run [default: auto]"
+)
 @click.option("--config", type=UserPath(), metavar="FILE.toml", help="Settings file; the settings.toml "
               "of a run directory is one")  # fmt: skip
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="One setting, as in learner.steps=400; "
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
+              shell_complete=complete_setting, help="One setting, as in learner.steps=400; "
               "`icekit plugins show NAME` lists a component's")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the run in DIR where it was interrupted, with its settings.")
 @click.option("--overwrite", is_flag=True, help="Replace the run in DIR. Files that are not icekit's stay.")

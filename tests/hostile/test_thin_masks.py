@@ -17,7 +17,7 @@ from icekit.attention.maps import on_grid
 from icekit.bench import bench
 from icekit.builtin.datasets.folder import FolderDataset
 from icekit.builtin.segmentors.masks import MaskFilesSegmentor
-from icekit.learning.close_ups import close_ups
+from icekit.learning.crops import close_ups
 from icekit.learning.denoising import coverage, latent_mask, nearest_mask
 from icekit.pixels import cover, erase, isolate
 from icekit.settings import load_settings

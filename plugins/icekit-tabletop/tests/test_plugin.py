@@ -59,9 +59,7 @@ def test_render_refuses_a_wrong_number_of_objects(cli, tmp_path):
 
 
 def test_the_backbone_is_registered():
-    offered = {}
-    tabletop_plugin.register_backbones(offered.__setitem__)
-    assert offered == {"tabletop": Tabletop}
+    assert plugins.installed().component("backbone", "tabletop") is Tabletop
     assert Tabletop.Settings().model == OWN_MODEL
 
 
