@@ -69,7 +69,7 @@ def test_the_files_are_complete(kind: str) -> None:
     texts = render_plugin(name, kind)
     module = f"icekit_{name.replace('-', '_')}"
     tests = f"tests/test_{name.replace('-', '_')}.py"
-    modules = [f"{module}/__init__.py", f"{module}/{kind}.py", f"{module}/py.typed"]
+    modules = [f"{module}/{file}" for file in ("__init__.py", "settings.py", f"{kind}.py", "py.typed")]
     assert set(texts) - {f"{module}.py", *modules} == {
         "pyproject.toml", "README.md", ".gitignore", ".github/workflows/test.yml", tests,
     }  # fmt: skip
@@ -118,7 +118,8 @@ def test_they_are_typed(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_icekit_starts_without_what_they_need(folders: dict[str, Path], tmp_path: Path) -> None:
     modules = ", ".join(f"icekit_{name.replace('-', '_')}" for name in NAMES.values())
-    code = f"import sys, {modules}; print([one for one in ('torch', 'skimage', 'diffusers') if one in sys.modules])"
+    heavy = ("torch", "numpy", "PIL", "skimage", "diffusers")
+    code = f"import sys, {modules}; print([one for one in {heavy} if one in sys.modules])"
     assert call([sys.executable, "-c", code], tmp_path, *folders.values()) == "[]\n"
 
 

@@ -1,7 +1,8 @@
 """``icekit plugins new``: a new plugin as a complete distribution, ready to be installed, tested and changed.
 
 What is written comes from ``templates``: ``common`` for every kind, and a folder a kind with its module (``module.py``,
-and ``init.py`` where the module is too heavy to be imported whenever icekit starts), its tests and how it is used.
+and ``init.py`` and ``settings.py`` where the module is too heavy to be imported whenever icekit starts), its tests and
+how it is used.
 """
 
 from __future__ import annotations
@@ -187,6 +188,7 @@ def render_plugin(name: str, kind: str) -> dict[str, str]:
     }
     if one.is_heavy:
         texts[f"{module}/__init__.py"] = rendered(f"{kind}/init.py.jinja")
+        texts[f"{module}/settings.py"] = rendered(f"{kind}/settings.py.jinja")
         texts[f"{module}/{kind}.py"] = rendered(f"{kind}/module.py.jinja")
         texts[f"{module}/py.typed"] = ""
     else:
