@@ -48,6 +48,14 @@ def sd_v_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion XL folder: latents of 16, attention at 8 and 4, two text encoders with rows of 32 and 48."""
+    from icekit.testing import tiny
+
+    return tiny.write_stable_diffusion_xl(tmp_path_factory.mktemp("models") / "sdxl", seed=4)
+
+
+@pytest.fixture(scope="session")
 def joint_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 folder: 64-pixel images, latents ``[4, 16, 16]``, joint attention at 8."""
     import tiny_models

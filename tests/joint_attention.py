@@ -17,9 +17,10 @@ from torch.nn.functional import normalize, pad, scaled_dot_product_attention
 
 from icekit import hookimpl
 from icekit.backbones.attention_capture import attention_weights
-from icekit.backbones.common import ImageSize, fingerprint, quiet, rows_for, tuned_pipeline
+from icekit.backbones.common import fingerprint, quiet, rows_for, tuned_pipeline
 from icekit.backbones.fine_tuning import fine_tuned
 from icekit.backbones.lora import ATTENTION_PROJECTIONS
+from icekit.backbones.settings import ImageSize
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.protocols import (
     NO_TOKENS,

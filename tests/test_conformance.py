@@ -12,7 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from icekit_tabletop import model_dir
 from icekit_tabletop.backbone import Tabletop
 from joint_attention import ENCODERS, JointAttention
@@ -20,6 +25,7 @@ from PIL import Image
 
 from icekit.backbones.common import quiet
 from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.backbones.stable_diffusion_xl import StableDiffusionXL
 from icekit.protocols import NO_TOKENS, Attention, Conditioning, FineTuning, InputError, Prediction, Tuned
 from icekit.testing import BackboneUnderTest, check_backbone, checks_of, parametrize_with_checks
 
@@ -36,6 +42,22 @@ def stable_diffusion(
         pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
     )
     return subject(cls(cls.Settings(model=str(folder), steps=2, **settings), "cpu"), pipeline)
+
+
+def xl(folder: Path) -> BackboneUnderTest:
+    """A model of Stable Diffusion XL, not square, beside the pipeline with the sampler that the backbone has.
+
+    The pipeline is told where a prompt ends: by itself it reads the pooled text at the highest token id.
+    """
+    with quiet():
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver++", solver_order=2
+    )
+    pipeline.text_encoder_2.text_model.eos_token_id = pipeline.tokenizer_2.eos_token_id
+    settings = StableDiffusionXL.Settings(model=str(folder), steps=2, image_size=(64, 96))
+    encoders = {"clip_l": ("tokenizer", "text_encoder"), "clip_g": ("tokenizer_2", "text_encoder_2")}
+    return BackboneUnderTest(StableDiffusionXL(settings, "cpu"), pipeline, encoders=encoders)
 
 
 class WordsAloneUnderTest(BackboneUnderTest):
@@ -62,7 +84,7 @@ class JointAttentionUnderTest(BackboneUnderTest):
         return self.backbone.share_of(timestep)
 
 
-FAMILIES = ("tabletop", "sd1", "sd2-v", "joint")
+FAMILIES = ("tabletop", "sd1", "sd2-v", "sdxl", "joint")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -77,6 +99,8 @@ def subject(request: pytest.FixtureRequest) -> BackboneUnderTest:
             return stable_diffusion(StableDiffusion, folder("sd15_folder"), image_size=64)
         case "sd2-v":  # neither square nor epsilon
             return stable_diffusion(StableDiffusion, folder("sd_v_folder"), image_size=(64, 96))
+        case "sdxl":
+            return xl(folder("sdxl_folder"))
         case _:
             with quiet():
                 pipeline = StableDiffusion3Pipeline.from_pretrained(folder("joint_folder"))

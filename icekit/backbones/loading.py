@@ -1,8 +1,9 @@
-"""Reading a Stable Diffusion 1.x or 2.x model: checked part by part before diffusers and transformers are called."""
+"""Reading a model of Stable Diffusion (1.x, 2.x, XL): checked part by part before diffusers and transformers see it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -14,19 +15,56 @@ from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    pass
 
-PIPELINE = "StableDiffusionPipeline"
-CLASSES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+_UNET: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": ("diffusers", ()),
     "tokenizer": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
     "text_encoder": ("transformers", ("CLIPTextModel",)),
     "unet": ("diffusers", ("UNet2DConditionModel",)),
     "vae": ("diffusers", ("AutoencoderKL",)),
 }
-"""The parts of a model: the library of each, and its classes there; any scheduler that DDPM can stand in for."""
-WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
-"""What the libraries call the files of weights."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model of a family is made of.
+
+    name: what people call it. pipeline: its class in diffusers. parts: the library of each part, and its classes there;
+    of schedulers any that DDPM can stand in for. options: of the pipeline's constructor, beside its parts.
+    """
+
+    name: str
+    pipeline: str
+    parts: Mapping[str, tuple[str, tuple[str, ...]]]
+    options: Mapping[str, Any]
+
+    @property
+    def weights(self) -> dict[str, str]:
+        """The parts that have weights, and what the libraries call the files of these."""
+        stems = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
+        without = ("scheduler", "tokenizer", "tokenizer_2")
+        return {part: stems[library] for part, (library, _) in self.parts.items() if part not in without}
+
+
+STABLE_DIFFUSION = Family(
+    "Stable Diffusion 1.x and 2.x",
+    "StableDiffusionPipeline",
+    _UNET,
+    {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+)
+STABLE_DIFFUSION_XL = Family(
+    "Stable Diffusion XL",
+    "StableDiffusionXLPipeline",
+    {
+        **_UNET,
+        "tokenizer_2": ("transformers", ("CLIPTokenizer", "CLIPTokenizerFast")),
+        "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
+    },
+    {"add_watermarker": False},
+)
+EMPTY_IS_ZERO = "force_zeros_for_empty_prompt"
+"""In a model's index: it was trained with zeros for the empty prompt."""
 MOST_STEPS = 100_000
 """Steps of the noise schedule that a model was trained with, at most; all known ones have 1000."""
 
@@ -47,23 +85,27 @@ class Source(Protocol):
     def local_files_only(self) -> bool: ...
 
 
-def load_pipeline(settings: Source) -> StableDiffusionPipeline:
-    """Read a Stable Diffusion 1.x or 2.x model from a folder or the hub; safetensors and JSON only, nothing is run.
+def load_pipeline(settings: Source, family: Family) -> Any:
+    """Read a model of this family from a folder or the hub; safetensors and JSON only, nothing is run.
+
+    Returns:
+        Its diffusers pipeline.
 
     Raises:
         InputError: no such model, one of another kind, or one that is damaged or has files missing.
     """
-    from diffusers import StableDiffusionPipeline
+    import diffusers
 
     named = f"backbone.model = {settings.model!r}"
-    folder = _folder(settings, named)
+    folder = _folder(settings, family, named)
     with quiet():
-        classes = _check_index(read_json(folder / "model_index.json", named), named)
-        _check_parts(folder, settings.variant, named)
+        index = read_json(folder / "model_index.json", named)
+        classes = _check_index(index, family, named)
+        _check_parts(folder, family, settings.variant, named)
         parts: dict[str, Any] = {}
-        for name in CLASSES:
+        for name in family.parts:
             try:
-                parts[name] = _load_part(folder, name, classes[name], settings.variant)
+                parts[name] = _load_part(folder, family, name, classes[name], settings.variant)
             except MemoryError:
                 raise
             except Exception as error:  # diffusers, transformers, torch: each fails in its own way
@@ -72,10 +114,11 @@ def load_pipeline(settings: Source) -> StableDiffusionPipeline:
                 raise InputError(
                     f"{named}: its {name} cannot be loaded from safetensors files: {one_line(error)}"
                 ) from error
+        options = dict(family.options)
+        if isinstance(index.get(EMPTY_IS_ZERO), bool):
+            options[EMPTY_IS_ZERO] = index[EMPTY_IS_ZERO]
         try:
-            pipeline = StableDiffusionPipeline(
-                **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-            )
+            pipeline = getattr(diffusers, family.pipeline)(**parts, **options)
         except Exception as error:  # it looks into the configurations, and brings old ones up to date
             raise InputError(f"{named}: its parts do not make a pipeline: {one_line(error)}") from error
     pipeline.register_to_config(_name_or_path=str(folder) if _is_local(settings.model) else settings.model)
@@ -86,7 +129,7 @@ def _is_local(model: str) -> bool:
     return model.startswith(PREFIX) or resolved_path(model, "backbone.model").is_dir()
 
 
-def _folder(settings: Source, named: str) -> Path:
+def _folder(settings: Source, family: Family, named: str) -> Path:
     """Where the model's files are on this machine; those of a hub model are fetched into the hub's cache."""
     folder = resolved_path(settings.model, "backbone.model")
     if folder.is_dir():
@@ -104,35 +147,39 @@ def _folder(settings: Source, named: str) -> Path:
         revision=settings.revision,
         local_files_only=settings.local_files_only,
     )
-    _check_index(read_json(hub.first, named), named)
-    files = [f"{part}/*.{ending}" for part in CLASSES for ending in ("json", "txt")]
-    folder = hub.folder([*files, *_weights(WEIGHTS, settings.variant)])
-    plain = [part for part in WEIGHTS if settings.variant and not _has_variant(folder / part, part, settings.variant)]
+    _check_index(read_json(hub.first, named), family, named)
+    files = [f"{part}/*.{ending}" for part in family.parts for ending in ("json", "txt")]
+    folder = hub.folder([*files, *_weights(family.weights, settings.variant)])
+    plain = {
+        part: stem
+        for part, stem in family.weights.items()
+        if settings.variant and not _has_variant(folder / part, stem, settings.variant)
+    }
     return hub.folder([*files, *_weights(plain, None)]) if plain else folder
 
 
-def _weights(parts: Iterable[str], variant: str | None) -> list[str]:
-    """The weights of these parts, as patterns."""
+def _weights(stems: Mapping[str, str], variant: str | None) -> list[str]:
+    """The weights of parts, as patterns; stems: what each part's files are called."""
     ending = f".{variant}" if variant else ""
-    return [f"{part}/{WEIGHTS[part]}{ending}{shard}.safetensors" for part in parts for shard in ("", "-?????-of-?????")]
+    shards = ("", "-?????-of-?????")
+    return [f"{part}/{stem}{ending}{shard}.safetensors" for part, stem in stems.items() for shard in shards]
 
 
-def _has_variant(place: Path, part: str, variant: str) -> bool:
-    stem = WEIGHTS[part]
+def _has_variant(place: Path, stem: str, variant: str) -> bool:
     return any(
         (place / f"{stem}.{ending}").exists()
         for ending in (f"{variant}.safetensors", f"safetensors.index.{variant}.json")
     )
 
 
-def _check_index(index: Mapping[str, Any], named: str) -> dict[str, str]:
+def _check_index(index: Mapping[str, Any], family: Family, named: str) -> dict[str, str]:
     """The class of each part, by ``model_index.json``."""
     kind = index.get("_class_name")
-    if kind != PIPELINE:
+    if kind != family.pipeline:
         made_for = kind if isinstance(kind, str) else f"a pipeline of its own ({one_line(ValueError(kind), 100)})"
-        raise InputError(f"{named}: it is made for {made_for}; supported is {PIPELINE} (Stable Diffusion 1.x and 2.x)")
+        raise InputError(f"{named}: it is made for {made_for}; supported is {family.pipeline} ({family.name})")
     classes: dict[str, str] = {}
-    for part, (library, names) in CLASSES.items():
+    for part, (library, names) in family.parts.items():
         entry = index.get(part)
         right = f"[{library!r}, {' or '.join(map(repr, names)) or 'a scheduler'}]".replace("'", '"')
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == library and isinstance(entry[1], str)):
@@ -144,20 +191,20 @@ def _check_index(index: Mapping[str, Any], named: str) -> dict[str, str]:
     return classes
 
 
-def _check_parts(folder: Path, variant: str | None, named: str) -> None:
+def _check_parts(folder: Path, family: Family, variant: str | None, named: str) -> None:
     """Read all configurations, and the headers of all weights."""
-    if variant and not any(_has_variant(folder / part, part, variant) for part in WEIGHTS):
+    if variant and not any(_has_variant(folder / part, stem, variant) for part, stem in family.weights.items()):
         raise InputError(f"{named}: backbone.variant = {variant!r}: it has no safetensors files of this variant")
-    for part, (_, names) in CLASSES.items():
+    for part, (_, names) in family.parts.items():
         place = folder / part
         if not place.is_dir():
             raise InputError(f"{named}: the folder has no {part}/ in it")
         check_folder(place, named)
-        if part == "tokenizer":
+        if part.startswith("tokenizer"):
             if not (
                 (place / "tokenizer.json").exists() or all((place / n).exists() for n in ("vocab.json", "merges.txt"))
             ):
-                raise InputError(f"{named}: tokenizer/ has no tokenizer.json, and no vocab.json with a merges.txt")
+                raise InputError(f"{named}: {part}/ has no tokenizer.json, and no vocab.json with a merges.txt")
             continue
         if part == "scheduler":
             steps = read_json(place / "scheduler_config.json", named).get("num_train_timesteps", 1000)
@@ -173,10 +220,10 @@ def _check_parts(folder: Path, variant: str | None, named: str) -> None:
             raise InputError(f"{where} is made for {kind}; it should be for {names[0]}")
         if "quantization_config" in configuration:
             raise InputError(f"{where}: quantised weights are not supported; take the model's plain ones")
-        check_counts(configuration, count_weights(place, WEIGHTS[part], variant, named), where)
+        check_counts(configuration, count_weights(place, family.weights[part], variant, named), where)
 
 
-def _load_part(folder: Path, part: str, class_name: str, variant: str | None) -> Any:
+def _load_part(folder: Path, family: Family, part: str, class_name: str, variant: str | None) -> Any:
     """One part of a model, all of whose weights were found.
 
     Raises:
@@ -186,19 +233,19 @@ def _load_part(folder: Path, part: str, class_name: str, variant: str | None) ->
     import diffusers
     import transformers
 
-    library, _ = CLASSES[part]
+    library, _ = family.parts[part]
     kind: Any = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
     place = folder / part
     if part == "scheduler":
         return _load_scheduler(kind, class_name, place)
-    if part == "tokenizer":
+    if part.startswith("tokenizer"):
         return kind.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
     model, found = kind.from_pretrained(
         str(place),
         use_safetensors=True,
         local_files_only=True,
-        variant=variant if variant and _has_variant(place, part, variant) else None,
+        variant=variant if variant and _has_variant(place, family.weights[part], variant) else None,
         output_loading_info=True,
         **options,
     )
@@ -219,7 +266,7 @@ def _load_scheduler(kind: Any, class_name: str, place: Path) -> Any:
     scheduler = cast(Any, kind).from_pretrained(str(place), local_files_only=True)
     if not isinstance(scheduler, DDPMScheduler) and DDPMScheduler not in scheduler.compatibles:
         raise InputError(
-            f"model_index.json: a model with {class_name} is of another family; Stable Diffusion 1.x and 2.x are "
+            f"model_index.json: a model with {class_name} is of another family; those of Stable Diffusion are "
             "trained with the noise schedule of DDPMScheduler (DDIM, PNDM, Euler, DPM-Solver++, ...)"
         )
     return scheduler

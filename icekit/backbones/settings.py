@@ -63,3 +63,14 @@ class StableDiffusionSettings(ComponentSettings):
         "an image depend on how many are generated beside it",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
     )
+
+
+class StableDiffusionXLSettings(StableDiffusionSettings):
+    """Which model, and how it is run."""
+
+    model: Annotated[str, PLACE] = Field(
+        default="stabilityai/stable-diffusion-xl-base-1.0",
+        description="a Stable Diffusion XL model: a folder in diffusers' format, one inside an installed package "
+        "(package:NAME/FOLDER), or an id of the Hugging Face hub",
+    )
+    guidance_scale: float = Field(5.0, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")

@@ -2,169 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from PIL import Image
 from torch import Tensor
 
-from icekit.backbones.attention_capture import attention_layers, capture_attention, grids_of, maps_of
-from icekit.backbones.common import fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
-from icekit.backbones.fine_tuning import fine_tuned
-from icekit.backbones.loading import load_pipeline
-from icekit.backbones.settings import StableDiffusionSettings
-from icekit.backbones.text_encoder import TextEncoder
-from icekit.model_files import check_finite, one_line
-from icekit.protocols import (
-    NO_TOKENS,
-    Conditioning,
-    FineTuning,
-    InputError,
-    Look,
-    Prediction,
-    RunError,
-    Tokens,
-    Trained,
-    Tuned,
-    nearest_grids,
-)
+from icekit.backbones.common import rows_for
+from icekit.backbones.loading import STABLE_DIFFUSION
+from icekit.backbones.text_encoder import TextEncoder, pooling_of
+from icekit.backbones.unet import UNetBackbone
+from icekit.protocols import NO_TOKENS, Conditioning, Tokens
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import StableDiffusionPipeline
 
-
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-"""What a noise predictor of this family can be trained to return, as diffusers' schedulers name it."""
-DAMAGED = "its weights are damaged or another model's: get the model again"
-"""The way out where a number format is not to blame."""
 ENCODER_NAMES = {768: "clip_l", 1024: "clip_h", 1280: "clip_g"}
 """What other tools call a CLIP text encoder, by the length of its rows; ``clip_l`` where that tells nothing."""
 
 
-class StableDiffusion:
-    """Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format.
+class StableDiffusion(UNetBackbone):
+    """Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format."""
 
-    A subclass may hide positions of the prompt from the noise predictor: by a part "mask" of its conditioning, bool
-    ``[B, L]``. The noise predictor runs in ``Settings.dtype``; the text encoder and the autoencoder stay in float32,
-    they are a small part of the work and the autoencoder overflows in half precision.
-    """
+    family = STABLE_DIFFUSION
 
-    Settings = StableDiffusionSettings
-
-    pipeline_class = "StableDiffusionPipeline"
-    """The diffusers pipeline that loads this model without icekit."""
-
-    def __init__(self, settings: StableDiffusionSettings, device: torch.device | str) -> None:
-        """Load the model.
-
-        Raises:
-            InputError: no such model, or one of another kind.
-        """
-        self._take_apart(load_pipeline(settings), settings, torch.device(device))
-
-    @classmethod
-    def from_pipeline(
-        cls,
-        pipeline: StableDiffusionPipeline,
-        device: torch.device | str,
-        settings: StableDiffusionSettings | None = None,
-    ) -> StableDiffusion:
-        """A backbone around a pipeline that is in memory already. Takes it over: use the pipeline no longer.
-
-        ``settings.model`` and the settings of loading are not looked at.
-        """
-        self = cls.__new__(cls)
-        self._take_apart(pipeline, settings or cls.Settings(), torch.device(device))
-        return self
-
-    def _take_apart(
-        self, pipeline: StableDiffusionPipeline, settings: StableDiffusionSettings, device: torch.device
-    ) -> None:
-        named = f"backbone.model = {settings.model!r}"
-        self._pipeline = pipeline
-        self._settings = settings
-        self.unet, self._vae = pipeline.unet, pipeline.vae
-        if self.unet.config.in_channels != self._vae.config.latent_channels:
-            raise InputError(
-                f"{named}: its noise predictor takes {self.unet.config.in_channels} "
-                "channels (an inpainting or editing model?), a text-to-image model takes "
-                f"{self._vae.config.latent_channels}"
-            )
-        dtype = settings.dtype if settings.dtype != "auto" else "float16" if device.type == "cuda" else "float32"
-        with quiet():
-            for module in (pipeline.text_encoder, self._vae, self.unet):
-                module.eval().requires_grad_(False).to(device, torch.float32)
-            self.unet.to(dtype=getattr(torch, dtype))
-        self.device = device
-        self._predicts_finite = False
-        try:
-            self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
-        except InputError as error:
-            raise InputError(f"{named}: {error}") from error
+    def _text_encoders(self, pipeline: StableDiffusionPipeline) -> dict[str, TextEncoder]:
+        self._text = TextEncoder(pipeline.tokenizer, pipeline.text_encoder)
         self._encoder = ENCODER_NAMES.get(self._text.dim, "clip_l")
-        self.rows: Mapping[str, int] = {self._encoder: self._text.dim}
-        self.identity = fingerprint({self._encoder: self._text.table})
-
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        self.image_size = settings.image_size or _trained_size(self.unet.config.sample_size, factor, named)
-        if any(side % factor for side in self.image_size):
-            raise InputError(f"backbone.image_size = {list(self.image_size)}: both sides must be multiples of {factor}")
-        height, width = (side // factor for side in self.image_size)
-        self.latent_shape = (self._vae.config.latent_channels, height, width)
-        self._layers = attention_layers(self.unet, (height, width))
-        self.word_grids, self.pixel_grids = grids_of(self._layers, "cross"), grids_of(self._layers, "self")
-
-        self._schedule, self._sampler = _schedules(pipeline.scheduler.config, settings.steps, named)
-        self._prediction_type = self._schedule.config.prediction_type
-        self._try_out(named)
-
-    @torch.no_grad()
-    def _try_out(self, named: str) -> None:
-        """Send the smallest picture there is through all parts, once: what does not fit together shows here.
-
-        Raises:
-            InputError: it does not.
-            RunError: it gives NaN or infinity.
-        """
-        side = 2 ** (len(self.unet.down_blocks) - 1)
-        noisy = torch.zeros(1, self.latent_shape[0], side, side, device=self.device)
-        try:
-            encoded = self.encode_prompts(["a cup"])
-            with capture_attention(self.unet, attention_layers(self.unet, (side, side))):
-                output = self.predict(noisy, torch.ones(1, device=self.device), encoded).output
-            image = self.decode_latents(noisy)
-            latents = self.encode_images(image)
-        except (InputError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except RunError as error:
-            raise RunError(f"{named}: {error}") from error
-        except Exception as error:  # torch, diffusers, transformers: each fails in its own way
-            raise InputError(f"{named}: its parts do not work together: {one_line(error)}") from error
-        for part, given in (("unet", output), ("vae", latents)):
-            if given.shape != noisy.shape:
-                raise InputError(
-                    f"{named}: its {part} gives latents of shape {list(given.shape[1:])} where {list(noisy.shape[1:])} "
-                    "is right: it is of another model"
-                )
-
-    @property
-    def pipeline_source(self) -> str | None:
-        """What ``from_pretrained`` of ``pipeline_class`` takes to load this model: a folder or an id of the hub.
-
-        None for a pipeline that was made in memory.
-        """
-        source: str | None = self._pipeline.name_or_path
-        return source
-
-    def knows(self, word: str) -> bool:
-        """Every word: the vocabulary is open."""
-        return True
-
-    def word_rows(self, word: str, pieces: Literal["mean", "first"] = "mean") -> dict[str, Tensor]:
-        """See ``protocols.Backbone``. Raises InputError for an empty word."""
-        return {self._encoder: self._text.word_row(word, pieces)}
+        return {self._encoder: self._text}
 
     def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
         """See ``protocols.Backbone``. Raises InputError for a prompt too long or with an unknown ``<token>``."""
@@ -176,135 +40,13 @@ class StableDiffusion:
         Raises:
             InputError: a text too long or with an unknown ``<token>``; another ``pool``.
         """
-        if pool not in (None, "highest"):
-            raise InputError(f"pooling {pool!r}: texts of this model are read at their end (none), or at 'highest'")
-        return self._text.embed(texts, self._own_rows(tokens), "end" if pool is None else "highest")
-
-    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
-        """See ``protocols.Backbone``."""
-        return self._text.token_positions(prompt, words, self._own_rows(tokens))
+        return self._text.embed(texts, self._own_rows(tokens), pooling_of(pool))
 
     def _own_rows(self, tokens: Tokens) -> dict[str, Tensor]:
         """The tokens' rows for the one text encoder there is."""
         return rows_for(self._encoder, tokens)
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]``, the posterior's mean times the scaling."""
-        return self.posterior(images)[0]
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` in [0, 1] -> the Gaussian that the autoencoder makes of them, times the scaling: mean and
-        standard deviation, both float32 ``[B, C, h, w]``.
-        """
-        gaussian = self._vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
-        check_finite(torch.cat([gaussian.mean, gaussian.std]), "autoencoder's encoder in float32", DAMAGED)
-        return gaussian.mean * self._vae.config.scaling_factor, gaussian.std * self._vae.config.scaling_factor
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
-        images = self._vae.decode(latents.to(self.device, torch.float32) / self._vae.config.scaling_factor).sample
-        check_finite(images, "autoencoder's decoder in float32", DAMAGED)
-        return (images / 2 + 0.5).clamp(0, 1)
-
-    def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
-        """The forward process of the model's own schedule, at the discrete steps nearest to ``shares``."""
-        return self._schedule.add_noise(latents, noise, self._steps(shares))
-
-    def training_target(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
-        """What the model was trained to predict: the noise, v, or the latents themselves."""
-        if self._prediction_type == "epsilon":
-            return noise
-        if self._prediction_type == "v_prediction":
-            return self._schedule.get_velocity(latents, noise, self._steps(shares))
-        return latents
-
-    def _steps(self, shares: Tensor) -> Tensor:
-        """The discrete steps nearest to shares of the schedule: int64 ``[B]``."""
-        count = self._schedule.config.num_train_timesteps
-        return (shares.to(self.device, torch.float32) * count).round().long().clamp(0, count - 1)
-
-    def predict(self, noisy: Tensor, shares: Tensor, prompts: Conditioning, look: Look | None = None) -> Prediction:
-        """See ``protocols.Backbone``; the output has the shape and dtype of ``noisy``."""
-        look = look or Look()
-        words = nearest_grids(self.word_grids, look.words)
-        pixels = nearest_grids(self.pixel_grids, look.pixels)
-        layers = [one for one in self._layers if one.grid in (words if one.kind == "cross" else pixels)]
-        with capture_attention(self.unet, layers) as processors:
-            output = self.unet(
-                noisy.to(self.unet.dtype),
-                self._steps(shares),
-                encoder_hidden_states=prompts.parts["sequence"].to(self.unet.dtype),
-                encoder_attention_mask=prompts.parts.get("mask"),
-            ).sample
-        # What a learner makes of its tokens is the learner's to judge: with gradients, the model is checked at first.
-        if not (self._predicts_finite and torch.is_grad_enabled()):
-            self._check_predicted(output)
-            self._predicts_finite = self._predicts_finite or torch.is_grad_enabled()
-        return Prediction(output.to(noisy.dtype), maps_of(processors))
-
-    def _check_predicted(self, output: Tensor) -> None:
-        dtype = str(self.unet.dtype).removeprefix("torch.")
-        advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try --set backbone.dtype=float32"
-        check_finite(output, f"noise predictor (unet) in {dtype}", advice)
-
-    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
-        """See ``protocols.Backbone``: the UNet, or a LoRA adapter on the projections of its attention."""
-        return fine_tuned(self.unet, trained, rank, generator)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        tokens: Tokens = NO_TOKENS,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        tuning: FineTuning | None = None,
-        skip: Collection[int] = (),
-        on_image: Callable[[int, Image.Image], None] | None = None,
-    ) -> list[Image.Image]:
-        """One RGB image per prompt, by DPM-Solver++ (Lu et al., 2022); see ``protocols.Backbone``.
-
-        With ``Settings.images_at_once`` 1, the default, image i is the same bits whatever is generated beside it. With
-        more it is the same up to rounding: kernels round differently for batches of different sizes.
-        """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        guidance = self._settings.guidance_scale if guidance_scale is None else guidance_scale
-        at_once = self._settings.images_at_once
-        images: list[Image.Image] = []
-        with self._tuned(tuning):
-            self._text.token_ids(prompts, self._own_rows(tokens))  # refuse a wrong prompt before the first image
-            sampling = self._sampling_pipeline()
-            for start in range(0, len(prompts), at_once):
-                batch = range(start, min(start + at_once, len(prompts)))
-                if all(place in skip for place in batch):
-                    continue
-                # Together with the empty prompt: sequences of one length.
-                encoded = self.encode_prompts(["", *(prompts[place] for place in batch)], tokens)
-                negative, positive = encoded.parts["sequence"].to(self.unet.dtype).split([1, len(batch)])
-                with self._masked(encoded.parts.get("mask"), guided=guidance > 1):
-                    latents = sampling(
-                        prompt_embeds=positive,
-                        negative_prompt_embeds=negative.expand_as(positive),
-                        height=self.image_size[0],
-                        width=self.image_size[1],
-                        num_inference_steps=self._settings.steps if steps is None else steps,
-                        guidance_scale=guidance,
-                        generator=[torch.Generator("cpu").manual_seed(seeds[place]) for place in batch],
-                        output_type="latent",
-                    ).images
-                self._check_predicted(latents)
-                for place, image in zip(batch, to_pictures(self.decode_latents(latents)), strict=True):
-                    if place not in skip:
-                        images.append(image)
-                        if on_image:
-                            on_image(place, image)
-        return images
-
     def _sampling_pipeline(self) -> StableDiffusionPipeline:
-        """Without a text encoder the pipeline takes embeddings as they are, in the noise predictor's dtype."""
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         pipeline = StableDiffusionPipeline(
@@ -320,72 +62,6 @@ class StableDiffusion:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    @contextmanager
-    def _masked(self, mask: Tensor | None, *, guided: bool) -> Iterator[None]:
-        """The noise predictor under a mask, bool ``[1 + B, L]``, of the empty prompt and the prompts: diffusers'
-        pipeline has no argument for it.
-        """
-        if mask is None:
-            yield
-            return
-        empty, mask = mask[:1], mask[1:]
-        if guided:  # classifier-free guidance: the pipeline puts the negative half of the batch first
-            mask = torch.cat([empty.expand_as(mask), mask])
-        hook = self.unet.register_forward_pre_hook(
-            lambda _unet, arguments, named: (arguments, {**named, "encoder_attention_mask": mask}), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            hook.remove()
-
-    def _tuned(self, tuning: FineTuning | None) -> AbstractContextManager[None]:
-        """The model with what a learner made of its noise predictor, for the length of the block."""
-        return tuned_pipeline(self._pipeline, self.unet, tuning or FineTuning())
-
-
-def _trained_size(sample_size: Any, factor: int, named: str) -> tuple[int, int]:
-    """(height, width) in pixels that a noise predictor was trained at, from the latents' side or sides."""
-    sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
-    if not (
-        isinstance(sides, list | tuple)
-        and len(sides) == 2
-        and all(type(one) is int and 0 < one <= 4096 for one in sides)
-    ):
-        raise InputError(
-            f"{named}: unet/config.json: sample_size is {sample_size!r}; it should be the side of the latents, 64 or so"
-        )
-    height, width = sides
-    return height * factor, width * factor
-
-
-def _schedules(config: Any, steps: int, named: str) -> tuple[DDPMScheduler, DPMSolverMultistepScheduler]:
-    """The schedule that the model was trained with, and the sampler that generates with it."""
-    from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
-
-    try:
-        trained: DDPMScheduler = DDPMScheduler.from_config(config)
-        kept = trained.alphas_cumprod
-        if not (len(kept) == trained.config.num_train_timesteps and bool(((kept >= 0) & (kept <= 1)).all())):
-            raise ValueError("its betas should be numbers from 0 to 1, one a step")
-        if bool((kept.diff() > 0).any()):
-            raise ValueError("its betas let noise shrink from step to step")
-        if bool(kept[-1] == 1):
-            raise ValueError("its betas add no noise")
-        if trained.config.prediction_type in PREDICTION_TYPES:
-            sampler: DPMSolverMultistepScheduler = DPMSolverMultistepScheduler.from_config(
-                config, algorithm_type="dpmsolver++", solver_order=2
-            )
-            trial = DPMSolverMultistepScheduler.from_config(sampler.config)
-            trial.set_timesteps(steps)
-            if not bool(trial.sigmas.isfinite().all()):
-                raise ValueError("its betas leave a step without noise")
-            return trained, sampler
-    except MemoryError:
-        raise
-    except Exception as error:  # diffusers, numpy, torch: each fails in its own way
-        raise InputError(f"{named}: scheduler/scheduler_config.json cannot be used: {one_line(error)}") from error
-    raise InputError(
-        f"{named}: its scheduler says that it predicts {trained.config.prediction_type!r}; "
-        f"supported are {', '.join(PREDICTION_TYPES)}"
-    )
+    def _sampler_inputs(self, encoded: Conditioning) -> dict[str, Tensor]:
+        sequence = encoded.parts["sequence"].to(self.unet.dtype)
+        return {"prompt_embeds": sequence[1:], "negative_prompt_embeds": sequence[:1].expand_as(sequence[1:])}

@@ -94,6 +94,17 @@ def pool_at_highest(hidden: Tensor, ids: Tensor) -> Tensor:
     return nn.functional.normalize(hidden[torch.arange(len(ids), device=hidden.device), ids.argmax(dim=-1)], dim=-1)
 
 
+def pooling_of(pool: str | None) -> Literal["end", "highest"]:
+    """Where a CLIP text encoder is read, as ``Backbone.embed_texts`` is told: at the end, or at the highest token id.
+
+    Raises:
+        InputError: it is told otherwise.
+    """
+    if pool not in (None, "highest"):
+        raise InputError(f"pooling {pool!r}: texts of this model are read at their end (none), or at 'highest'")
+    return "end" if pool is None else "highest"
+
+
 def _short(prompt: str, length: int = 80) -> str:
     return prompt if len(prompt) <= length else prompt[: length - 3] + "..."
 
@@ -212,7 +223,7 @@ class TextEncoder:
         ids = self.token_ids(prompts, rows)
         attention_mask = None
         if getattr(self.model.config, "use_attention_mask", False):  # a flag of diffusers' pipelines
-            attention_mask = (torch.arange(self.length, device=ids.device) <= self._end(ids)[:, None]).long()
+            attention_mask = (torch.arange(self.length, device=ids.device) <= self.ends(ids)[:, None]).long()
         with self._knowing(rows):
             outputs = self.model(ids, attention_mask=attention_mask, **options)
         self._check(outputs.last_hidden_state, rows)
@@ -258,9 +269,9 @@ class TextEncoder:
             InputError: see ``token_ids``.
         """
         ids, states = self._unpadded(prompts, rows)
-        return states, torch.arange(ids.shape[1], device=ids.device) < self._end(ids)[:, None]
+        return states, torch.arange(ids.shape[1], device=ids.device) < self.ends(ids)[:, None]
 
-    def _end(self, ids: Tensor) -> Tensor:
+    def ends(self, ids: Tensor) -> Tensor:
         """The place of each prompt's first end token: int64 ``[B]``."""
         return (ids == self.tokenizer.eos_token_id).int().argmax(dim=-1)
 
@@ -270,7 +281,7 @@ class TextEncoder:
         Attention is causal: nothing before depends on what follows.
         """
         ids = self.token_ids(prompts, rows)
-        ids = ids[:, : int(self._end(ids).max()) + 1]
+        ids = ids[:, : int(self.ends(ids).max()) + 1]
         with self._knowing(rows):
             states = self.model(ids).last_hidden_state
         self._check(states, rows)

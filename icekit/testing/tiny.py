@@ -1,8 +1,8 @@
 """Tiny models with random weights: real classes of diffusers, transformers and open_clip, made in memory or as folders.
 
-They have the layer structure of Stable Diffusion 1.x and 2.x and of an open_clip model, but are narrow and untrained:
-good for checking what code does with a model, never for what the model draws. The same call makes the same weights.
-``tiny_backbone`` is the smallest: what components are checked on.
+They have the layer structure of Stable Diffusion 1.x, 2.x and XL and of an open_clip model, but are narrow and
+untrained: good for checking what code does with a model, never for what the model draws. The same call makes the same
+weights. ``tiny_backbone`` is the smallest: what components are checked on.
 """
 
 from __future__ import annotations
@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from icekit.backbones.stable_diffusion import StableDiffusion
 
@@ -95,7 +103,7 @@ def _unet(*, version: int) -> UNet2DConditionModel:
     )
 
 
-def _vae() -> AutoencoderKL:
+def _vae(scaling: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
         in_channels=3,
         out_channels=3,
@@ -106,7 +114,7 @@ def _vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=8,
         sample_size=SAMPLE_SIZE * 8,
-        scaling_factor=0.18215,
+        scaling_factor=scaling,
     )
 
 
@@ -148,6 +156,65 @@ def tiny_pipeline(*, version: int = 2, prediction_type: str = "epsilon", seed: i
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A Stable Diffusion XL pipeline with random weights: two text encoders, heads by level, text and sizes added."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        first, second = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
+        text_encoder = _text_encoder(first, layers=3, activation="quick_gelu")
+        text_encoder_2 = CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(second),
+                hidden_size=48,
+                intermediate_size=96,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=second.model_max_length,
+                hidden_act="gelu",
+                projection_dim=40,
+                bos_token_id=0,  # wrong ids, as the published configuration has them
+                eos_token_id=2,
+                pad_token_id=1,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=SAMPLE_SIZE,
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(32, 64, 96),
+            layers_per_block=2,
+            transformer_layers_per_block=[1, 1, 2],
+            norm_num_groups=16,
+            cross_attention_dim=32 + 48,
+            attention_head_dim=[2, 4, 6],  # the number of heads, in spite of its name
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 40,
+        )
+        vae = _vae(scaling=0.13025)
+    schedule = _schedule("epsilon") | {"interpolation_type": "linear", "use_karras_sigmas": False}
+    schedule.pop("set_alpha_to_one")
+    return StableDiffusionXLPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        text_encoder_2=text_encoder_2.eval(),
+        tokenizer=first,
+        tokenizer_2=second,
+        unet=unet.eval(),
+        scheduler=EulerDiscreteScheduler(**schedule),
+        add_watermarker=False,
+    )
+
+
+def write_stable_diffusion_xl(folder: Path, seed: int = 0) -> Path:
+    """Write ``tiny_xl_pipeline`` to ``folder`` in diffusers' format, weights as safetensors."""
+    tiny_xl_pipeline(seed).save_pretrained(folder)
+    return folder
 
 
 def write_stable_diffusion(folder: Path, *, version: int = 2, prediction_type: str = "epsilon", seed: int = 0) -> Path:
