@@ -166,8 +166,10 @@ def check_folder(folder: Path, named: str) -> None:
     """Read every JSON file that lies in a folder, see ``read_json``.
 
     Raises:
-        InputError: one is damaged or names code.
+        InputError: one is damaged or names code; or it is an adapter's, for which a library loads another model.
     """
+    if (folder / "adapter_config.json").exists():
+        raise InputError(f"{named}: it is an adapter of another model (adapter_config.json); take a whole one")
     for path in sorted(folder.glob("*.json")):
         read_json(path, named)
 

@@ -327,6 +327,23 @@ def test_code_in_a_dino_is_not_run(tmp_path: Path, planted: tuple[str, Path]) ->
     assert not mark.exists()
 
 
+def test_an_adapter_of_another_model_is_not_followed(sd_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
+    """Libraries load the model that an adapter names, from wherever it is."""
+    other = json.dumps({"base_model_name_or_path": "somebody/else", "peft_type": "LORA"})
+    folder = copied(sd_folder, tmp_path / "model")
+    (folder / "text_encoder" / "adapter_config.json").write_text(other)
+    with pytest.raises(InputError, match="an adapter of another model"):
+        StableDiffusion(StableDiffusion.Settings(model=str(folder)), "cpu")
+    clip = copied(clip_folder, tmp_path / "clip")
+    (clip / "adapter_config.json").write_text(other)
+    with pytest.raises(InputError, match="an adapter of another model"):
+        load_clip(f"local-dir:{clip}", "", CPU)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "adapter_config.json").write_text(other)
+    with pytest.raises(InputError, match="an adapter of another model"):
+        dino_encoder(str(tmp_path), CPU)
+
+
 def test_safetensors_beside_pickles_are_what_is_read(clip_folder: Path, tmp_path: Path) -> None:
     folder = copied(clip_folder, tmp_path / "clip")
     (folder / "open_clip_pytorch_model.bin").write_bytes(b"not read")
