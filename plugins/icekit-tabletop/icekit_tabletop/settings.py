@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ def _stored_model(model: str) -> str:
 
 class TabletopSettings(StableDiffusionSettings):
     """As Stable Diffusion's, with the package's own model as the default."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
 
     model: Annotated[str, Stored(_stored_model)] = Field(
         default=OWN_MODEL,
