@@ -198,6 +198,18 @@ def test_same_seed_same_tokens_other_seed_others(learn: Learn) -> None:
     assert not torch.equal(first["<cup-0>"], other["<cup-0>"])
 
 
+def test_rows_that_keep_their_length_learn_their_direction(learn: Learn) -> None:
+    free, held = (
+        learn(steps=8, learning_rate=5e-2)[0].tokens,
+        learn(steps=8, learning_rate=5e-2, row_norm="keep")[0].tokens,
+    )
+    start = float(learn(steps=2, learning_rate=1e-9)[0].tokens["<cup-0>"].norm())
+    for name, row in held.items():
+        if name.startswith("<cup-0"):  # a category, an instance and attributes, which start where the instance ends
+            assert float(row.norm()) == pytest.approx(start, rel=1e-4), name
+            assert float(free[name].norm()) != pytest.approx(start, rel=1e-3), name
+
+
 @pytest.fixture(scope="module")
 def uninterrupted() -> dict[str, Taught]:
     return {}

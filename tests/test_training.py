@@ -30,7 +30,8 @@ def drawn(step: int) -> int:
 class Training:
     """Two phases of 10 steps, one row drawn a step: a and b, then a and c, which starts as b is then."""
 
-    def __init__(self, checkpoint: Memory, kill_at: int | None = None) -> None:
+    def __init__(self, checkpoint: Memory, kill_at: int | None = None, keeps_length: bool = False) -> None:
+        self.keeps_length = keeps_length
         start = torch.linspace(-1, 1, 12).view(3, 4)
         self.rows = {name: nn.Parameter(row.clone(), False) for name, row in zip(NAMES, start, strict=True)}
         self.kill_at = kill_at
@@ -54,7 +55,12 @@ class Training:
             if phase == "2" and self.trainer.done == 10:
                 self.rows["<c>"].data.copy_(self.rows["<b>"].data)
             groups = [
-                Group({f"<{letter}>": self.rows[f"<{letter}>"]}, RATE, takes_part=lambda step, i=i: drawn(step) == i)  # type: ignore[misc]
+                Group(
+                    {f"<{letter}>": self.rows[f"<{letter}>"]},
+                    RATE,
+                    takes_part=lambda step, i=i: drawn(step) == i,  # type: ignore[misc]
+                    keeps_length=self.keeps_length,
+                )
                 for i, letter in enumerate((first, second))
             ]
             self.trainer.train(phase, groups, steps, self._losses, one_optimizer=one_optimizer)
@@ -100,14 +106,37 @@ def test_each_is_an_adamw_for_every_group_and_phase() -> None:
     torch.testing.assert_close(Training(Memory()).run(one_optimizer=False), torch.stack([row.detach() for row in rows]))
 
 
+def test_rows_that_keep_their_length() -> None:
+    """Each step is AdamW's, and then the row is as long as it was: its direction alone is learned."""
+    row = nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4)[0].clone())
+    optimizer, length = adamw([row]), float(row.detach().norm())
+    for step in (step for step in range(1, 11) if drawn(step) == 0):
+        row.grad = gradient(step)[0]
+        nn.utils.clip_grad_norm_([row], 1.0)
+        optimizer.step()
+        row.data *= length / row.data.norm()
+    learned = Training(Memory(), keeps_length=True).run(one_optimizer=False)
+    other = Training(Memory()).run(one_optimizer=False)
+    # Row a goes on in phase two, with a fresh AdamW and from where it is.
+    optimizer = adamw([row])
+    for step in (step for step in range(11, 21) if drawn(step) == 0):
+        row.grad = gradient(step)[0]
+        nn.utils.clip_grad_norm_([row], 1.0)
+        optimizer.step()
+        row.data *= length / row.data.norm()
+    torch.testing.assert_close(learned[0], row.detach())
+    assert learned[0].norm() == pytest.approx(length) and other[0].norm() != pytest.approx(length, rel=1e-3)
+
+
+@pytest.mark.parametrize("keeps_length", [True, False])
 @pytest.mark.parametrize("one_optimizer", [True, False])
-def test_killed_at_any_step_it_goes_on_bit_for_bit(one_optimizer: bool) -> None:
-    whole = Training(Memory()).run(one_optimizer=one_optimizer)
+def test_killed_at_any_step_it_goes_on_bit_for_bit(one_optimizer: bool, keeps_length: bool) -> None:
+    whole = Training(Memory(), None, keeps_length).run(one_optimizer=one_optimizer)
     for kill_at in range(1, 21):
         memory = Memory()
         with pytest.raises(Killed):
-            Training(memory, kill_at).run(one_optimizer=one_optimizer)
-        assert torch.equal(Training(memory).run(one_optimizer=one_optimizer), whole), kill_at
+            Training(memory, kill_at, keeps_length).run(one_optimizer=one_optimizer)
+        assert torch.equal(Training(memory, None, keeps_length).run(one_optimizer=one_optimizer), whole), kill_at
 
 
 def test_a_row_that_comes_after_400_steps_moves_faster_than_with_a_fresh_adamw() -> None:

@@ -31,17 +31,27 @@ class TrainingSettings(ComponentSettings):
     """Settings that every learner that trains has."""
 
     weight_decay: float = Field(1e-2, ge=0, description="AdamW's weight decay")
-    gradient_clip: float = Field(1.0, gt=0, description="largest norm of the gradient of what is trained together")
-    flip_probability: float = Field(0.5, ge=0, le=1, description="how often the image is mirrored left to right")
-    templates: Templates = Field(PHOTO_TEMPLATES, description="prompts, {} where the tokens go")
+    gradient_clip: float = Field(
+        1.0, gt=0, description="largest norm of the gradient; longer ones are scaled down to it"
+    )
+    flip_probability: float = Field(
+        0.5, ge=0, le=1, description="probability that a step sees the picture mirrored left to right"
+    )
+    templates: Templates = Field(
+        PHOTO_TEMPLATES, description="prompts that the model is trained with; {} is where the tokens go"
+    )
     max_batch: int = Field(
         4,
         ge=1,
-        description="images denoised at once; more are taken in turns, with equal result",
+        description="largest number of pictures in one pass of the noise predictor; lower it to save memory, the "
+        "result is the same",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
     )
     checkpoint_every: int = Field(
-        50, ge=1, description="steps between two saves of the learning state", json_schema_extra=CHANGES_NO_RESULT
+        50,
+        ge=1,
+        description="steps between two saves of the learning state, from which a killed run goes on",
+        json_schema_extra=CHANGES_NO_RESULT,
     )
 
 
@@ -49,18 +59,20 @@ class LessonSettings(TrainingSettings):
     """Settings of every learner that is made of a lesson."""
 
     timestep_range: Shares = Field(
-        (0.0, 1.0), description="share of the noise schedule that steps are drawn from (papers: all of it)"
+        (0.0, 1.0),
+        description="part of the noise schedule that steps are drawn from, [from, to] as shares of it (papers: all of "
+        "it, [0, 1])",
     )
     by_area: bool = Field(
         False,
-        description="divide a concept's denoising loss by its mask's share of the picture, so that a small object "
-        "counts as much as a large one (papers: no)",
+        description="divide the denoising loss of a concept by its mask's share of the picture, so that a small "
+        "object counts as much as a large one (papers: no)",
     )
     attention_grid: int = Field(
         16,
         ge=1,
-        description="cells along the picture's shorter side on which an attention loss is computed; the model's "
-        "nearest grid is taken",
+        description="attention grid of the attention loss: cells along the picture's shorter side; the model's "
+        "nearest is taken",
     )
 
 
@@ -71,19 +83,20 @@ class PriorSettings(TrainingSettings):
         64,
         ge=0,
         le=100_000,
-        description="images generated to preserve the prior while weights are trained; published: 1000",
+        description="pictures that the model draws beforehand, and must still draw while its weights are trained "
+        "(prior preservation); published: 1000",
     )
     prior_weight: float = Field(1.0, ge=0, description="weight of the prior-preservation loss")
     prior_prompt: str | None = Field(
         None,
-        description="what these images are of; none: the regions' words in turn, in the templates (DreamBooth: the "
+        description="prompt of the prior images; none: the regions' words in turn, in the templates (DreamBooth: the "
         "class noun); ICE as published: 'a photo at the beach'",
     )
     prior_steps: int | None = Field(
-        None, ge=1, le=1000, description="denoising steps of these images; none: the backbone's own"
+        None, ge=1, le=1000, description="denoising steps of the prior images; none: the backbone's own number"
     )
     prior_guidance: float | None = Field(
-        None, ge=0, le=100, description="how strongly these images follow their prompt; none: the backbone's own"
+        None, ge=0, le=100, description="guidance scale of the prior images; none: the backbone's own"
     )
 
     @field_validator("prior_prompt")

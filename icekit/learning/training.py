@@ -105,12 +105,15 @@ class Group:
     setting: the learner's setting that the rate is from; named when the training breaks.
     takes_part: whether a step's losses are of these parameters; in another step they have no gradient, and stay as
         they are (unless there is ``one_optimizer``). None: in every step.
+    keeps_length: after every step each parameter is brought back to the length that it had when the phase began, so
+        that its direction alone is learned (Kim et al., "Directional Textual Inversion", 2025).
     """
 
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
     setting: str = "learning_rate"
     takes_part: Callable[[int], bool] | None = None
+    keeps_length: bool = False
 
 
 class Trainer:
@@ -208,6 +211,7 @@ class Trainer:
         )
         if one_optimizer or self.done >= steps.start:  # else the moments are an earlier phase's
             self._restore_optimizer(optimizer, named, all_alike=one_optimizer)
+        lengths = self._lengths(phase, groups)
         fastest = max(groups, key=lambda group: group.learning_rate)
         slower = f"try a lower learner.{fastest.setting} than {fastest.learning_rate:g}, or {PRECISE}"
         advice = f"nothing was learned before it, so that the model or the settings' weights are to blame: {PRECISE}"
@@ -232,6 +236,9 @@ class Trainer:
                 norm = nn.utils.clip_grad_norm_(together.values(), self.gradient_clip)
                 check_finite({"gradient of the": float(norm)}, phase, step, advice)
             optimizer.step()
+            for name, length in lengths.items():
+                row = named[name].data
+                row *= length / row.norm().clamp_min(torch.finfo(row.dtype).tiny)
             self.done = step
             self.on_step(Step(step, self.total, phase, sums))
             if step % self.checkpoint_every == 0 or step == steps[-1]:
@@ -240,6 +247,19 @@ class Trainer:
         for parameter in named.values():
             parameter.requires_grad_(False)
             parameter.grad = None
+
+    def _lengths(self, phase: str, groups: Sequence[Group]) -> dict[str, Tensor]:
+        """The lengths that are kept, by the parameters' names. They are saved: of a row that was brought back to a
+        length the norm is that length up to rounding alone.
+        """
+        kept = {
+            name: parameter.detach().norm()
+            for group in groups
+            if group.keeps_length
+            for name, parameter in group.parameters.items()
+        }
+        self.keep({f"{phase}/{name}": length for name, length in kept.items()}, "length")
+        return kept
 
     def repeat(self, phase: str, steps: range, step_of: Callable[[int], Losses]) -> None:
         """Steps without an optimiser, as far as they are not done yet: what they change must be kept tensors.

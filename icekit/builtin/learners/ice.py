@@ -187,16 +187,21 @@ class IceLesson(Lesson):
         """Whether a step of phase one or two is one of this concept."""
         return lambda step: concept in self.concepts_of("learn", step)
 
+    @property
+    def keeps_length(self) -> bool:
+        """Whether the direction of a row alone is learned."""
+        return self.settings.row_norm == "keep"
+
     def _object_groups(self, concept: int) -> list[Group]:
         """One concept's category and instance."""
         names, takes_part = self.names[concept], self._takes_part(concept)
         category, instance = (flat(self.tokens, [names[kind]]) for kind in ("category", "instance"))
         rate, own_rate = self.settings.learning_rate, self.settings.category_learning_rate
         if own_rate is None:
-            return [Group(category | instance, rate, takes_part=takes_part)]
+            return [Group(category | instance, rate, takes_part=takes_part, keeps_length=self.keeps_length)]
         return [
-            Group(category, own_rate, "category_learning_rate", takes_part),
-            Group(instance, rate, takes_part=takes_part),
+            Group(category, own_rate, "category_learning_rate", takes_part, self.keeps_length),
+            Group(instance, rate, takes_part=takes_part, keeps_length=self.keeps_length),
         ]
 
     def _attribute_groups(self, concept: int) -> list[Group]:
@@ -211,11 +216,12 @@ class IceLesson(Lesson):
         mixed = {name: self.mixtures[name].logits for name in tokens if name in self.mixtures}
         rate, word_rate = self.settings.learning_rate, self.settings.word_learning_rate
         groups = [
-            Group(free, rate, takes_part=takes_part),
+            Group(free, rate, takes_part=takes_part, keeps_length=self.keeps_length),
             Group(mixed, word_rate, "word_learning_rate", takes_part),
         ]
         if self.settings.optimizer == "one":
-            groups.append(Group(flat(self.tokens, [names["instance"]]), rate, takes_part=lambda _: False))
+            instance = flat(self.tokens, [names["instance"]])
+            groups.append(Group(instance, rate, takes_part=lambda _: False, keeps_length=self.keeps_length))
         return [group for group in groups if group.parameters]
 
     # --- Attribute tokens that are mixtures of words -----------------------------------------------------------------
