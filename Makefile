@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.icekit-setup
 
-.PHONY: setup demo test format
+.PHONY: setup demo docs test format
 
 setup: $(STAMP)
 
@@ -11,14 +11,18 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --group dev \
-		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture -e plugins/icekit-neighbours
+		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture -e plugins/icekit-neighbours \
+		-e plugins/icekit-detector
 	touch $@
 
 demo: setup
 	$(BIN)/icekit run examples/tabletop.png --backbone tabletop --out runs/demo --overwrite \
 		--attribute colour --attribute material --attribute texture
 
-test: setup
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: setup docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

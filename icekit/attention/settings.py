@@ -33,54 +33,101 @@ backbone's nearest grids are meant."""
 class LookingSettings(ComponentSettings):
     """Settings of how a picture is looked at, see ``look_at``."""
 
-    shares: Shares = Field((0.15,), description="how noisy, 0 to 1 of the noise schedule; several are averaged")
+    shares: Shares = Field(
+        (0.15,),
+        description="how much noise the picture has when its attention is read, as a share of the noise schedule (0: "
+        "none, 1: all noise); with several values the maps are averaged",
+    )
     noise: bool = Field(
-        True, description="add that much noise to the image; published: a clean latent, said to be that noisy"
+        True,
+        description="add that noise to the picture; false: read a clean picture, and tell the model that it is that "
+        "noisy (published)",
     )
     draws: int = Field(
-        4, ge=1, le=1000, description="draws of the noise that are averaged, for each share; with noise only"
+        4,
+        ge=1,
+        le=1000,
+        description="how many times noise is drawn for each share; the maps are averaged. Only with noise = true",
     )
 
 
 class AttentionSettings(LookingSettings):
     """Settings that these segmentors share."""
 
-    prompt: str = Field("{word} things background", description="the word and its rivals")
+    prompt: str = Field(
+        "{word} things background",
+        description="the prompt under which attention is read: {word} is the word that is looked for, the others "
+        "compete with it for the pixels",
+    )
     look_at: Literal["image", "rest"] = Field(
-        "image", description="the whole image, or only the rest of it with found concepts filled in"
+        "image",
+        description="what the attention is read from: image, the whole picture, or rest, the picture with the "
+        "concepts found so far erased",
     )
     word_grids: Grids = Field(
         (16, 32),
-        description="attention grids the word is read on, averaged: cells along the image's shorter side; the "
-        "model's nearest are taken",
+        description="attention grids that the word's map is read from, averaged: cells along the picture's shorter "
+        "side; the model's nearest are taken",
     )
     word_weights: Literal["equal", "side"] = Field(
-        "equal", description="how much each of these grids counts: the same, or in proportion to its side"
+        "equal", description="weight of each of these grids in the average: equal, or side, in proportion to its side"
     )
     one_piece: bool = Field(
         False,
-        description="keep one peak of the attention, the heaviest: for scenes of separate things",
+        description="keep only the part of the word's map around its strongest peak; for pictures of separate objects",
     )
     dip: float = Field(
-        0.1, gt=0, lt=1, description="two maxima are two peaks when attention between them is lower by this share"
+        0.1,
+        gt=0,
+        lt=1,
+        description="with one_piece: two maxima of the map are two peaks if the map falls by this much between them, "
+        "as a share of its highest value",
     )
     join: float = Field(
         0.75,
         gt=0,
         le=1,
-        description="a peak that attends to the heaviest, and it to that, this much as to itself, is its own",
+        description="with one_piece: a second peak belongs to the kept object if the self-attention between the two "
+        "peaks is at least this share of that within each",
     )
-    join_alike: float = Field(0.5, gt=0, le=1, description="the same, for a peak of the heaviest's colours")
+    join_alike: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="with one_piece: the share that is enough in place of join if the two peaks have like colours, "
+        "see alike",
+    )
     alike: float = Field(
-        10.0, ge=0, description="colours are the same up to this mean distance to the nearest, in CIELAB's units"
+        10.0,
+        ge=0,
+        description="with one_piece: largest mean colour distance, in CIELAB units, at which two peaks have like "
+        "colours",
     )
-    refinement: bool = Field(True, description="let the mask's edges follow the image's")
-    foreground: float = Field(0.7, ge=0, le=1, description="refinement learns the object's colours above this")
-    background: float = Field(0.2, ge=0, le=1, description="refinement learns its surroundings' colours below this")
-    colour_weight: float = Field(0.5, ge=0, description="refinement: how much colour counts")
-    map_weight: float = Field(2.0, ge=0, description="refinement: how much the attention map counts")
-    smoothness: float = Field(10.0, gt=0, description="refinement: how far it averages between edges")
-    min_island: float = Field(0.1, ge=0, lt=1, description="islands and holes below this share of the mask go")
+    refinement: bool = Field(
+        True, description="move the mask's edges to the picture's edges, by a random walker with a colour model"
+    )
+    foreground: float = Field(
+        0.7,
+        ge=0,
+        le=1,
+        description="refinement: the object's colours are learned where the map is at least this, from 0 to 1",
+    )
+    background: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="refinement: the surroundings' colours are learned where the map is at most this, from 0 to 1",
+    )
+    colour_weight: float = Field(0.5, ge=0, description="refinement: weight of the colour model")
+    map_weight: float = Field(2.0, ge=0, description="refinement: weight of the attention map")
+    smoothness: float = Field(
+        10.0,
+        gt=0,
+        description="refinement: how far the mask is smoothed where the picture has no edges; larger is smoother",
+    )
+    min_island: float = Field(
+        0.1, ge=0, lt=1, description="islands and holes smaller than this share of the mask are removed"
+    )
 
     @field_validator("prompt")
     @classmethod

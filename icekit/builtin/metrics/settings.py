@@ -26,7 +26,11 @@ _BACKGROUND = "what is around a concept when the source image is masked to it: b
 class ClipSettings(ComponentSettings):
     """What the pictures are compared with."""
 
-    clip: ClipName = Field("ViT-B-32", description="open_clip name, hf-hub:OWNER/NAME, or a folder (local-dir:PATH)")
+    clip: ClipName = Field(
+        "ViT-B-32",
+        description="CLIP model that pictures are compared by: open_clip name, hf-hub:OWNER/NAME, or a folder "
+        "(local-dir:PATH)",
+    )
     pretrained: ClipWeights = Field("openai", description="open_clip's name of the weights; not for folders")
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
     prompt: PromptedBy = Field("instance", description=_PROMPT)
@@ -42,7 +46,8 @@ class DinoSettings(ComponentSettings):
     """What the pictures are compared with."""
 
     dino: Annotated[str, PLACE] = Field(
-        "facebook/dino-vits16", description="hub id or folder of a vision transformer for transformers"
+        "facebook/dino-vits16",
+        description="vision transformer that pictures are compared by: a hub id, or a folder for transformers",
     )
     background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
     prompt: PromptedBy = Field("instance", description=_PROMPT)

@@ -37,9 +37,12 @@ class PictureSettings(LessonSettings):
     """Settings of learners without masks of their own."""
 
     shown: Shown = Field(
-        "alone", description="what a token learns: its object alone on plain colours, or the whole image as it is"
+        "alone",
+        description="what a token is learned from: alone, the object on plain colours, or image, the whole image",
     )
-    backgrounds: int = Field(8, ge=1, le=1000, description="plain colours, random, that an object alone is shown on")
+    backgrounds: int = Field(
+        8, ge=1, le=1000, description="number of random plain colours that an object alone is shown on"
+    )
     batch_size: int = Field(1, ge=1, le=1000, description="pictures of each concept in one step")
 
 
