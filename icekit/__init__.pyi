@@ -1,5 +1,6 @@
 from .hookspecs import hookimpl as hookimpl
 from .plugins import Plugins as Plugins
+from .plugins import attributes_from as attributes_from
 from .protocols import Attribute as Attribute
 from .protocols import BenchImage as BenchImage
 from .protocols import BenchPicture as BenchPicture
@@ -8,6 +9,7 @@ from .protocols import Checkpoint as Checkpoint
 from .protocols import Column as Column
 from .protocols import ComponentSettings as ComponentSettings
 from .protocols import Conditioning as Conditioning
+from .protocols import Exporter as Exporter
 from .protocols import FineTuning as FineTuning
 from .protocols import FoundConcept as FoundConcept
 from .protocols import InputError as InputError
@@ -25,6 +27,8 @@ from .protocols import View as View
 from .protocols import token_names as token_names
 from .run.compose import compose as compose
 from .run.directory import Located as Located
+from .run.exporting import ExportError as ExportError
+from .run.exporting import export as export
 from .run.extraction import Concept as Concept
 from .run.extraction import ConceptLibrary as ConceptLibrary
 from .run.extraction import Extraction as Extraction

@@ -1,7 +1,11 @@
 """Every hook of icekit. The docstring of a hook is its reference.
 
 A plugin is a module (or object) with functions of these names, marked with ``icekit.hookimpl`` and found through the
-entry-point group ``icekit``. Names and argument names are checked by pluggy at registration.
+entry-point group ``icekit``. Names and argument names are checked when it comes in.
+
+A hook that is to go is marked ``@hookspec(warn_on_impl=DeprecationWarning("hook x goes in icekit 2: use y"))``, one of
+its arguments with ``warn_on_impl_args``. It works until then, and whoever has a plugin that implements it reads this on
+stderr, with the plugin, its distribution, file and line.
 """
 
 from __future__ import annotations
@@ -94,6 +98,11 @@ def register_metrics(register: Register) -> None:
 
 
 @hookspec
+def register_exporters(register: Register) -> None:
+    """Offer what writes files from a complete run: ``register("report", Report)``; see ``protocols.Exporter``."""
+
+
+@hookspec
 def register_commands(cli: click.Group) -> None:
     """Add sub-commands to ``icekit``: ``@cli.command() ...``."""
 
@@ -105,7 +114,9 @@ def run_started(run_dir: Path, settings: Settings) -> None:
 
 @hookspec
 def stage_started(name: str, total: int | None) -> None:
-    """A stage begins: ``load``, ``localise``, ``learn`` or ``generate``, with its number of steps where known."""
+    """A stage begins: ``load``, ``localise``, ``learn``, ``generate`` or ``export``, with its number of steps where
+    known.
+    """
 
 
 @hookspec

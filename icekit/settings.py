@@ -17,6 +17,9 @@ each component's settings in a table of its own::
     [learner]
     steps = 400
 
+An attribute needs no plugin: a table ``[attribute.gloss]`` with ``anchor`` and ``words`` makes one that ``attributes``
+can name.
+
 On the command line the same are ``--set max_concepts=4``, ``--set components.backbone=sd21`` (or ``--backbone sd21``)
 and ``--set learner.steps=400``. ``"none"`` is None, for a setting that may be: TOML has no word for it.
 """
@@ -29,7 +32,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -46,64 +49,100 @@ ROLES: tuple[Role, ...] = ("backbone", "retriever", "segmentor", "learner")
 class Components(StrictSettings):
     """Which plugin does what, by registered name."""
 
-    backbone: str = Field("sd21", description="pre-trained text-to-image model")
-    retriever: str = Field("clip", description="image -> words")
-    segmentor: str = Field("xattn", description="image, word -> mask")
-    learner: str = Field("ice", description="image, regions, attributes -> tokens")
+    backbone: str = Field("sd21", description="the pre-trained text-to-image model")
+    retriever: str = Field("clip", description="what finds words for the image")
+    segmentor: str = Field("xattn", description="what finds a word's place in the image")
+    learner: str = Field("ice", description="what learns the tokens")
+
+
+class AttributeSettings(StrictSettings):
+    """An attribute that needs no plugin, a table ``[attribute.NAME]``: see ``protocols.Attribute``."""
+
+    anchor: str = Field(min_length=1, description="the text that stands for the attribute itself")
+    words: tuple[str, ...] = Field(min_length=1, description="the words that a learned token is named with")
+    aliases: tuple[str, ...] = Field((), description="other spellings of the name")
 
 
 class Settings(StrictSettings):
     """All settings of a run. The components' own ones are checked against the components' models by ``resolve``."""
 
-    attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn")
+    attributes: tuple[str, ...] = Field(("colour", "material"), description="intrinsic attributes to learn tokens for")
     max_concepts: int = Field(10, ge=1, le=10_000, description="stop looking after this many concepts")
     max_rounds: int | None = Field(
-        None, ge=1, description="stop looking after this many words, whether or not they have a place; none: no limit"
+        None,
+        ge=1,
+        description="stop looking after this many words, whether or not they were found in the image; none: no limit",
     )
-    min_visible: float = Field(0.10, ge=0, lt=1, description="stop when no more than this share of the image is left")
-    min_area: float = Field(0.01, ge=0, lt=1, description="a region below this share of the image is not taken")
+    min_visible: float = Field(
+        0.10, ge=0, lt=1, description="stop looking when this share of the image or less is not yet part of a concept"
+    )
+    min_area: float = Field(0.01, ge=0, lt=1, description="a region smaller than this share of the image is not taken")
     apart: bool = Field(
         False,
-        description="each part of a word's mask that touches no other, not even at a corner, is a concept of its own, "
-        "if it has min_area (published)",
+        description="if a word's mask has several parts that do not touch, not even at a corner, each of at least "
+        "min_area is a concept of its own (published)",
     )
     reuse: Literal["never", "later"] = Field(
         "never",
-        description="whether a word, or one like it, may come again: never, or later, after another word (published)",
+        description="whether a word, or one like it, may be found again: never, or later, when another word was found "
+        "in between (published)",
     )
     naming: Literal["retrieved", "alone", "described"] = Field(
         "described",
-        description="retrieved: a region keeps the word by which it was found (paper); alone: the retriever looks at "
-        "each region alone, names it anew, and cuts it at a narrow place where two words fit its parts better than one "
-        "fits the whole; described: that, and it says which words of each attribute fit, if it can: learners may start "
-        "from them",
+        description="retrieved: a region keeps the word that it was found by (paper); alone: the retriever looks at "
+        "each region alone, names it anew, and cuts it at a narrow place if two words fit its parts "
+        "better than one fits the whole; described: as alone, and the retriever says how well each word "
+        "of each attribute fits, which learners may start from",
     )
     erase: Literal["inpaint", "black", "mean"] = Field(
-        "inpaint", description="what retrievers and segmentors see where a concept was erased"
+        "inpaint",
+        description="what retrievers and segmentors see in the place of a concept that was found: a continuation of "
+        "its surroundings, black, or the mean colour of the rest",
     )
     samples: int = Field(2, ge=0, le=10_000, description="images generated for each concept and each of its attributes")
     words_alone: bool = Field(
         True,
-        description="generate as many from the plain words alone and the same noise, to see what learning added",
+        description="beside each sample, generate one from plain words and the same noise, to show what learning added",
     )
     sample_steps: int | None = Field(
         None, ge=1, le=1000, description="denoising steps of a generated image; none: the backbone's own"
     )
     guidance_scale: float | None = Field(
-        None, ge=0, le=100, description="how strongly a generated image follows its prompt; none: the backbone's own"
+        None,
+        ge=0,
+        le=100,
+        description="classifier-free guidance of generated images: larger follows the prompt more; none: the "
+        "backbone's own",
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="every random choice follows from it")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed that every random choice follows from")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field(
         "auto", description="where the models run", json_schema_extra=CHANGES_NO_RESULT
     )
-    preset: str | None = Field(None, min_length=1, description="a named set of settings, below those that are given")
+    exporters: tuple[str, ...] = Field(
+        ("report",),
+        description="exporters that write into the run directory when the run is complete",
+        json_schema_extra=CHANGES_NO_RESULT,
+    )
+    preset: str | None = Field(
+        None,
+        min_length=1,
+        description="name of a preset, a named set of settings; what is given otherwise is put over it",
+    )
+    attribute: dict[str, AttributeSettings] = Field(
+        {},
+        description="attributes of one's own, a table [attribute.NAME] each with anchor and words, beside those of "
+        "plugins; attributes says by name which ones are learned",
+    )
     components: Components = Field(Components(), description="which plugin does what")
     backbone: dict[str, Any] = Field({}, description="settings of the backbone")
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")
     segmentor: dict[str, Any] = Field({}, description="settings of the segmentor")
     learner: dict[str, Any] = Field({}, description="settings of the learner")
+    exporter: dict[str, dict[str, Any]] = Field(
+        {}, description="settings of exporters, a table each: [exporter.NAME]", json_schema_extra=CHANGES_NO_RESULT
+    )
 
-    @field_validator("backbone", "retriever", "segmentor", "learner", mode="before")
+    @field_validator("backbone", "retriever", "segmentor", "learner", "exporter", mode="before")
     @classmethod
     def _not_deep(cls, values: Any) -> Any:
         if _is_deep(values):
@@ -178,7 +217,7 @@ class Preset:
         text = _read(file)
         values = _values_of(text, file)
         validate(Settings, {key: value for key, value in values.items() if key not in BENCH_TABLES})
-        for role in (*ROLES, "metric"):
+        for role in (*ROLES, "metric", "exporter"):
             table = values.get(role, {})
             for key, value in table.items() if isinstance(table, Mapping) else [("", table)]:
                 if not isinstance(value, Mapping):
@@ -370,10 +409,13 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     if problem["type"] == "extra_forbidden":
         holder: Any = model
         for part in location[:-1]:
-            holder = getattr(holder.model_fields.get(part), "annotation", None)
+            named = get_origin(holder) is dict  # a table of tables, by names that people choose
+            holder = get_args(holder)[1] if named else getattr(holder.model_fields.get(part), "annotation", None)
         parent = prefix + "".join(f"{part}." for part in location[:-1])
         known = [parent + name for name in getattr(holder, "model_fields", {})]
         return f"unknown setting {_shortened(key)!r}: {nearest(key, known)}"
+    if problem["type"] == "missing":
+        return f"setting {_shortened(key)!r} is missing"
     message = str(problem["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
     message = message.removeprefix("a valid ").replace("\n", " ")
     if problem["type"] == "model_type":

@@ -12,6 +12,7 @@ from pathlib import Path
 import plain_components as plain
 import pytest
 
+from icekit import export
 from icekit.cli.program import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,18 +45,31 @@ def icekit(arguments: Sequence[str | Path], cwd: Path, *folders: Path) -> subpro
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+def write_report(run_dir: Path) -> Path:
+    """What ``icekit report`` writes into a run directory."""
+    [path] = export(run_dir, "report")
+    return path
+
+
 def plain_plugin(folder: Path) -> Path:
     """The plain components as an installed distribution."""
     source = f"import sys; sys.path.append({str(ROOT / 'tests')!r})\nfrom plain_components import *\n"
     return plain.write_distribution(folder, "plain_plugin", source, name="plain-plugin")
 
 
-def in_this_process(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """``icekit`` in ``place`` without a new process, which would import torch again: arguments -> status, out, err."""
+Call = Callable[..., tuple[int, str, str]]
+"""``icekit``: arguments -> exit status, what it printed on stdout and on stderr."""
+
+
+def in_this_process(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """``icekit`` in ``place`` with the plain components, without a new process, which would import torch again."""
     found = plain.beside_builtins()
     monkeypatch.setattr("icekit.plugins.installed", lambda: found)
+    return with_what_is_installed(place, monkeypatch, capsys)
+
+
+def with_what_is_installed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """The same with what is installed and with the plugins that arguments and environment choose."""
     monkeypatch.setattr("icekit.cli.program.quieten", lambda: None)
     monkeypatch.chdir(place)
 

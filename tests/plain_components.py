@@ -19,7 +19,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from icekit import hookimpl
+from icekit import Extraction, hookimpl
 from icekit.paths import PLACE
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import (
@@ -329,6 +329,29 @@ class Looked(Named):
         images = outcome.generate("a photo of a cup")
         shape = tuple(outcome.image.pixels.shape[1:])
         return {"looked": Score(sum(one.size[::-1] == shape for one in images) / len(images), ("a photo of a cup",))}
+
+
+class PlainExporter:
+    """A text file for each concept."""
+
+    class Settings(ComponentSettings):
+        """There are none."""
+
+    def __init__(self, settings: Settings) -> None:
+        pass
+
+    def files(self, extraction: Extraction) -> Sequence[str]:
+        return [f"words/{concept.index}-{concept.label}.txt" for concept in extraction.concepts]
+
+    def export(self, extraction: Extraction, folder: Path) -> None:
+        (folder / "words").mkdir()
+        for name, concept in zip(self.files(extraction), extraction.concepts, strict=True):
+            (folder / name).write_text(concept.label)
+
+
+@hookimpl
+def register_exporters(register: Callable[[str, type], None]) -> None:
+    register("plain", PlainExporter)
 
 
 @hookimpl

@@ -8,11 +8,11 @@ from typing import Any
 import plain_components as plain
 import pytest
 import torch
+from icekit_process import write_report
 from PIL import Image
 
 from icekit import Extraction, InputError, extract
 from icekit.plugins import Plugins
-from icekit.report.page import write_report
 from icekit.run.compose import bind, compose, expand, split_reference
 from icekit.settings import load_settings
 

@@ -21,6 +21,7 @@ from icekit.plugins import Origin, Plugins
 from icekit.testing import (
     KINDS,
     DatasetUnderTest,
+    ExporterUnderTest,
     LearnerUnderTest,
     MetricUnderTest,
     RetrieverUnderTest,
@@ -143,6 +144,7 @@ BUILTINS: list[Any] = [
         for name in ("sim_i_dino", "sim_c_dino", "acc1_dino", "acc3_dino")
     ),
     DatasetUnderTest(DATASETS["folder"], pictures_in_a_folder, "folder"),
+    ExporterUnderTest(registered(builtin, "exporter")["report"], {"image_side": 300}, "report"),
 ]
 PLUGINS: list[Any] = [
     *registered(icekit_texture, "attribute").values(),

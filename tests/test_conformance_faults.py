@@ -8,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import Field, field_serializer
 
 from icekit.protocols import (
@@ -34,6 +36,7 @@ from icekit.testing import (
     AttributeUnderTest,
     BackboneUnderTest,
     DatasetUnderTest,
+    ExporterUnderTest,
     LearnerUnderTest,
     MetricUnderTest,
     RetrieverUnderTest,
@@ -180,6 +183,29 @@ class Drawn:
         return [BenchPicture(f"drawn-{n}", scene.picture, scene.concepts) for n in range(3)][:count]
 
 
+class Listed:
+    """A text file for each concept, and a list of them."""
+
+    class Settings(ComponentSettings):
+        """There are none."""
+
+    def __init__(self, settings: Settings) -> None: ...
+
+    def files(self, extraction: Any) -> Any:
+        return ["list.txt", *(f"texts/{self.stem(concept)}.txt" for concept in extraction.concepts)]
+
+    def export(self, extraction: Any, folder: Path) -> None:
+        (folder / "texts").mkdir()
+        for name in self.files(extraction):
+            (folder / name).write_text(self.text(extraction))
+
+    def stem(self, concept: Any) -> str:
+        return f"{concept.label}-{concept.index}"
+
+    def text(self, extraction: Any) -> str:
+        return " ".join(extraction.tokens)
+
+
 PLAIN: dict[str, Any] = {
     "retriever": RetrieverUnderTest(OneWord),
     "segmentor": SegmentorUnderTest(Half),
@@ -187,6 +213,7 @@ PLAIN: dict[str, Any] = {
     "learner": LearnerUnderTest(Walk),
     "metric": MetricUnderTest(Found),
     "dataset": DatasetUnderTest(Drawn),
+    "exporter": ExporterUnderTest(Listed),
     "attribute": AttributeUnderTest(Attribute("gloss", "gloss", ("matt", "glossy"))),
 }
 
@@ -270,7 +297,7 @@ def only_attributes_asked(self: Any, outcome: Any) -> Any:
     return {"found": Score(float(len([one.found.tokens["colour"] for one in outcome.matches if one.found])))}
 
 
-def refuse(settings: Any, picture: str, size: tuple[int, int]) -> None:
+def refuse(*_: Any) -> None:
     raise InputError("the files are of another picture")
 
 
@@ -282,6 +309,30 @@ def seen_before(self: Any, view: Any, word: str, generator: torch.Generator) -> 
     """A segmentor that keeps what it has seen."""
     self.seen = getattr(self, "seen", 0) + 1
     return view.visible & (torch.arange(view.visible.shape[1]) < self.seen)
+
+
+def exporting(also: Callable[[Any, Path], object]) -> Any:
+    """An exporter that does something else as well."""
+
+    def export(self: Any, extraction: Any, folder: Path) -> None:
+        Listed.export(self, extraction, folder)
+        also(extraction, folder)
+
+    return changed("exporter", export=export)
+
+
+def only(right: Callable[[Any], object]) -> Any:
+    """An exporter that takes only some runs."""
+
+    def look(extraction: Any, folder: Path) -> None:
+        if not right(extraction):
+            raise ValueError("this cannot be")
+
+    return exporting(look)
+
+
+def picture_of(extraction: Any) -> Any:
+    return np.asarray(Image.open(extraction.run_dir / "image.png"))
 
 
 FAULTS: dict[str, tuple[str, Any]] = {
@@ -481,6 +532,53 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "fewer than asked for": (
         "check_own_number",
         changed("dataset", pictures=lambda self, count, *given: Drawn.pictures(self, min(count or 3, 3), *given)),
+    ),
+    "a file elsewhere": ("check_files", after("files", "exporter", lambda names: ["../list.txt", *names])),
+    "files as text": ("check_files", after("files", "exporter", lambda names: names[0])),
+    "files by chance": ("check_files", after("files", "exporter", lambda names: [f"{next(counter)}.txt"])),
+    "a file that is not declared": (
+        "check_written_files",
+        exporting(lambda _, folder: (folder / "more.txt").write_text("more")),
+    ),
+    "a file that is not written": (
+        "check_written_files",
+        exporting(lambda _, folder: (folder / "list.txt").unlink()),
+    ),
+    "a link for a file": (
+        "check_written_files",
+        exporting(lambda run, folder: (folder / "link").symlink_to(run.run_dir / "image.png")),
+    ),
+    "a file beside the folder": (
+        "check_written_files",
+        exporting(lambda _, folder: (folder.parent / "more.txt").write_text("more")),
+    ),
+    "no run at all": ("check_written_files", exporting(refuse)),
+    "a file in the run": (
+        "check_the_run_stays",
+        exporting(lambda run, _: (run.run_dir / "more.txt").write_text(str(next(counter)))),
+    ),
+    "changed tokens": (
+        "check_the_run_stays",
+        exporting(lambda run, _: [row.add_(1) for own in run.tokens.values() for row in own.values()]),
+    ),
+    "bytes by chance": ("check_same_run_same_files", changed("exporter", text=lambda *_: f"{next(counter)}")),
+    "the run's settings": (
+        "check_in_a_run_directory",
+        exporting(lambda run, _: (run.run_dir / "settings.toml").write_text("# none")),
+    ),
+    "samples alone": ("check_no_samples", only(lambda run: (run.run_dir / "samples").is_dir())),
+    "two and no fewer": ("check_one_concept", only(lambda run: run.concepts[1])),
+    "nine and no more": ("check_ten_concepts", only(lambda run: len(run.concepts) < 10)),
+    "labels as names": ("check_one_word_for_all", changed("exporter", stem=lambda self, concept: concept.label)),
+    "plain letters": ("check_any_word", only(lambda run: all(one.label.isascii() for one in run.concepts))),
+    "always a colour": ("check_no_attributes", only(lambda run: run.concepts[0].tokens["colour"])),
+    "seven attributes and no more": ("check_eight_attributes", only(lambda run: len(run.record.attributes) < 8)),
+    "always a category": ("check_instance_alone", only(lambda run: run.concepts[0].tokens["category"])),
+    "large concepts": ("check_one_pixel", only(lambda run: min(one.mask().sum() for one in run.concepts) > 1)),
+    "several colours": ("check_one_colour", only(lambda run: picture_of(run).std() > 0)),
+    "square pictures exported": (
+        "check_two_sided_pictures",
+        only(lambda run: len({*picture_of(run).shape[:2]}) == 1),
     ),
     "a vocabulary of letters": ("check_registration", attribute(vocabulary="matt")),
     "a word twice": ("check_vocabulary", attribute(vocabulary=("matt", "Matt"))),

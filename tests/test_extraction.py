@@ -26,6 +26,7 @@ from icekit.randomness import derived_seed
 from icekit.run.directory import Located, RunDirectory
 from icekit.run.locating import locate
 from icekit.run.models import resolve_device
+from icekit.run.ownership import EXPORTS
 from icekit.run.showing import planned_samples
 from icekit.settings import Settings, load_settings, merge
 
@@ -58,7 +59,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert manifest == run.manifest
     assert list(manifest) == [
         "schema_version", "icekit_version", "image", "presets", "components", "backbone", "attributes", "seed",
-        "concepts", "learning_steps", "timings", "files",
+        "concepts", "learning_steps", "plugins", "timings", "files",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
@@ -81,6 +82,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
 
     assert sorted(files_of(tmp_path / "run")) == sorted(
         ["manifest.json", "image.png", "settings.toml", "log.jsonl", "report.html", "embeddings.safetensors"]
+        + [EXPORTS]
         + ["masks/0-cup.png", "masks/1-red-bowl.png"]
         + [f"embeddings/{token.strip('<>')}.safetensors" for one in (cup, bowl) for token in one["tokens"].values()]
         + [
@@ -427,7 +429,7 @@ def test_observers_hear_everything(plugins: Plugins, photo: Path, tmp_path: Path
     extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
     assert watcher.heard == [
         *("load", "run_started", "localise", "cup", "learn", "step 1", "step 2"),
-        *("generate", "image 1/4", "image 2/4", "image 3/4", "image 4/4", "finished 1"),
+        *("generate", "image 1/4", "image 2/4", "image 3/4", "image 4/4", "export", "finished 1"),
     ]
     with pytest.raises(InputError):
         extract(photo, tmp_path / "run", settings, observers=[watcher], installed=plugins)
@@ -539,25 +541,30 @@ def test_words_alone_are_english() -> None:
 
 def test_wrong_mask_names_the_segmentor(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
     monkeypatch.setattr(plain.PlainSegmentor, "segment", lambda self, view, word, generator: torch.ones(8, 8))
-    with pytest.raises(RunError, match=r"segmentor 'plain' returned a mask of torch.float32 \[8, 8\]"):
+    with pytest.raises(RunError, match=r"segmentor 'plain' of plugin .* returned a mask of dtype float32: bool is"):
         extract(photo, tmp_path / "run", plain_settings(), installed=plugins)
 
 
 def test_missing_token_names_the_learner(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:
-    def learned(**rows: torch.Tensor) -> Learned:
-        return Learned({"<cup-0>": {"clip_l": torch.zeros(plain.DIM)}, "<cup-0-instance>": dict(rows)})
-
-    for number, rows in enumerate(
-        (
-            {},
-            {"clip_l": torch.zeros(plain.DIM + 1)},
-            {"clip_l": torch.full((plain.DIM,), torch.nan)},
-            {"clip_g": torch.zeros(plain.DIM)},
-        )
-    ):
-        monkeypatch.setattr(plain.PlainLearner, "learn", lambda self, *a, rows=rows, **k: learned(**rows))
-        with pytest.raises(RunError, match="learner 'plain' returned no usable embedding for <cup-0-instance>"):
-            extract(photo, tmp_path / str(number), plain_settings(), installed=plugins)
+    """Each mistake is said for itself."""
+    good = {"clip_l": torch.zeros(plain.DIM)}
+    mistakes: dict[str, dict[str, torch.Tensor] | None] = {
+        "1 of 2 tokens: <cup-0-instance> is missing": None,
+        "the token <cup-0-instance> with rows for none: 'clip_l' is right": {},
+        r"a row of shape \[9\]: \[8\] is right": {"clip_l": torch.zeros(plain.DIM + 1)},
+        "a row with numbers that are not finite": {"clip_l": torch.full((plain.DIM,), torch.nan)},
+        "a row of dtype float64: float32 is right": {"clip_l": torch.zeros(plain.DIM, dtype=torch.float64)},
+        "a row with a gradient": {"clip_l": torch.zeros(plain.DIM, requires_grad=True)},
+        "with rows for 'clip_g': 'clip_l' is right": {"clip_g": torch.zeros(plain.DIM)},
+        "more tokens than it was asked for: <cup-0-mood> is too many": good,
+    }
+    chosen = plain_settings(max_concepts=1, attributes=())
+    for number, (message, row) in enumerate(mistakes.items()):
+        tokens = {"<cup-0>": good} | ({} if row is None else {"<cup-0-instance>": row})
+        tokens |= {"<cup-0-mood>": good} if row is good else {}
+        monkeypatch.setattr(plain.PlainLearner, "learn", lambda *a, tokens=tokens, **k: Learned(tokens))
+        with pytest.raises(RunError, match=rf"^learner 'plain' of plugin .* returned .*{message}"):
+            extract(photo, tmp_path / str(number), chosen, installed=plugins)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(photo: Path, tmp_path: Path, plugins: Plugins, monkeypatch: Any) -> None:

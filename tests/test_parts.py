@@ -72,4 +72,4 @@ def test_a_part_that_was_promised_must_come(run: Run, monkeypatch: pytest.Monkey
     monkeypatch.setattr(plain.OneTokenLearner, "parts", ("instance", "category"))
     status, _, err = run("run", "photo.png", *ONE_TOKEN, *QUICK, "--out", "broken")
     assert status == 1
-    assert "learner 'one-token' returned no usable embedding for <cup-0>" in err
+    assert "learner 'one-token' of plugin 'plain' (plain-plugin 1.0) returned 1 of 2 tokens: <cup-0> is missing" in err

@@ -165,6 +165,8 @@ class Learner:
         rate: float = 0.1
         own_rate: float | None = 0.3
 
+    def __init__(self, settings: object, backbone: object) -> None: ...
+
     def learn(self, *given: object, **named: object) -> None: ...
 
 
@@ -287,6 +289,8 @@ def test_a_preset_does_not_reach_a_component_that_it_does_not_name(tmp_path: Pat
             model: Literal["mine"] = "mine"
             vocabulary: int = 7
             steps: int = 3
+
+        def __init__(self, settings: object, backbone: object) -> None: ...
 
         def retrieve(self, *given: object, **named: object) -> None: ...
 

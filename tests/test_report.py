@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from icekit_process import write_report
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +23,8 @@ from icekit.protocols import FineTuning, InputError, Learned
 from icekit.report import loss_chart
 from icekit.report import page as report
 from icekit.run.directory import RunDirectory
+from icekit.run.log import LogLine, read_log
+from icekit.run.ownership import EXPORTS
 from icekit.run.records import Manifest
 
 PARTS = ("category", "instance", "colour", "material")
@@ -130,7 +133,7 @@ def write_manifest(run: Path, manifest: dict[str, Any]) -> None:
 @pytest.mark.parametrize("size", [64, 512])
 def test_a_complete_run(tmp_path: Path, size: int) -> None:
     run = write_run(tmp_path, ["cup", "tea pot", "ball"], size)
-    path = report.write_report(run)
+    path = write_report(run)
     page = read_page(path)
     assert path == run / "report.html"
     for text in ("photo.jpg", "cup", "tea pot", "<ball-2-material>", "tabletop", "1 min 14 s", "orange"):
@@ -148,7 +151,7 @@ def test_a_complete_run(tmp_path: Path, size: int) -> None:
 def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
     run = write_run(tmp_path, ["cup"])
     manifest = json.loads((run / "manifest.json").read_text())
-    before = read_page(report.write_report(run))
+    before = read_page(write_report(run))
     assert "words alone" not in before.text  # a run of before there were any
     assert "presets" not in before.text
 
@@ -159,7 +162,7 @@ def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
     for part in ("object", "colour"):
         for number in range(2):
             Image.new("RGB", (64, 64), "white").save(run / "samples" / f"0-{part}-words-{number}.png")
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     assert len(page.all("img")) == len(before.all("img")) + 4
     assert sum(image["alt"] == "Generated with the words white cup, sample 1" for image in page.all("img")) == 2
     text = " ".join(page.text.split())
@@ -173,7 +176,7 @@ def test_what_the_words_alone_would_have_given(tmp_path: Path) -> None:
         file.unlink()
     manifest["presets"] = []
     write_manifest(run, manifest)
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     assert len(page.all("img")) == len(before.all("img"))
     assert "the difference is what learning added" not in page.text
     assert "presetsnone" in " ".join(page.text.split())
@@ -234,7 +237,7 @@ def test_a_picture_of_two_sides(tmp_path: Path) -> None:
     manifest = json.loads((run / "manifest.json").read_text())
     manifest["image"]["height"] = 48
     write_manifest(run, manifest)
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     assert [outline["d"] for outline in page.all("path") if outline.get("class") == "line"]
     sizes = {image["alt"]: (image["width"], image["height"]) for image in page.all("img")}
     assert sizes["The image as the run saw it: photo.jpg"] == ("1024", "768")
@@ -242,7 +245,7 @@ def test_a_picture_of_two_sides(tmp_path: Path) -> None:
 
 
 def test_nothing_outside_is_asked_for(tmp_path: Path) -> None:
-    path = report.write_report(write_run(tmp_path, ["cup"]))
+    path = write_report(write_run(tmp_path, ["cup"]))
     html = path.read_text(encoding="utf-8")
     page = Page(html)
     for _, attributes in page.tags:
@@ -271,7 +274,7 @@ def test_names_from_a_run_are_harmless(tmp_path: Path, evil: str) -> None:
     write_manifest(run, manifest)
     (run / "settings.toml").write_text(f"# {evil}\n")
     (run / "log.jsonl").write_text(json.dumps({"step": 1, "phase": evil, "losses": {evil: 1.0}}))
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     assert evil in page.text
     assert len(page.all("script")) == 1
     assert all((image["src"] or "").startswith("data:") for image in page.all("img"))
@@ -293,7 +296,7 @@ def test_a_bare_run(tmp_path: Path) -> None:
         ],
     }
     write_manifest(tmp_path, manifest)
-    page = read_page(report.write_report(tmp_path))
+    page = read_page(write_report(tmp_path))
     assert page.all("img") == []
     assert page.all("svg") == []
     assert "Losses" not in page.text
@@ -301,7 +304,7 @@ def test_a_bare_run(tmp_path: Path) -> None:
 
 
 def test_no_concepts(tmp_path: Path) -> None:
-    page = read_page(report.write_report(write_run(tmp_path, [])))
+    page = read_page(write_report(write_run(tmp_path, [])))
     assert "No concept was found" in page.text
     assert "icekit compose" not in page.text
 
@@ -309,23 +312,23 @@ def test_no_concepts(tmp_path: Path) -> None:
 def test_no_samples_and_an_empty_mask(tmp_path: Path) -> None:
     run = write_run(tmp_path, ["cup"], samples=0)
     Image.new("L", (64, 64)).save(run / "masks" / "0.png")
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     assert "what it makes" not in page.text
     assert [outline for outline in page.all("path") if outline.get("class") == "line"] == []
 
 
 def test_an_unfinished_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run directory"):
-        report.write_report(tmp_path)
+        write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_report_is_replaced_and_leaves_nothing_else(tmp_path: Path) -> None:
     run = write_run(tmp_path, ["cup"])
     before = {path.name for path in run.iterdir()}
-    first = report.write_report(run).read_bytes()
-    assert report.write_report(run).read_bytes() == first
-    assert {path.name for path in run.iterdir()} == before | {"report.html"}
+    first = write_report(run).read_bytes()
+    assert write_report(run).read_bytes() == first
+    assert {path.name for path in run.iterdir()} == before | {"report.html", EXPORTS}
 
 
 def test_a_mask_outside_the_run_is_not_read(tmp_path: Path) -> None:
@@ -335,7 +338,7 @@ def test_a_mask_outside_the_run_is_not_read(tmp_path: Path) -> None:
     manifest["concepts"][0]["mask"] = "../secret.png"
     (run / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"concepts\.0\.mask: should be a file inside the directory"):
-        report.write_report(run)
+        write_report(run)
     assert not (run / "report.html").exists()
 
 
@@ -344,7 +347,7 @@ def test_samples_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     (run / "samples").mkdir()
     for k in range(11):
         Image.new("RGB", (64, 64), (k, 0, 0)).save(run / "samples" / f"0-colour-{k}.png")
-    page = read_page(report.write_report(run))
+    page = read_page(write_report(run))
     sources = [str(image["src"]) for image in page.all("img") if "colour" in str(image["alt"])][1:]
     shades = [
         Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).convert("RGB").getpixel((0, 0))
@@ -417,14 +420,14 @@ def test_log_lines_of_both_shapes_and_damaged_ones(tmp_path: Path) -> None:
         "[]\n\n"
         '{"step": 3, "pha'
     )
-    lines, passed_over = loss_chart.read_log(RunDirectory(tmp_path).files)
+    lines, passed_over = read_log(RunDirectory(tmp_path).files)
     assert lines == [
-        loss_chart.LogLine(1, "a", {"x": 1.0}),
-        loss_chart.LogLine(2, "b", {"x": 3.0}),
+        LogLine(1, "a", {"x": 1.0}),
+        LogLine(2, "b", {"x": 3.0}),
     ]
     assert passed_over == 1  # the last line was being written when the process was killed
     log.unlink()
-    assert loss_chart.read_log(RunDirectory(tmp_path).files) == ([], 0)
+    assert read_log(RunDirectory(tmp_path).files) == ([], 0)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +455,7 @@ def test_thinning_keeps_the_extremes() -> None:
 
 def test_charts_break_at_phases_and_stay_in_their_frame() -> None:
     log = [
-        loss_chart.LogLine(step, "one" if step <= 500 else "two", {"a": 1 / step} | ({"b": 2.0} if step > 500 else {}))
+        LogLine(step, "one" if step <= 500 else "two", {"a": 1 / step} | ({"b": 2.0} if step > 500 else {}))
         for step in range(1, 1001)
     ]
     first, second = loss_chart.loss_charts(log)
@@ -469,5 +472,5 @@ def test_charts_break_at_phases_and_stay_in_their_frame() -> None:
 
 
 def test_a_chart_of_one_step() -> None:
-    (chart,) = loss_chart.loss_charts([loss_chart.LogLine(1, "", {"a": 0.0})])
+    (chart,) = loss_chart.loss_charts([LogLine(1, "", {"a": 0.0})])
     assert chart.raw.count("L") == 1

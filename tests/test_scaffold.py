@@ -138,7 +138,7 @@ def test_icekits_wheel_has_all_templates(tmp_path: Path) -> None:
 def test_the_tutorial_shows_what_is_written() -> None:
     page = (ROOT / "docs" / "writing-plugins.md").read_text(encoding="utf-8")
     section = page.partition("## Start: `icekit plugins new`")[2].partition("\n## ")[0]
-    _, shown = re.findall(r"```\n(.*?)```", section, flags=re.DOTALL)
+    _, shown = re.findall(r"```\w+\n(.*?)```", section, flags=re.DOTALL)
     assert shown.split() == sorted(render_plugin("gloss", "attribute"))
     assert re.findall(r"^\| `(\w+)` \|", section, flags=re.MULTILINE) == list(KINDS)
 
@@ -155,7 +155,7 @@ def test_icekit_lists_every_kind(site: Path, tmp_path: Path) -> None:
     assert listed["broken"] == []
 
 
-@pytest.mark.parametrize("kind", ["attribute", "segmentor", "metric"])
+@pytest.mark.parametrize("kind", ["attribute", "segmentor", "metric", "exporter"])
 def test_icekits_checks_hold(kind: str, folders: dict[str, Path]) -> None:
     name = f"icekit_{NAMES[kind].replace('-', '_')}"
     spec = importlib.util.spec_from_file_location(name, folders[kind] / f"{name}.py")
@@ -211,6 +211,22 @@ def test_a_run_uses_it(kind: str, site: Path, tmp_path: Path) -> None:
     assert found.concepts
     told = icekit([NAMES["command"], "out"], tmp_path, site)
     assert [line.split("\t")[0] for line in told.stdout.splitlines()] == [one.label for one in found.concepts]
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_with_it(site: Path, tmp_path: Path) -> None:
+    name = NAMES["exporter"]
+    settings = [*WITHOUT_LEARNING, "--max-concepts", "1", "--set", f'exporters=["report","{name}"]']
+    done = icekit(["run", TABLETOP, "--out", "out", *settings], tmp_path, site)
+    assert done.returncode == 0, done.stderr
+    [concept] = Extraction.open(tmp_path / "out").concepts
+    file = f"{name}/{concept.index}-{concept.label}.png"
+    assert (tmp_path / "out" / file).is_file() and (tmp_path / "out" / "report.html").is_file()
+    typed = ["export", "out", "--format", name, "--out", "pictures", "--set", "margin=8"]
+    done = icekit(typed, tmp_path, site)
+    assert (done.returncode, done.stdout) == (0, f"pictures/{file}\n"), done.stderr
+    small, large = (Image.open(tmp_path / folder / file) for folder in ("out", "pictures"))
+    assert large.size == (small.width + 16, small.height + 16)
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ def component(**methods: object) -> type:
             rate: float = 5e-4
             model: str | None = None
 
+        def __init__(self, settings: object, backbone: object) -> None: ...
+
     for name in ("retrieve", "segment", "learn"):
         setattr(Component, name, lambda self, *given, **named: None)
     return Component
@@ -214,7 +216,7 @@ def test_malformed_assignment(text: str) -> None:
     [
         ("min_visble=0.2", "did you mean 'min_visible'"),
         ("components.learnr=ice", "did you mean 'components.learner'"),
-        ("zzz=1", "choose from apart, attributes"),
+        ("zzz=1", "choose from apart, attribute, attributes"),
         ("min_visible=2", "less than 1"),
         ("device=tpu", "'auto', 'cpu', 'cuda' or 'mps'"),
         ("seed=abc", "integer"),

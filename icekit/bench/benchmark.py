@@ -8,6 +8,7 @@ What is done is on disk at once, and a bench that goes on after any interruption
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import platform
 import time
@@ -34,6 +35,7 @@ from icekit.paths import user_path
 from icekit.pixels import to_tensor
 from icekit.plugins import Plugins
 from icekit.protocols import (
+    Attribute,
     Backbone,
     BenchImage,
     BenchPicture,
@@ -43,24 +45,27 @@ from icekit.protocols import (
     Metric,
     Region,
     RunError,
-    Score,
     Step,
     parts_of,
 )
 from icekit.protocols.strict import CHANGES_NO_RESULT, StrictSettings, as_stored, changes_no_result
 from icekit.randomness import seeded_generator
-from icekit.run import images
+from icekit.run import border, images
 from icekit.run.atomic import CannotWrite, write_image_atomically
 from icekit.run.directory import Located, RunDirectory
+from icekit.run.exporting import ExportError
 from icekit.run.extraction import Extraction
 from icekit.run.locating import UNNAMED, locate
 from icekit.run.machine import OutOfMemory, enough_memory
 from icekit.run.models import build_component, check_picture, load_backbone, reproducible, resolve_device
+from icekit.run.naming import check_words
 from icekit.run.orchestrator import extract
 from icekit.run.ownership import refuse_if_busy
 from icekit.run.reading import DamagedError
 from icekit.settings import BENCH_TABLES, NONE, ROLES, Role, Settings, merge, nearest, shown, validate
 from icekit.waiting import Ticker
+
+log = logging.getLogger(__name__)
 
 OWN_TABLES = ("dataset", "rows", *BENCH_TABLES)
 """Tables of a bench's settings that are no run's."""
@@ -231,10 +236,11 @@ class _Bench:
         self.locating = {one.stage_one: one.settings for one in described_last}
 
         self.backbone: Backbone = load_backbone(found, self.plain, resolve_device(self.plain.device))
+        check_words(self.plain.name_of("backbone"), self.backbone, self._own_attributes())
         size = self.backbone.image_size
         with self._naming("dataset", dataset, "load"):
             pictures = list(self.dataset.pictures(count, seed, size))
-        self.images = [self._image(one, size) for one in pictures]
+            self.images = [self._image(one, size) for one in pictures]
         _check_names([image.name for image in self.images], dataset)
         self.known = known_truth(self.images)
         self.metric_names = self._choose_metrics(metrics)
@@ -258,19 +264,8 @@ class _Bench:
             InputError: a segmentor's files are of another picture.
             RunError: the data set breaks its contract.
         """
-        if not isinstance(given, BenchPicture):
-            raise RunError(
-                f"data set {self.dataset_name!r} has {given!r} among its pictures, and no icekit BenchPicture"
-            )
+        border.check_bench_picture(("dataset", self.dataset_name), given, size)
         source = images.load_image(given.picture)
-        for number, concept in enumerate(given.concepts):
-            mask = concept.mask
-            if mask.dtype != torch.bool or tuple(mask.shape) != tuple(size) or not bool(mask.any()):
-                raise RunError(
-                    f"data set {self.dataset_name!r}: mask {number} of picture {given.name!r} is {mask.dtype} "
-                    f"{list(mask.shape)} with {int((mask != 0).sum())} pixels in it, expected torch.bool {list(size)} "
-                    "with one or more"
-                )
         for settings in self.locating.values():
             check_picture(self.plugins, settings, source.source, source.picture.size)
         return BenchImage(given.name, to_tensor(source.fitted(size)), given.concepts)
@@ -368,7 +363,9 @@ class _Bench:
     def _choose_metrics(self, asked: Sequence[str]) -> list[str]:
         """The metrics asked for, or those of the data set that its truth allows."""
         chosen = []
-        for name in _once(asked or self.dataset.metrics):
+        with self._naming("dataset", self.dataset_name, "load"):
+            usual = list(self.dataset.metrics)
+        for name in _once(asked or usual):
             lacking = sorted(set(self.plugins.component("metric", name).needs) - self.known)  # type: ignore[attr-defined]
             if lacking and asked:
                 raise InputError(
@@ -538,11 +535,7 @@ class _Bench:
         for name in missing:
             with self._naming("metric", name, "measure"):
                 scores = self.metrics[name].measure(outcome)
-            if not isinstance(scores, Mapping) or not all(isinstance(one, Score) for one in scores.values()):
-                raise RunError(f"metric {name!r} returned {scores!r:.80}, expected icekit Scores by column")
-            strange = sorted(scores.keys() - self.metrics[name].columns.keys())
-            if strange:
-                raise RunError(f"metric {name!r} measured {strange[0]!r}, which is none of its columns")
+                border.check_scores(("metric", name), scores, self.metrics[name].columns)
             kept["metrics"][name] = {
                 column: {
                     "value": score.value if score.value is not None and math.isfinite(score.value) else None,
@@ -591,7 +584,7 @@ class _Bench:
                 retriever,
                 segmentor,
                 settings,
-                attributes=[self.plugins.attribute(name) for name in settings.attributes],
+                attributes=self.plugins.attributes(settings),
                 located=located,
                 on_change=keep,
             )
@@ -630,6 +623,9 @@ class _Bench:
                 ),
                 None,
             )
+        except ExportError as error:  # which changes nothing of what is measured
+            log.warning("%s", error)
+            return error.extraction, None
         except (CannotWrite, OutOfMemory):
             raise  # that is the machine's, and no result
         except RunError as error:
@@ -655,6 +651,21 @@ class _Bench:
         """Those of all rows."""
         return _once([name for one in self.combinations for name in one.settings.attributes])
 
+    def _own_attributes(self) -> list[Attribute]:
+        """Those of all rows.
+
+        Raises:
+            InputError: two rows have different ones of one name.
+        """
+        made: dict[str, Attribute] = {}
+        for combination in self.combinations:
+            for one in self.plugins.attributes(combination.settings):
+                if made.setdefault(one.name, one) != one:
+                    raise InputError(
+                        f"row {combination.name!r} has another attribute {one.name!r} than others: name it otherwise"
+                    )
+        return list(made.values())
+
     def _end(
         self, name: str, image: BenchImage, regions: Sequence[Region], learner: str, learner_settings: Mapping[str, Any]
     ) -> Combination:
@@ -665,6 +676,7 @@ class _Bench:
             base,
             {
                 "attributes": self._attributes(),
+                "attribute": merge(*(one.settings.model_dump(mode="json")["attribute"] for one in self.combinations)),
                 "components": {"retriever": "words", "segmentor": "masks", "learner": learner},
                 "max_concepts": max(1, len(regions)),
                 "retriever": {"words": words},

@@ -30,6 +30,7 @@ from icekit.protocols import InputError
 from icekit.run.atomic import write_image_atomically, write_json_atomically, write_text_atomically
 from icekit.run.directory import RunDirectory, check_place
 from icekit.run.directory import is_own_name as is_own_name_in_run
+from icekit.run.exports import is_exported
 from icekit.run.ownership import (
     LOCK,
     NEXT,
@@ -107,7 +108,7 @@ class BenchDirectory:
                 ``overwrite`` was asked for.
         """
         check_place(self.path, "a bench", resume=resume, overwrite=overwrite)
-        finish_exchange(self.path, is_own_name, writing=writing)
+        finish_exchange(self.path, lambda name: is_own_name(name) or is_exported(self.path, name), writing=writing)
         try:
             before = self._record()
         except DamagedError:

@@ -13,6 +13,7 @@ from icekit.bench.directory import BenchDirectory, load_strip, save_strip
 from icekit.bench.matching import matches_of
 from icekit.protocols import NO_TOKENS, Backbone, BenchImage, FoundConcept, InputError, Match, Region
 from icekit.randomness import derived_seed
+from icekit.run.border import draw
 from icekit.run.extraction import Extraction
 from icekit.settings import Settings
 from icekit.waiting import Ticker
@@ -75,14 +76,16 @@ class MeasuredOutcome:
         if run is None and "<" in prompt:
             raise InputError(f"prompt {prompt!r}: nothing was found, so there are no tokens")
         ticker, done = Ticker(f"{self.image.name}: generating images"), itertools.count(1)
-        return self.backbone.generate(
+        return draw(
+            ("backbone", self.settings.name_of("backbone")),
+            self.backbone,
             [prompt] * self.count,
+            lambda place, picture: ticker.tick(next(done), self.count),
             seeds=[derived_seed(self.settings.seed, "bench", self.image.name, i) for i in range(self.count)],
             tokens=run.tokens if run else NO_TOKENS,
             steps=self.settings.sample_steps,
             guidance_scale=self.settings.guidance_scale,
             tuning=run.tuning() if run else None,
-            on_image=lambda place, picture: ticker.tick(next(done), self.count),
         )
 
 

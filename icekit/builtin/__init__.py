@@ -20,14 +20,20 @@ HERE = "icekit.builtin"
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Stable Diffusion 1.x and 2.x."""
-    from icekit.backbones.settings import StableDiffusionSettings
+    """Stable Diffusion 1.x, 2.x and XL."""
+    from icekit.backbones.settings import StableDiffusionSettings, StableDiffusionXLSettings
 
     register(
         "sd21",
         "icekit.backbones.stable_diffusion:StableDiffusion",
         settings=StableDiffusionSettings,
         summary="Any Stable Diffusion 1.x or 2.x model, from the hub or a folder in diffusers' format.",
+    )
+    register(
+        "sdxl",
+        "icekit.backbones.stable_diffusion_xl:StableDiffusionXL",
+        settings=StableDiffusionXLSettings,
+        summary="Any Stable Diffusion XL model, from the hub or a folder in diffusers' format.",
     )
 
 
@@ -140,6 +146,19 @@ def register_datasets(register: Register) -> None:
         f"{HERE}.datasets.folder:FolderDataset",
         settings=FolderSettings,
         summary="The user's own pictures from a folder, with their masks where there are some.",
+    )
+
+
+@hookimpl
+def register_exporters(register: Register) -> None:
+    """The report."""
+    from icekit.report.settings import ReportSettings
+
+    register(
+        "report",
+        "icekit.report.exporter:Report",
+        settings=ReportSettings,
+        summary="A page for people, report.html: a run's concepts, samples and attention maps, and what to type next.",
     )
 
 

@@ -112,7 +112,7 @@ def run_bench(
     from icekit.cli.progress import BenchProgress
 
     found = plugins.installed()
-    with aside(), BenchProgress([str(broken) for broken in found.broken]) as progress:
+    with aside(), BenchProgress([broken.warning for broken in found.broken]) as progress:
         made = bench(
             dataset,
             out,

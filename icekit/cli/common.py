@@ -6,10 +6,12 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from icekit import plugins
 from icekit.cli.completion import names
@@ -27,6 +29,8 @@ class Invocation:
     traceback: bool = False
     resume: str = ""
     """The command that goes on with the run, once there is one."""
+    choice: plugins.Choice = field(default_factory=plugins.Choice)
+    """The plugins that are loaded."""
 
 
 def with_resume(arguments: Sequence[str]) -> str:
@@ -40,19 +44,56 @@ def _note_traceback(context: click.Context, _parameter: click.Parameter, wanted:
         context.find_root().obj.traceback = True
 
 
-def traceback_option() -> click.Option:
-    """``--traceback``."""
-    return click.Option(
-        ["--traceback"],
-        is_flag=True,
-        expose_value=False,
-        callback=_note_traceback,
-        help="Show where an error came from.",
-    )
+PLUGIN_FILE, NO_PLUGIN = "--plugin-file", "--no-plugin"
+
+
+def common_options() -> list[click.Parameter]:
+    """Which plugins there are, read before any command by ``choice_in``; and ``--traceback``."""
+    return [
+        click.Option(
+            [PLUGIN_FILE],
+            multiple=True,
+            expose_value=False,
+            metavar="FILE",
+            shell_complete=lambda context, parameter, typed: [CompletionItem(typed, type="file")],
+            help="Load this plugin, a .py file or a .toml file of attributes; give it once for each.",
+        ),
+        click.Option(
+            [NO_PLUGIN],
+            multiple=True,
+            expose_value=False,
+            metavar="NAME",
+            help="Leave this plugin out; give it once for each.",
+        ),
+        click.Option(
+            ["--traceback"],
+            is_flag=True,
+            expose_value=False,
+            callback=_note_traceback,
+            help="Show where an error came from.",
+        ),
+    ]
+
+
+def choice_in(arguments: Sequence[str]) -> plugins.Choice:
+    """Which plugins the command line and the environment choose: to be known before there is a command to ask.
+
+    Raises:
+        InputError: a path that no file can have.
+    """
+    given: dict[str, list[str]] = {PLUGIN_FILE: [], NO_PLUGIN: []}
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if word == "--":
+            break
+        if option in given and (value := value if equals else next(words, "")):
+            given[option].append(value)
+    return plugins.Choice.of(tuple(map(Path, given[PLUGIN_FILE])), tuple(given[NO_PLUGIN]))
 
 
 class CommandGroup(click.Group):
-    """A group whose commands, a plugin's too, all take ``--traceback``."""
+    """A group whose commands, a plugin's too, all take ``common_options``."""
 
     origin: plugins.Origin | None = None
     """The plugin that adds commands."""
@@ -67,7 +108,7 @@ class CommandGroup(click.Group):
         return self
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, and the option to it.
+        """Add a command, and the options to it that it has not itself.
 
         Raises:
             PluginError: a plugin adds one that is there.
@@ -77,8 +118,8 @@ class CommandGroup(click.Group):
             if called in self.commands and self._origins.get(called) != self.origin:
                 raise plugins.PluginError(f"there is a command {called!r} already")
             self._origins[called] = self.origin
-        if not any("--traceback" in parameter.opts for parameter in cmd.params):
-            cmd.params.append(traceback_option())
+        own = {name for parameter in cmd.params for name in parameter.opts}
+        cmd.params += [option for option in common_options() if own.isdisjoint(option.opts)]
         super().add_command(cmd, name)
 
     @property

@@ -46,10 +46,13 @@ def complete_setting(_context: click.Context, _parameter: click.Parameter, typed
         return []
     found, keys = plugins.installed(), dict[str, str]()
     for name, field in Settings.model_fields.items():
-        if name not in (*ROLES, "components"):
+        if name not in (*ROLES, "attribute", "components", "exporter"):
             keys[name] = field.description or ""
     for role in ROLES:
         for one in found.offered(role).values():
             fields = one.settings.model_fields if one.settings is not None else {}
             keys |= {f"{role}.{key}": field.description or "" for key, field in fields.items()}
+    for name, one in found.offered("exporter").items():
+        fields = one.settings.model_fields if one.settings is not None else {}
+        keys |= {f"exporter.{name}.{key}": field.description or "" for key, field in fields.items()}
     return [CompletionItem(f"{key}=", help=what) for key, what in keys.items() if key.startswith(typed)]

@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from icekit import plugins
+from icekit.cli.checks import check_plugin, registered
 from icekit.cli.common import CommandGroup, print_table, table_of
-from icekit.cli.completion import names, one_of
+from icekit.cli.completion import complete_setting, names, one_of
+from icekit.foreign import aside
 from icekit.paths import user_path
-from icekit.protocols import InputError
+from icekit.protocols import Attribute, InputError
 from icekit.scaffold import KINDS, check_name, write_plugin
-from icekit.settings import Preset, nearest
+from icekit.settings import Preset, load_settings
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
+
+WIDTH, LONGEST = 100, 30
+"""Most columns of the list, and of a name and a distribution in it."""
+MARGINS, MARGINS_LIVE = 6, 11
+"""Columns between and around those of a table."""
 
 
 @click.group("plugins", cls=CommandGroup, invoke_without_command=True)
@@ -52,27 +62,64 @@ def list_plugins(context: click.Context, as_json: bool) -> None:
         broken = [{**vars(one.origin), "reason": one.reason} for one in found.broken]
         click.echo(json.dumps({"plugins": listed, "broken": broken}, indent=1))
         return
-    table = table_of("kind", "name", "what it is", "from")
-    for kind, name, summary, origin in rows:
-        table.add_row(kind, name, summary, f"{origin.distribution} {origin.version}")
-    print_table(table)
+    _print_rows([(kind, name, summary, _source(origin)) for kind, name, summary, origin in rows])
     for trouble in found.broken:
         click.echo(str(trouble))
+    if found.broken:
+        click.echo("--no-plugin NAME leaves one out; `icekit plugins list --traceback` shows where each one broke")
+
+
+def _source(origin: plugins.Origin) -> str:
+    """Where a plugin is from, short: a file without its folder."""
+    return f"{origin.distribution} {origin.version}" if origin.version else Path(origin.distribution).name
+
+
+def _print_rows(rows: Sequence[tuple[str, str, str, str]]) -> None:
+    """A table of at most ``WIDTH`` columns. What is too long is wrapped on a terminal, and cut elsewhere."""
+    from rich.cells import cell_len
+
+    live = sys.stdout.isatty()
+    width = min(WIDTH, shutil.get_terminal_size().columns) if live else WIDTH
+    table = table_of("kind", "name", "what it is", "from")
+    kind, name, summary, source = table.columns
+    left = width - (MARGINS_LIVE if live else MARGINS)
+    for number, column in ((0, kind), (1, name), (3, source)):
+        column.width = min(LONGEST, max(len(str(column.header)), *(cell_len(row[number]) for row in rows)))
+        left -= column.width
+    summary.width = max(left, len("what it is"))
+    if not live:
+        summary.no_wrap, summary.overflow = True, "ellipsis"
+    for row in rows:
+        table.add_row(*row)
+    print_table(table)
 
 
 @plugins_group.command("show")
 @click.argument("name", shell_complete=names(*plugins.KINDS))
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    shell_complete=names("backbone"),
+    help="Of an attribute: which of its words this model knows. It is loaded for it.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
+              shell_complete=complete_setting, help="One setting of that run, as in backbone.model=FOLDER")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
-def show_plugin(name: str, as_json: bool) -> None:
+def show_plugin(name: str, backbone: str | None, assignments: Sequence[str], as_json: bool) -> None:
     """Show what NAME is, and its settings: a component's with defaults and meaning, a preset's as they are."""
     found = plugins.installed()
-    everything = [one for role in plugins.KINDS for one in found.offered(role).values()]
-    matching = [one for one in everything if name in (one.name, *getattr(one.given, "aliases", ()))]
-    if not matching:
-        suspects = "".join(f"; {broken}" for broken in found.broken)
-        raise InputError(f"nothing is called {name!r}: {nearest(name, {one.name for one in everything})}{suspects}")
+    matching = registered(found, name)
+    known: list[str] | None = None
+    if backbone is not None:
+        matching = [one for one in matching if isinstance(one.given, Attribute)]
+        if not matching:
+            raise InputError(f"{name!r} is no attribute: --backbone says which of an attribute's words a model knows")
+        known = _known_words(found, matching[0].given, backbone, assignments)
+    elif assignments:
+        raise InputError("--set is for the model that --backbone names")
     if as_json:
-        click.echo(json.dumps([_described(found, one) for one in matching], indent=1))
+        rows = [_described(found, one) for one in matching]
+        click.echo(json.dumps([one | ({} if known is None else {"known": known}) for one in rows], indent=1))
         return
     for one in matching:
         click.echo(f"{one.role} {one.name}: {one.summary}\n{one.origin}")
@@ -80,10 +127,39 @@ def show_plugin(name: str, as_json: bool) -> None:
             click.echo(f"\n{one.given.text.rstrip()}")
         elif one.settings is None:
             click.echo(f"vocabulary: {', '.join(one.given.vocabulary)}")
+            if known is not None:
+                click.echo(_say_known(str(backbone), one.given, known))
         else:
             for row in _described(found, one)["settings"]:
                 click.echo(f"\n  {row['key']} = {json.dumps(row['default'], ensure_ascii=False)}  ({row['type']})")
                 click.echo(f"      {row['meaning']}")
+
+
+def _known_words(found: plugins.Plugins, attribute: Attribute, backbone: str, assignments: Sequence[str]) -> list[str]:
+    """The words of an attribute that a model knows, loaded on the CPU."""
+    from icekit.run.models import load_backbone, resolve_device
+    from icekit.run.naming import known_words
+
+    settings = load_settings(None, assignments, {"components": {"backbone": backbone}})
+    with aside():
+        loaded = load_backbone(found, found.resolve(settings), resolve_device("cpu"))
+        with found.naming("load", [("backbone", backbone)], by=("backbone", backbone)):
+            return known_words(loaded, attribute)
+
+
+def _say_known(backbone: str, attribute: Attribute, known: Sequence[str]) -> str:
+    unknown = [word for word in attribute.vocabulary if word not in known]
+    if not known:
+        return f"backbone {backbone} knows none of its words: a token of it could not be named"
+    if not unknown:
+        return f"backbone {backbone} knows all of them"
+    return (
+        f"backbone {backbone} knows {len(known)} of {len(attribute.vocabulary)}: {', '.join(known)}; "
+        f"it does not know {', '.join(unknown)}"
+    )
+
+
+plugins_group.add_command(check_plugin)
 
 
 @plugins_group.command("new")
@@ -130,9 +206,10 @@ def _describe(one: plugins.Registered) -> dict[str, Any]:
     if one.settings is None:
         return description | {"anchor": one.given.anchor, "vocabulary": list(one.given.vocabulary)}
     properties = one.settings.model_json_schema()["properties"] if one.settings.model_fields else {}
+    table = f"{one.role}.{one.name}" if one.role == "exporter" else one.role  # a run may have several exporters
     rows = [
         {
-            "key": f"{one.role}.{key}",
+            "key": f"{table}.{key}",
             "type": _type_name(field),
             "default": None if field.is_required() else properties[key].get("default"),
             "meaning": field.description or "",

@@ -6,6 +6,7 @@ settings are wrong, 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -17,8 +18,10 @@ import click
 
 from icekit import plugins
 from icekit.cli.bench import run_bench
-from icekit.cli.common import CommandGroup, Invocation, traceback_option
+from icekit.cli.common import CommandGroup, Invocation, choice_in, common_options
 from icekit.cli.compose import compose
+from icekit.cli.doctor import doctor
+from icekit.cli.export import export
 from icekit.cli.plugins import plugins_group
 from icekit.cli.report import report
 from icekit.cli.run import run
@@ -33,7 +36,7 @@ from icekit.run.machine import OutOfMemory
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
-@click.group(cls=CommandGroup, params=[traceback_option()], context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=CommandGroup, params=common_options(), context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="icekit", message="icekit %(version)s")
 def cli() -> None:
     """Find the concepts of one image and learn tokens for them and for their intrinsic attributes.
@@ -44,7 +47,7 @@ def cli() -> None:
     """
 
 
-for command in (run, compose, run_bench, report, plugins_group):
+for command in (run, compose, run_bench, export, report, plugins_group, doctor):
     cli.add_command(command)
 
 
@@ -74,6 +77,8 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
         if "--traceback" not in arguments:
             quieten()
         _check_working_directory()
+        invocation.choice = choice_in(arguments)
+        plugins.choose(invocation.choice)
         plugins.installed().each("register_commands", cli=cli.of)
         cli.origin = None
         result = cli.main(args=list(arguments), prog_name="icekit", standalone_mode=False, obj=invocation)
@@ -92,7 +97,7 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
         passing = getattr(error, "passing", True)
         return _fail(error, f"{error}{_goes_on(invocation) if passing else ''}", invocation, FAILED)
     except RunError as error:
-        foreign = isinstance(error, ComponentError) and not invocation.traceback
+        foreign = isinstance(error, ComponentError) and error.__cause__ is not None and not invocation.traceback
         return _fail(error, f"{error} (--traceback shows where)" if foreign else str(error), invocation, FAILED)
     except (KeyboardInterrupt, click.Abort) as error:
         hint = f": `{invocation.resume}` goes on" if invocation.resume else ""
@@ -105,7 +110,18 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
             return _fail(error, f"out of memory: {said(error)}{_goes_on(invocation)}", invocation, FAILED)
         return _fail(error, f"{said(error)} (--traceback shows where)", invocation, FAILED)
     finally:
+        if invocation.traceback:
+            _show_broken_plugins()
         nothing_after_results()
+
+
+def _show_broken_plugins() -> None:
+    """Where each plugin broke, with file and line."""
+    with contextlib.suppress(InputError):  # which plugins there are to be cannot be
+        for broken in plugins.installed().broken:
+            click.echo(f"{broken}:", err=True)
+            if broken.error is not None:
+                traceback.print_exception(broken.error)
 
 
 def _check_working_directory() -> None:

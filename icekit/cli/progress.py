@@ -14,6 +14,7 @@ from icekit.waiting import Ticker
 
 if TYPE_CHECKING:
     from icekit.bench import Progress as BenchStep
+    from icekit.plugins import BrokenPlugin
     from icekit.protocols import Region, Step
     from icekit.run.extraction import Extraction
     from icekit.settings import Settings
@@ -23,24 +24,25 @@ TITLES = {
     "localise": "looking for concepts",
     "learn": "learning tokens",
     "generate": "generating samples",
+    "export": "writing what is made of the run",
 }
 
 
 class Progress:
-    """An observer that shows how far a run is; warnings: what is wrong by the time when it starts."""
+    """An observer that shows how far a run is; broken: the plugins that are, by the time when it starts."""
 
-    def __init__(self, warnings: Sequence[object] = ()) -> None:
+    def __init__(self, broken: Sequence[BrokenPlugin] = ()) -> None:
         self._bar: tqdm[None] | None = None
         self._live = sys.stderr.isatty()
-        self._warnings = warnings
+        self._broken = broken
         self._ticker = Ticker("")
 
     @hookimpl
     def run_started(self, run_dir: Path, settings: Settings) -> None:
         """Say where the results go, and what is wrong with the installed plugins."""
         self._say(f"run directory: {run_dir}")
-        for warning in self._warnings:
-            self._say(f"warning: {warning}")
+        for one in self._broken:
+            self._say(f"warning: {one.warning}")
 
     @hookimpl
     def stage_started(self, name: str, total: int | None) -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 import click
 
 from icekit.cli.parameters import UserPath
+from icekit.foreign import aside
 
 
 @click.command("report")
 @click.argument("run_dir", type=UserPath())
 def report(run_dir: Path) -> None:
-    """Write the report of RUN_DIR anew, and print its path."""
-    from icekit.report.page import write_report
+    """Write the report of RUN_DIR anew, and print its path: short for `icekit export RUN_DIR --format report`."""
+    from icekit.run.exporting import export
 
-    click.echo(write_report(run_dir))
+    with aside():
+        [path] = export(run_dir, "report")
+    click.echo(path)

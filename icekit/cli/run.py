@@ -32,6 +32,8 @@ def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]
 @click.option("--out", type=UserPath(), metavar="DIR", help="Run directory [default: runs/<image stem>]")
 @preset_option
 @component_option("backbone", "Text-to-image model", "sd21")
+@click.option("--model", type=str, metavar="ID|FOLDER|FILE", help="Model of the hub, folder in "
+              "diffusers' format or .safetensors file; says by itself which backbone it needs")  # fmt: skip
 @component_option("retriever", "What finds words for the image", "clip")
 @component_option("segmentor", "What finds a word's place in the image", "xattn")
 @component_option("learner", "What learns the tokens", "ice")
@@ -57,6 +59,7 @@ def run(
     image: Path,
     out: Path | None,
     preset: str | None,
+    model: str | None,
     attributes: Sequence[str],
     max_concepts: int | None,
     seed: int | None,
@@ -77,10 +80,13 @@ def run(
     chosen = {role: name for role, name in components.items() if name is not None}
     options: dict[str, Any] = {"preset": preset, "attributes": attributes, "max_concepts": max_concepts, "seed": seed}
     options |= {"device": device}
+    if model is not None:
+        options["backbone"] = {"model": model}
     given = {key: value for key, value in (options | {"components": chosen}).items() if value not in (None, (), {})}
     settings = load_settings(config, assignments, given)
 
     from icekit.cli.progress import Progress
+    from icekit.run.exporting import ExportError
     from icekit.run.orchestrator import extract
 
     found = plugins.installed()
@@ -88,16 +94,23 @@ def run(
     if isinstance(invocation := context.find_root().obj, Invocation):
         invocation.resume = with_resume(sys.argv[1:])  # as long as the run keeps no settings of its own
         folder = out or Path("runs") / image.stem
-        begun = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume"])
+        chosen_plugins = invocation.choice.as_options()
+        begun = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume", *chosen_plugins])
         observers.append(_Begun(invocation, begun))
-    with aside():
-        extraction = extract(
-            image, out, settings, resume=resume, overwrite=overwrite, observers=observers, installed=found
-        )
+    failed: ExportError | None = None
+    try:
+        with aside():
+            extraction = extract(
+                image, out, settings, resume=resume, overwrite=overwrite, observers=observers, installed=found
+            )
+    except ExportError as error:  # the run is complete
+        extraction, failed = error.extraction, error
     if as_json:
         print_json(extraction.manifest)
     else:
         _print_concepts(extraction)
+    if failed is not None:
+        raise failed
 
 
 class _Begun:
@@ -126,4 +139,5 @@ def _print_concepts(extraction: Extraction) -> None:
     print_table(table)
     if record.learning_steps is not None:
         click.echo(f"{record.learning_steps} learning steps; presets: {', '.join(record.presets or []) or 'none'}")
-    click.echo(f"{extraction.run_dir} (report: {extraction.run_dir / 'report.html'})")
+    report = extraction.run_dir / "report.html"
+    click.echo(f"{extraction.run_dir} (report: {report})" if report.is_file() else extraction.run_dir)

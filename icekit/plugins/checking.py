@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 import unicodedata
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
-from icekit import protocols
+from icekit import hookspecs, protocols
 from icekit.protocols import Attribute, Capability, ComponentSettings
 from icekit.protocols.values import MAX_ATTRIBUTE_BYTES
 from icekit.settings import ROLES, nearest
@@ -25,6 +27,7 @@ _PROTOCOLS: dict[str, type] = {
     "learner": protocols.Learner,
     "dataset": protocols.Dataset,
     "metric": protocols.Metric,
+    "exporter": protocols.Exporter,
 }
 MAX_NAME_BYTES = 60
 """Of a registered name: folders of a bench are called by up to three."""
@@ -37,6 +40,73 @@ CAPABILITIES: dict[Capability, str] = {
     "posterior": "the autoencoder's spread",
 }
 """What a component may need of its backbone, in words."""
+
+
+BUILT_FOR = "icekit_protocol"
+"""What a plugin's module calls the version of ``icekit.protocols`` that it was written for."""
+
+
+def hook_names() -> list[str]:
+    """All hooks that there are."""
+    return [name for name, value in vars(hookspecs).items() if hasattr(value, "icekit_spec")]
+
+
+def check_plugin(plugin: object) -> None:
+    """Whether this can be a plugin: written for this version of the protocols, with hooks that can be called.
+
+    Raises:
+        PluginError: it cannot; the message says what is wrong, and what would be right.
+    """
+    check_version(getattr(plugin, BUILT_FOR, None))
+    hooks, known = 0, {name: list(inspect.signature(getattr(hookspecs, name)).parameters) for name in hook_names()}
+    for name in dir(plugin):
+        function = inspect.getattr_static(plugin, name, None)
+        options = getattr(getattr(function, "__func__", function), "icekit_impl", None)
+        if options is None:
+            if name in known and inspect.isroutine(getattr(plugin, name, None)):
+                raise PluginError(f"its function {name} is not marked as a hook: put @icekit.hookimpl above it")
+            continue
+        hooks, hook = hooks + 1, options["specname"] or name
+        if hook not in known:
+            raise PluginError(f"unknown hook {hook!r}: {nearest(hook, known)}")
+        taken = list(inspect.signature(getattr(plugin, name)).parameters)
+        if strange := [one for one in taken if one not in known[hook]]:
+            raise PluginError(f"hook {hook} has the argument {strange[0]!r}: it can have {' and '.join(known[hook])}")
+    if not hooks:
+        raise PluginError("it has no hook: none of its functions is marked with @icekit.hookimpl")
+
+
+def check_version(built_for: object) -> None:
+    """Whether a plugin that says so was written for the protocols that this icekit has.
+
+    Raises:
+        PluginError: it was written for others.
+    """
+    if built_for is None or built_for == protocols.VERSION:
+        return
+    if not isinstance(built_for, int) or isinstance(built_for, bool):
+        raise PluginError(
+            f"{BUILT_FOR} is {built_for!r}: it should be a number, as in {BUILT_FOR} = {protocols.VERSION}"
+        )
+    older = built_for < protocols.VERSION
+    raise PluginError(
+        f"it was built for version {built_for} of icekit's protocols, and this icekit has version {protocols.VERSION}: "
+        f"{'update the plugin, or install an older icekit' if older else 'update icekit, or install an older plugin'}"
+    )
+
+
+def version_in(file: Path) -> object:
+    """What the source of a plugin that cannot be imported says it was built for; None where it does not say."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return None
+    for node in tree.body:
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Constant):
+            continue
+        if BUILT_FOR in [one.id for one in node.targets if isinstance(one, ast.Name)]:
+            return node.value.value
+    return None
 
 
 def needs_of(component: type, settings: ComponentSettings) -> Collection[Capability]:
@@ -66,6 +136,7 @@ def check_component(role: str, name: str, component: object) -> None:
     missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
     if missing:
         raise PluginError(f"{where} lacks {', '.join(missing)}; see icekit.protocols.{protocol.__name__}")
+    _check_constructor(role, component, where)
     for method in methods:
         _check_signature(getattr(component, method), getattr(protocol, method), where)
     preset = getattr(component, "preset", None)
@@ -90,6 +161,20 @@ def check_declaration(role: str, name: str, place: str, settings: object, summar
         raise PluginError(f"{where} is declared without settings=..., its subclass of icekit.ComponentSettings")
     if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
         raise PluginError(f"{where} is declared without summary=..., one line that says what it is")
+
+
+def _check_constructor(role: str, component: type, where: str) -> None:
+    """Whether a component can be built with what it is built with."""
+    settings_alone = dict.fromkeys(("dataset", "exporter"), ("settings",))
+    handed = {"backbone": ("settings", "device"), **settings_alone}.get(role, ("settings", "backbone"))
+    try:
+        taken = inspect.signature(component)
+    except (TypeError, ValueError):  # not written in Python
+        return
+    try:
+        taken.bind(*handed)
+    except TypeError as error:
+        raise PluginError(f"{where} cannot be built as {component.__name__}({', '.join(handed)}): {error}") from error
 
 
 def _check_signature(method: Any, promised: Any, where: str) -> None:

@@ -9,7 +9,9 @@ while they come in goes to stderr.
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,17 +31,34 @@ from icekit.plugins.checking import (
     check_attribute,
     check_component,
     check_declaration,
+    check_plugin,
+    hook_names,
     needs_of,
     spellings,
 )
+from icekit.plugins.data import attributes_of
 from icekit.plugins.observers import Observers
-from icekit.plugins.registered import BrokenPlugin, ComponentError, Declared, Origin, Registered
+from icekit.plugins.registered import BreachError, BrokenPlugin, ComponentError, Declared, Origin, Registered
+from icekit.plugins.tracing import trace
 from icekit.protocols import Attribute, Capability, ComponentSettings, InputError, RunError
 from icekit.protocols.strict import as_stored, changes_no_result
-from icekit.settings import BENCH_TABLES, ROLES, Components, Preset, Role, Settings, merge, nearest, shown, validate
+from icekit.settings import (
+    BENCH_TABLES,
+    ROLES,
+    Components,
+    Preset,
+    Role,
+    Settings,
+    flatten,
+    merge,
+    nearest,
+    shown,
+    validate,
+)
 
+log = logging.getLogger(__name__)
 GROUP = "icekit"
-KINDS = (*ROLES, "attribute", "dataset", "metric", "preset")
+KINDS = (*ROLES, "attribute", "dataset", "metric", "exporter", "preset")
 """All that plugins can register by name."""
 OWN_ROOMS = tuple(f"icekit.{room}" for room in ("bench", "cli", "files", "report", "run"))
 """Modules that are no component's: what they raise no component has raised."""
@@ -54,36 +73,46 @@ class Plugins:
         self.broken: list[BrokenPlugin] = []
         self._origins: dict[object, Origin] = {}
         self._offers: dict[str, dict[str, Registered]] = {}
+        self._families: dict[tuple[str, str | None, bool], str | None] = {}
+
+    def trace(self) -> None:
+        """Print every call of a hook on stderr from now on."""
+        trace(self.manager, self._origins)
 
     # --- Coming in ---------------------------------------------------------------------------------------------------
 
     def add(self, origin: Origin, load: Callable[[], object]) -> None:
         """Import and register one plugin, or note why it cannot be."""
-        plugin: object | None = None
         try:
             with aside(), guarded():
-                plugin = load()
-                hash(plugin)
-                self.manager.register(plugin, origin.plugin)
-                self._refuse_unknown_hooks(plugin)
+                self._admit(origin, load())
         except Exception as error:  # whatever a plugin's code does wrong, the others must not suffer
-            if plugin is not None and self.manager.get_plugin(origin.plugin) is plugin:
-                self.manager.unregister(plugin)
             self._note_broken(origin, error)
-        else:
-            self._origins[plugin] = origin
 
-    def _refuse_unknown_hooks(self, plugin: object) -> None:
-        for caller in self.manager.get_hookcallers(plugin) or []:
-            if not caller.has_spec():
-                known = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "icekit_spec")]
-                raise PluginError(f"unknown hook {caller.name!r}: {nearest(caller.name, known)}")
+    def _admit(self, origin: Origin, plugin: object) -> None:
+        """Register a plugin, or raise and leave nothing behind."""
+        hash(plugin)
+        check_plugin(plugin)
+        if (there := self.manager.get_plugin(origin.plugin)) is not None:
+            raise PluginError(f"there is another one of this name, {self._origins[there]}: uninstall or rename one")
+        if self.manager.is_registered(plugin):
+            raise PluginError(f"its code is registered already, by {self._origins[plugin]}: uninstall one of them")
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                self.manager.register(plugin, origin.plugin)
+            except Exception:
+                self.manager.unregister(plugin)
+                raise
+        self._origins[plugin] = origin
+        for one in warned:  # of a hook that is deprecated: see hookspecs
+            log.warning("%s: %s (%s, line %d)", origin, one.message, Path(one.filename).name, one.lineno)
 
-    def _note_broken(self, origin: Origin, error: BaseException) -> None:
+    def _note_broken(self, origin: Origin, error: BaseException, hook: str | None = None) -> None:
         if is_out_of_memory(error):
             raise error  # no plugin is to blame for it
         reason = " ".join(str(error).split()) if isinstance(error, PluginError | InputError) else said(error)
-        self.broken.append(BrokenPlugin(origin, reason))
+        self.broken.append(BrokenPlugin(origin, reason, hook, error))
 
     def _call_one(self, hook: str, plugin: object, **arguments: Any) -> None:
         others = [other for other in self.manager.get_plugins() if other is not plugin]
@@ -99,7 +128,7 @@ class Plugins:
             try:
                 self._call_one(hook, plugin, **{name: made_for(origin) for name, made_for in arguments.items()})
             except Exception as error:
-                self._note_broken(origin, error)
+                self._note_broken(origin, error, hook)
 
     # --- What they offer ---------------------------------------------------------------------------------------------
 
@@ -111,7 +140,7 @@ class Plugins:
                 try:
                     offers |= self._offers_of(plugin, origin, role, offers)
                 except Exception as error:
-                    self._note_broken(origin, error)
+                    self._note_broken(origin, error, f"register_{role}s")
             self._offers[role] = offers
         return self._offers[role]
 
@@ -127,7 +156,9 @@ class Plugins:
                     f"{MAX_NAME_BYTES} bytes"
                 )
             if taken := earlier.get(name) or offers.get(name):
-                raise PluginError(f"{role} {name!r} is already registered by {taken.origin}")
+                raise PluginError(
+                    f"{role} {name!r} is already registered by {taken.origin}: --no-plugin leaves one of the two out"
+                )
             offers[name] = Registered(role, name, value, origin)
 
         def register_component(
@@ -162,10 +193,9 @@ class Plugins:
 
     def observers(self) -> list[tuple[Origin, str]]:
         """The plugins that watch runs, and what each says of itself, in one line."""
-        hooks = [name for name in vars(hookspecs) if hasattr(getattr(hookspecs, name), "icekit_spec")]
         watching = {
             implementation.plugin_name
-            for name in hooks
+            for name in hook_names()
             if not name.startswith("register_")
             for implementation in getattr(self.manager.hook, name).get_hookimpls()
         }
@@ -183,16 +213,32 @@ class Plugins:
         """
         return self._find(role, name).value
 
-    def attribute(self, name: str) -> Attribute:
-        """The attribute of this name or alias.
+    def attribute(self, name: str, own: Collection[Attribute] = ()) -> Attribute:
+        """The attribute of this name or alias; own: attributes that are in nobody's plugin, and come first.
 
         Raises:
             InputError: there is none.
         """
-        for registered in self.offered("attribute").values():
-            if name in registered.value.aliases:
-                name = registered.name
-        return self._find("attribute", name).value
+        for one in (*own, *(registered.given for registered in self.offered("attribute").values())):
+            if name == one.name or name in one.aliases:
+                return one
+        raise self._missing("attribute", name, [*(one.name for one in own), *self.offered("attribute")])
+
+    def attributes(self, settings: Settings) -> list[Attribute]:
+        """The attributes that a run with these settings learns: from their own tables, or else registered ones.
+
+        Raises:
+            InputError: there is no such attribute, or one of the settings' own cannot be.
+        """
+        own = attributes_of(settings.attribute)
+        chosen = list(dict.fromkeys(self.attribute(name, own) for name in settings.attributes))
+        names: dict[str, str] = {}
+        for one in chosen:
+            if (other := names.setdefault(one.name.casefold(), one.name)) != one.name:
+                raise InputError(
+                    f"attributes {other!r} and {one.name!r} differ in case alone: files are called by them"
+                )
+        return chosen
 
     def preset(self, name: str) -> Preset:
         """The preset of this name, complete: what it is built on is among its values.
@@ -214,9 +260,25 @@ class Plugins:
     def _find(self, role: str, name: str) -> Registered:
         offers = self.offered(role)
         if name not in offers:
-            suspects = "".join(f"; {broken}" for broken in self.broken)
-            raise InputError(f"no {role} {name!r}: {nearest(name, offers)}{suspects}")
+            raise self._missing(role, name, offers)
         return offers[name]
+
+    def _missing(self, role: str, name: str, known: Iterable[str]) -> InputError:
+        return InputError(f"no {role} {name!r}: {nearest(name, known)}{self.suspects(name, role)}")
+
+    def suspects(self, name: str, role: str | None = None) -> str:
+        """The end of a message: which broken plugins may have brought what is not there. Unrelated ones are not named.
+
+        role: what it is; None: of any of ``KINDS``.
+        """
+        hooks = [None, *(f"register_{one}s" for one in ([role] if role else KINDS))]
+        might = [one for one in self.broken if one.hook in hooks]
+        if named := [one for one in might if one.mentions(name) or (role and one.hook)]:
+            return "".join(f"; {one}" for one in named)
+        if not might:
+            return ""
+        several = f"{len(might)} plugins are" if len(might) > 1 else "one plugin is"
+        return f"; {several} broken, see `icekit plugins list`"
 
     def component_settings(self, role: str, name: str, values: Mapping[str, Any]) -> ComponentSettings:
         """A component's settings, checked.
@@ -225,7 +287,9 @@ class Plugins:
             InputError: no such component, an unknown key or a wrong value.
         """
         with self.naming("settings", [(role, name)], by=(role, name)):
-            return validate(self._settings_model(role, name), values, prefix=f"{role}.")
+            # A run may have several exporters.
+            prefix = f"{role}.{name}." if role == "exporter" else f"{role}."
+            return validate(self._settings_model(role, name), values, prefix=prefix)
 
     @contextmanager
     def naming(
@@ -250,6 +314,11 @@ class Plugins:
         with watched_interrupts() as interrupted:
             try:
                 yield
+            except BreachError as error:
+                known = self.offered(error.role)
+                if error.origin is not None or error.name not in known:
+                    raise
+                raise BreachError(error.role, error.name, error.what, known[error.name].origin) from None
             except (InputError, RunError):
                 raise
             except BaseException as error:
@@ -300,7 +369,8 @@ class Plugins:
         presets = self.presets_of(settings, dataset)
         components = self._components(settings, presets)
         chosen = settings.model_copy(update={"components": components})
-        runs_own = [{key: one for key, one in layer.values.items() if key not in BENCH_TABLES} for layer in presets]
+        aside = (*BENCH_TABLES, "exporter")
+        runs_own = [{key: one for key, one in layer.values.items() if key not in aside} for layer in presets]
         values = merge(*runs_own, settings.given()) | {"components": components.model_dump()}
         own: dict[Role, ComponentSettings] = {}
         for role in ROLES:
@@ -310,14 +380,37 @@ class Plugins:
             values[role] = own[role].model_dump(mode="json")
         full = validate(Settings, values)
         self._check_needs(components, own)
-        attributes = tuple(dict.fromkeys(self.attribute(name).name for name in full.attributes))
-        return validate(Settings, full.model_dump() | {"attributes": attributes})
+        attributes = tuple(one.name for one in self.attributes(full))
+        exporters = dict.fromkeys(full.exporters)
+        if "exporters" not in values:  # of those that nobody asked for, whichever are here
+            exporters = {name: None for name in exporters if name in self.offered("exporter")}
+        full = full.model_copy(update={"exporters": tuple(exporters)})
+        of_exporters = self._of_exporters(presets, full)
+        return validate(Settings, full.model_dump() | {"attributes": attributes, "exporter": of_exporters})
+
+    def _of_exporters(self, presets: Sequence[Preset], settings: Settings) -> dict[str, dict[str, Any]]:
+        """The settings of the exporters that are chosen, a table each; those of others are passed over.
+
+        Raises:
+            InputError: there is no such exporter, an unknown key or a wrong value.
+        """
+        given = settings.exporter
+        for name in given.keys() - {*settings.exporters}:
+            self.component_settings("exporter", name, given[name])
+        tables = {}
+        for name in settings.exporters:
+            self.component("exporter", name)  # what cannot be imported is known before the run
+            merged = merge(*(self._table(layer, "exporter", name) for layer in presets), given.get(name, {}))
+            tables[name] = self.component_settings("exporter", name, merged).model_dump(mode="json")
+        return tables
 
     def stored(self, settings: Settings) -> Settings:
         """Complete settings as a run's files keep them: with paths that hold in any working directory."""
         values = settings.model_dump(mode="json")
         for role in ROLES:
             values[role] = as_stored(self.component_settings(role, settings.name_of(role), settings.values_of(role)))
+        for name, table in settings.exporter.items():
+            values["exporter"][name] = as_stored(self.component_settings("exporter", name, table))
         return validate(Settings, values)
 
     def changes_no_result(self, settings: Settings) -> set[str]:
@@ -325,7 +418,7 @@ class Plugins:
         keys = set(changes_no_result(Settings))
         for role in ROLES:
             keys |= {f"{role}.{key}" for key in changes_no_result(self._settings_model(role, settings.name_of(role)))}
-        return keys
+        return keys | set(flatten({"exporter": settings.exporter}))
 
     def presets_of(self, settings: Settings, dataset: str | None = None) -> list[Preset]:
         """The presets below what was given, the lowest first: the backbone's own, the data set's, the one chosen.
@@ -347,7 +440,37 @@ class Plugins:
 
     def _components(self, settings: Settings, presets: Sequence[Preset]) -> Components:
         layers = [*(layer.values for layer in presets), settings.given()]
-        return validate(Components, merge(*(one.get("components", {}) for one in layers)))
+        chosen = merge(*(one.get("components", {}) for one in layers))
+        if "backbone" not in chosen and isinstance(settings.backbone.get("model"), str):
+            chosen |= self._backbone_of(settings.backbone)
+        return validate(Components, chosen)
+
+    def _backbone_of(self, given: Mapping[str, Any]) -> dict[str, str]:
+        """The backbone of the family that the model is of, where that can be told: ``{"backbone": name}``.
+
+        A backbone says in its settings, ``pipelines``, which diffusers pipelines' models it takes.
+
+        Raises:
+            InputError: none of the backbones takes such models.
+        """
+        from icekit.backbones.families import pipeline_of
+
+        model, revision = given["model"], given.get("revision")
+        asked = (model, revision if isinstance(revision, str) else None, given.get("local_files_only") is True)
+        if asked not in self._families:
+            self._families[asked] = pipeline_of(*asked)
+        kind = self._families[asked]
+        if kind is None:
+            return {}
+        takes = {name: getattr(one.settings, "pipelines", ()) for name, one in self.offered("backbone").items()}
+        for name, pipelines in takes.items():
+            if kind in pipelines:
+                return {"backbone": name}
+        known = ", ".join(f"{pipeline} (backbone {name})" for name, all_ in takes.items() for pipeline in all_)
+        raise InputError(
+            f"backbone.model = {model!r}: it is made for {kind}, and there are backbones for {known}; "
+            "a plugin may bring another (`icekit plugins` lists them)"
+        )
 
     def _preset_of(self, role: str, name: str) -> list[Preset]:
         """The preset that a backbone or a data set works best with; of most there is none."""
@@ -382,7 +505,7 @@ class Plugins:
         preset = self.preset(name)
         for role, component in preset.values.get("components", {}).items():
             self.component(role, component)
-        for role in (*ROLES, "metric"):
+        for role in (*ROLES, "metric", "exporter"):
             for component in preset.values.get(role, {}):
                 self._table(preset, role, component)
 
@@ -413,7 +536,8 @@ class Plugins:
         lacks: Collection[Capability] = getattr(self.component("backbone", components.backbone), "lacks", ())
         for role in ROLES[1:]:
             name: str = getattr(components, role)
-            missing = [one for one in needs_of(self.component(role, name), settings[role]) if one in lacks]
+            with self.naming("settings", [(role, name)], by=(role, name)):
+                missing = [one for one in needs_of(self.component(role, name), settings[role]) if one in lacks]
             if not missing:
                 continue
             instead = [other for other in self.offered(role) if not set(self._usual_needs(role, other)) & set(lacks)]
@@ -440,7 +564,7 @@ class Plugins:
         for observer in observers:
             self.manager.register(observer)
         try:
-            yield Observers(self.manager)
+            yield Observers(self.manager, {origin.plugin: str(origin) for origin in self._origins.values()})
         finally:
             for observer in observers:
                 if self.manager.is_registered(observer):

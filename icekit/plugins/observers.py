@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pluggy
@@ -13,10 +14,13 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run."""
+    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run.
 
-    def __init__(self, manager: pluggy.PluginManager) -> None:
-        self._manager = manager
+    whose: plugin's name -> what it is called in a message; others are called by their names.
+    """
+
+    def __init__(self, manager: pluggy.PluginManager, whose: Mapping[str, str] | None = None) -> None:
+        self._manager, self._whose = manager, whose or {}
         self._callers: dict[str, dict[str, Any]] = {}
         self._silenced: set[str] = set()
 
@@ -30,7 +34,8 @@ class Observers:
                     caller(**arguments)
             except Exception as error:
                 self._silenced.add(name)
-                log.warning("plugin %r failed in %s and is ignored from here on: %s", name, hook, said(error))
+                whose = self._whose.get(name, f"plugin {name!r}")
+                log.warning("%s failed in %s and is ignored from here on: %s", whose, hook, said(error))
 
     def _callers_of(self, hook: str) -> dict[str, Any]:
         if hook not in self._callers:  # step_done is called very often

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -16,25 +17,43 @@ from icekit.settings import Preset
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plugin comes from: its name (the entry point's), its distribution and that one's version."""
+    """Where a plugin comes from: its name (the entry point's), its distribution and that one's version.
+
+    Of a plugin that is one file the distribution is this file, and the version is empty.
+    """
 
     plugin: str
     distribution: str
     version: str
 
     def __str__(self) -> str:
-        return f"plugin {self.plugin!r} ({self.distribution} {self.version})"
+        return f"plugin {self.plugin!r} ({f'{self.distribution} {self.version}'.strip()})"
 
 
 @dataclass(frozen=True)
 class BrokenPlugin:
-    """A plugin that is broken, or a part of it, and why (one line)."""
+    """A plugin that is broken, or a part of it, and why (one line).
+
+    hook: the hook that failed; None where the plugin could not come in at all. error: what was raised.
+    """
 
     origin: Origin
     reason: str
+    hook: str | None = None
+    error: BaseException | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.origin} is broken: {self.reason}"
+
+    @property
+    def warning(self) -> str:
+        """The same, with what to do for who does not need it."""
+        return f"{self} (--no-plugin {self.origin.plugin} leaves it out)"
+
+    def mentions(self, name: str) -> bool:
+        """Whether a name is said in the plugin's name, its distribution's or the reason."""
+        said_of_it = f"{self.origin.plugin} {self.origin.distribution} {self.reason}"
+        return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", said_of_it) is not None
 
 
 @dataclass(frozen=True)
@@ -112,3 +131,16 @@ class Registered:
 
 class ComponentError(RunError):
     """A component raised what is no error of icekit's, or tried to end the program."""
+
+
+class BreachError(ComponentError):
+    """A component returned what its protocol does not allow, or changed what it was handed.
+
+    Raised where nobody knows the component's plugin; ``Plugins.naming`` adds it.
+
+    role, name: the component. what: what it did, and what is right: the end of a sentence.
+    """
+
+    def __init__(self, role: str, name: str, what: str, origin: Origin | None = None) -> None:
+        self.role, self.name, self.what, self.origin = role, name, what, origin
+        super().__init__(f"{role} {name!r}{'' if origin is None else f' of {origin}'} {what}")

@@ -39,6 +39,7 @@ from icekit.protocols.components import (
     Segmentor,
 )
 from icekit.protocols.errors import InputError, RunError
+from icekit.protocols.exporting import Exporter
 from icekit.protocols.measuring import (
     BenchImage,
     BenchPicture,
@@ -68,11 +69,19 @@ from icekit.protocols.values import (
     token_names,
 )
 
+VERSION = 1
+"""The version of these protocols and of the hooks.
+
+It rises when a plugin that was right would go wrong: a method is called with other arguments, a value is asked for that
+was not, a name that plugins import is gone. It stays when something is added that need not be used. A plugin's module
+that says ``icekit_protocol = 1`` is refused, in one line, by an icekit of another version."""
+
 __all__ = [
     "ALL_PARTS",
     "ATTRIBUTES",
     "CHANGES_NO_RESULT",
     "NO_TOKENS",
+    "VERSION",
     "Attention",
     "Attribute",
     "Backbone",
@@ -86,6 +95,7 @@ __all__ = [
     "Conditioning",
     "Dataset",
     "Describer",
+    "Exporter",
     "FineTuning",
     "FoundConcept",
     "Grid",

@@ -1,44 +1,27 @@
-"""The loss curves of a run: ``log.jsonl`` read, and laid out as small line charts of fixed size."""
+"""The loss curves of a run: its log, laid out as small line charts of fixed size."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from icekit.protocols.strict import LARGEST
-from icekit.run.reading import Files
-from icekit.run.records import StepRecord
+from icekit.run.log import LogLine
 
 WIDTH, HEIGHT = 340, 176
 """Size of a chart, in SVG units (about CSS pixels)."""
 LEFT, RIGHT, TOP, BOTTOM = 46, 324, 22, 152
 """The plot's rectangle within the chart."""
-MAX_LOG_BYTES = 2**30
-"""Largest log: a line has some 200 bytes, and there can be a million of them."""
 MAX_POINTS = 240
 """Points of one line; a longer log is thinned out."""
-MAX_LOSSES = 32
-"""Charts of one log at most; no learner has more than a few losses."""
 MAX_BANDS = 12
 """With more changes of phase than this (phases that alternate, say) the bands would say nothing: they are left out."""
 LETTER = 6.4
 """About the width of a letter of a phase's name, SVG units."""
-
-
-@dataclass(frozen=True)
-class LogLine:
-    """One step of ``log.jsonl``: its number, the phase's name, and the losses that are finite numbers."""
-
-    step: int
-    phase: str
-    losses: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -71,58 +54,6 @@ class Chart:
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     bands: list[Band]
-
-
-def read_log(files: Files) -> tuple[list[LogLine], int]:
-    """The steps of a run's ``log.jsonl``, in order of their number, and how many of its lines are none.
-
-    Losses stand under ``losses`` or beside ``step``. A last line without its end is what a killed run leaves, and is
-    passed over, as are values that are no numbers and losses after the first ``MAX_LOSSES``; a step that was done twice
-    (a resumed run) counts as it was done last. No file: no steps.
-
-    Raises:
-        DamagedError: the file cannot be read, or lies outside of the run.
-    """
-    lines: dict[int, LogLine] = {}
-    known: set[str] = set()
-    passed_over = 0
-    *whole, last = (files.read("log.jsonl", MAX_LOG_BYTES) or b"").split(b"\n")
-    for number, data in enumerate([*whole, last]):
-        if not data.strip():
-            continue
-        try:
-            content = parse_line(data)
-            record = StepRecord.model_validate(content)
-        except ValueError:  # a validation error is one
-            passed_over += number < len(whole)
-            continue
-        losses = record.losses
-        if losses is None:
-            losses = {name: value for name, value in content.items() if name not in StepRecord.KNOWN}
-        finite = {}
-        for name, value in losses.items():
-            if type(value) not in (int, float) or not abs(value) <= LARGEST:
-                continue
-            if name in known or len(known) < MAX_LOSSES:
-                known.add(name)
-                finite[name] = float(value)
-        lines[record.step] = LogLine(record.step, record.phase or "", finite)
-    return [lines[step] for step in sorted(lines)], passed_over
-
-
-def parse_line(data: bytes) -> dict[str, Any]:
-    """One line of a log: a JSON object, whose numbers may be NaN or infinite.
-
-    Raises:
-        ValueError: it is none.
-    """
-    try:
-        content = json.loads(data.decode("utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("no JSON object")
-    return content
 
 
 def nice_ticks(low: float, high: float, count: int) -> list[float]:

@@ -25,7 +25,7 @@ from PIL import Image
 from icekit.protocols import object_tokens
 from icekit.report import loss_chart
 from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, RunDirectory
-from icekit.run.extraction import Extraction
+from icekit.run.log import read_log
 from icekit.run.reading import Files
 from icekit.run.records import BackboneRecord, ConceptRecord, Manifest
 
@@ -108,18 +108,7 @@ class Concept:
     parts: list[Part]
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write ``report.html`` into a complete run directory, atomically, and return its path.
-
-    Raises:
-        InputError: the directory holds no complete run, or a damaged one.
-    """
-    run = Extraction.open(run_dir)
-    RunDirectory(run.run_dir).save_report(render_report(run.run_dir, run.record))
-    return run.run_dir / "report.html"
-
-
-def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None) -> str:
+def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None, image_side: int = HERO_SIDE) -> str:
     """The report of a run directory as HTML. What is not there (samples, attention maps, a log) is left out.
 
     Nothing outside of the directory is read, wherever its links lead.
@@ -128,13 +117,17 @@ def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None) 
         run_dir: where the files of the run are.
         manifest: the run's manifest, which need not be on disk yet.
         place: where they will be in the end, if not there.
+        image_side: longest side of the run's picture in the page, pixels, if it is larger.
+
+    Raises:
+        InputError: a file of the run is damaged.
     """
     run = RunDirectory(run_dir)
     files, size = run.files, (manifest.image.width, manifest.image.height)
     image = _picture(files, "image.png", size)
     pictures = _pictures_by_part(files)
     concepts = [_concept(entry, files, image, size, pictures) for entry in manifest.concepts]
-    log, passed_over = loss_chart.read_log(files)
+    log, passed_over = read_log(files)
     timings = {key.removesuffix("_s"): value for key, value in manifest.timings.items()}
     total = timings.pop("total", None) or sum(timings.values())
 
@@ -157,7 +150,7 @@ def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None) 
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         title=PurePosixPath(manifest.image.source.replace("\\", "/")).name or "image",
         manifest=manifest,
-        image=to_picture(enlarge(image, HERO_SIDE), HERO_SIDE) if image else None,
+        image=to_picture(enlarge(image, image_side), image_side) if image else None,
         size=size,
         concepts=concepts,
         charts=loss_chart.loss_charts(log),

@@ -23,10 +23,12 @@ from icekit.protocols import Backbone, InputError, object_tokens
 from icekit.protocols.values import bounded
 from icekit.randomness import derived_seed
 from icekit.run.atomic import write_image_atomically, write_json_atomically
+from icekit.run.border import draw
 from icekit.run.directory import SCHEMA_VERSION
 from icekit.run.extraction import Concept, Extraction
 from icekit.run.machine import enough_memory
 from icekit.run.models import load_backbone, reproducible, resolve_device
+from icekit.run.origins import check_origins
 from icekit.run.ownership import (
     LOCK,
     NEXT,
@@ -117,6 +119,7 @@ def compose(
     run = drawing_run(bound)
     with _output_folder(prompt, out, n, overwrite) as folder:
         found = installed or plugins.installed()
+        check_origins(found, run.record.plugins, f"the run in {run.run_dir}", kinds=("backbone",))
         settings = _drawing_settings(run, found)
         backbone = load_backbone(found, settings, resolve_device(device or settings.device))
         for name, one in bound.items():
@@ -140,14 +143,16 @@ def compose(
             enough_memory("generate", found, lambda: settings),
             found.naming("generate", [drawing], by=drawing),
         ):
-            backbone.generate(
+            draw(
+                drawing,
+                backbone,
                 [expanded] * n,
+                keep,
                 seeds=seeds,
                 tokens={token: rows for one in bound.values() for token, rows in one.rows.items()},
                 steps=settings.sample_steps,
                 guidance_scale=settings.guidance_scale,
                 tuning=run.tuning(),
-                on_image=keep,
             )
         record = {
             "icekit_version": plugins.own_version(),

@@ -14,7 +14,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -29,10 +29,11 @@ from icekit.run.atomic import (
     write_image_atomically,
     write_json_atomically,
     write_tensors_atomically,
-    write_text_atomically,
     writing,
 )
+from icekit.run.exports import Exports, is_exported
 from icekit.run.ownership import (
+    EXPORTS,
     LOCK,
     NEXT,
     Written,
@@ -48,7 +49,7 @@ from icekit.run.ownership import (
     remove_next,
 )
 from icekit.run.reading import DamagedError, Files, decode_picture, listed, parse_json
-from icekit.run.records import Begun, LocatedRecord, Started, Timings
+from icekit.run.records import Begun, LocatedRecord, OriginRecord, Started, Timings
 from icekit.settings import Settings
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _RECORD = "checkpoint/written.jsonl"
 _STARTED = "checkpoint/run.json"
-_IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors", "report.html")
+_IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors")
 _CHECKPOINT = (
     "checkpoint/learner.safetensors",
     "checkpoint/regions.json",
@@ -76,7 +77,9 @@ _CHECKPOINT = (
     _STARTED,
 )
 """In the order in which they are deleted: as long as the last is there, the rest is icekit's."""
-_OWN_FILES = (*_IN_EVERY_RUN, "lora.safetensors", *_CHECKPOINT)
+EXPORTED_BEFORE = ("report.html",)
+"""What every run wrote before exporters were plugins; where the manifest names it, it is the run's own to this day."""
+_OWN_FILES = (*_IN_EVERY_RUN, *EXPORTED_BEFORE, "lora.safetensors", EXPORTS, *_CHECKPOINT)
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
     "embeddings": r".+-\d+(-.+)?\.safetensors",
@@ -85,7 +88,8 @@ _OWN_PATTERNS = {
     "attention": r"\d+-.+\.png",
     "checkpoint": r"run\.json",
 }
-"""What icekit writes into a run directory, and so all that it ever deletes there, whatever a record says."""
+"""What a run writes into its directory, and so, with what exporters wrote there, all that is ever deleted, whatever a
+record says."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,14 @@ class RunDirectory:
             if os.path.lexists(self.path / name) and name not in own:
                 raise in_the_way(self.path / name)
 
-    def begin(self, settings: Settings, source: str, sha256: str, image: Image.Image) -> None:
+    def begin(
+        self,
+        settings: Settings,
+        source: str,
+        sha256: str,
+        image: Image.Image,
+        plugins: Sequence[OriginRecord] = (),
+    ) -> None:
         """Start afresh, replacing what icekit wrote here before (and nothing else).
 
         Raises:
@@ -234,6 +245,7 @@ class RunDirectory:
         self._write("settings.toml", settings.to_toml().encode())
         self._write_image("image.png", image)
         record |= {"ready": True, "source": source, "sha256": sha256, "settings": settings.model_dump(mode="json")}
+        record |= {"plugins": [one.model_dump() for one in plugins]}
         self._write_json(_STARTED, record)
 
     def clear_leftovers(self) -> None:
@@ -258,7 +270,7 @@ class RunDirectory:
         delete_files(self.path, names)
 
     def own_names(self) -> set[str]:
-        """The files that icekit wrote here, relative to the directory.
+        """The files that icekit wrote here, exporters among it, relative to the directory.
 
         A run of a version that kept no record: those of names that icekit gives.
         """
@@ -273,7 +285,11 @@ class RunDirectory:
             names = self.written.names() | {_RECORD, _STARTED}
         else:
             names = self._names_by_pattern()
-        return {name for name in names if is_own_name(name)}
+        return {name for name in names if is_own_name(name)} | Exports(self.path).names()
+
+    def exported_before(self) -> set[str]:
+        """The files here that a version of icekit wrote as the run's own which exporters write today."""
+        return self.own_names() & {*EXPORTED_BEFORE}
 
     def _names_by_pattern(self) -> set[str]:
         paths = [path for path in self._files_by_pattern() if not becomes(path)]
@@ -338,7 +354,7 @@ class RunDirectory:
         Raises:
             InputError: another process is at it, or it cannot be ended.
         """
-        finish_exchange(self.path, is_own_name, writing=writing)
+        finish_exchange(self.path, lambda name: is_own_name(name) or is_exported(self.path, name), writing=writing)
 
     # --- Stage one ---------------------------------------------------------------------------------------------------
 
@@ -541,11 +557,6 @@ class RunDirectory:
         """The seconds spent so far. Raises DamagedError."""
         record = self.files.record("checkpoint/timings.json", Timings)
         return {} if record is None else record.model_dump()
-
-    def save_report(self, html: str) -> None:
-        """Keep the report."""
-        self._claim("report.html")
-        write_text_atomically(self.path / "report.html", html)
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, with the names of all ``files``: the run is complete, and its checkpoint goes."""

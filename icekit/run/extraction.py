@@ -56,13 +56,14 @@ class Concept:
 class Extraction:
     """A complete run: where it is, its manifest and its concepts.
 
-    manifest: as it is on disk. record: the same, checked.
+    manifest: as it is on disk. record: the same, checked. home: where its files will be in the end, if not there.
     """
 
     run_dir: Path
     manifest: dict[str, Any] = field(repr=False)
     record: Manifest = field(repr=False)
     concepts: tuple[Concept, ...]
+    home: Path = field(repr=False)
 
     @classmethod
     def open(cls, run_dir: str | Path) -> Extraction:
@@ -89,6 +90,16 @@ class Extraction:
                 f"icekit reads up to version {SCHEMA_VERSION}: use that one, or `icekit run IMAGE --out {path} "
                 "--overwrite`"
             )
+        return cls.of(directory, manifest)
+
+    @classmethod
+    def of(cls, directory: RunDirectory, manifest: dict[str, Any]) -> Extraction:
+        """The run in a directory whose manifest is this one, which need not be on disk yet.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        path, files = directory.path, directory.files
         record = files.check("manifest.json", Manifest, manifest)
         rows = directory.load_tokens(record.backbone.rows if record.backbone else None, record.tokens)
         if rows is None:
@@ -107,7 +118,7 @@ class Extraction:
             )
             for entry in record.concepts
         )
-        return cls(path, manifest, record, concepts)
+        return cls(path, manifest, record, concepts, directory.home)
 
     @property
     def tokens(self) -> dict[str, dict[str, Tensor]]:

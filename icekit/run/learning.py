@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from icekit.protocols import (
@@ -21,7 +20,7 @@ from icekit.protocols import (
     parts_of,
     token_names,
 )
-from icekit.run.directory import WEIGHTS_FOLDERS
+from icekit.run import border
 from icekit.settings import Settings
 
 
@@ -60,39 +59,31 @@ def learn(
         on_step: called after every step.
 
     Raises:
-        RunError: a loss is no number, or a token is missing, of the wrong length or no number.
+        RunError: a loss is no number.
+        BreachError: the learner returned what its protocol does not allow, see ``border``.
     """
     name = settings.name_of("learner")
 
+    who = ("learner", name)
+
     def checked_step(step: Step) -> None:
+        border.check_step(who, step)
         for loss, value in step.losses.items():
             if not math.isfinite(value):
                 raise RunError(f"learner {name!r}: the loss {loss!r} became {value} in step {step.step}")
         on_step(step)
 
-    learned = learner.learn(
-        image,
-        regions,
-        attributes,
-        seed=settings.seed,
-        checkpoint=checkpoint or NoCheckpoint(),
-        on_step=checked_step,
-    )
-    if not isinstance(learned, Learned):
-        raise RunError(f"learner {name!r} returned {type(learned).__name__}, expected icekit.Learned")
-    for region in regions:
-        for token in tokens_of(region, attributes, type(learner)).values():
-            rows = learned.tokens.get(token, {})
-            lengths = {encoder: len(row) for encoder, row in rows.items() if row.ndim == 1}
-            if lengths != dict(backbone.rows) or not all(bool(row.isfinite().all()) for row in rows.values()):
-                raise RunError(f"learner {name!r} returned no usable embedding for {token}")
-    for key, weight in {**learned.tuning.lora, **learned.tuning.weights}.items():
-        if weight.dtype.is_floating_point and not bool(torch.isfinite(weight).all()):
-            raise RunError(f"learner {name!r} returned no usable weight for {key}")
-    if learned.tuning and learned.tuning.folder not in WEIGHTS_FOLDERS:
-        raise RunError(
-            f"learner {name!r} returned weights for {learned.tuning.folder!r}: it can be {' or '.join(WEIGHTS_FOLDERS)}"
+    with border.unchanged(who, picture=image, **{f"mask of concept {one.index}": one.mask for one in regions}):
+        learned = learner.learn(
+            image,
+            regions,
+            attributes,
+            seed=settings.seed,
+            checkpoint=checkpoint or NoCheckpoint(),
+            on_step=checked_step,
         )
+    expected = [token for one in regions for token in tokens_of(one, attributes, type(learner)).values()]
+    border.check_learned(who, learned, expected, backbone.rows)
     return learned
 
 

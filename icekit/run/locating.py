@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from icekit.protocols import (
     Proposer,
     Region,
     Retriever,
-    RunError,
     Segmentation,
     Segmentor,
     View,
 )
 from icekit.randomness import seeded_generator
+from icekit.run import border
 from icekit.run.directory import Located
 from icekit.run.division import divisions
 from icekit.settings import Settings
@@ -75,7 +75,7 @@ def locate(
         on_change: called after every word that something was erased for, and at the end.
 
     Raises:
-        RunError: a mask is of the wrong type or shape, or a score is no number.
+        BreachError: the retriever or the segmentor returned what its protocol does not allow, see ``border``.
     """
     return _StageOne(image, retriever, segmentor, settings).to_the_end(located, attributes, on_change)
 
@@ -98,11 +98,10 @@ class _StageOne:
         if located.finished:
             return located
         if isinstance(self.segmentor, Proposer):
-            proposals = self.segmentor.propose(self.image)
-            if not isinstance(proposals, list | tuple) or not all(isinstance(one, Proposal) for one in proposals):
-                raise RunError(f"{self._segmentor} proposed {_kind(proposals)}, expected a list of icekit.Proposal")
+            with border.unchanged(self._segmentor, picture=self.image):
+                proposals = self.segmentor.propose(self.image)
+            border.check_proposals(self._segmentor, proposals, self.image.shape[1:])
             for proposal in proposals[len(located.regions) : self.settings.max_concepts]:
-                self._check_mask(proposal.mask)
                 best = self._word_of(proposal)
                 region = Region(len(located.regions), best.word, best.score, proposal.mask)
                 located = dataclasses.replace(located, regions=(*located.regions, region))
@@ -151,9 +150,10 @@ class _StageOne:
             if located.rounds == self.settings.max_rounds:
                 break
             generator = seeded_generator(self.settings.seed, "segment", len(located.regions), candidate.word)
-            found = segmentor.segment(view, candidate.word, generator)
+            with border.view_unchanged(self._segmentor, view):
+                found = segmentor.segment(view, candidate.word, generator)
+            border.check_segmented(self._segmentor, found, self.image.shape[1:])
             mask = found.mask if isinstance(found, Segmentation) else found
-            self._check_mask(mask)
             before = len(located.regions)
             for part in self._parts(mask & visible):
                 located = self._with_region(located, part, candidate)
@@ -161,7 +161,6 @@ class _StageOne:
             if len(located.regions) == before:
                 located = dataclasses.replace(located, refused=(*located.refused, candidate.word))
             if isinstance(found, Segmentation):
-                self._check_mask(found.erased)
                 so_far = torch.zeros_like(visible) if located.erased is None else located.erased
                 located = dataclasses.replace(located, erased=so_far | found.erased)
             if not torch.equal(self._visible(located), visible):
@@ -188,31 +187,22 @@ class _StageOne:
         region = Region(len(located.regions), named.word, named.score, mask)
         return dataclasses.replace(located, regions=(*located.regions, region))
 
-    def _check_mask(self, mask: Tensor) -> None:
-        right = isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == self.image.shape[1:]
-        if not right:
-            given = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else _kind(mask)
-            raise RunError(
-                f"{self._segmentor} returned a mask of {given}, expected torch.bool {list(self.image.shape[1:])}"
-            )
+    @property
+    def _segmentor(self) -> border.Component:
+        return "segmentor", self.settings.name_of("segmentor")
 
     @property
-    def _segmentor(self) -> str:
-        return f"segmentor {self.settings.name_of('segmentor')!r}"
+    def _retriever(self) -> border.Component:
+        return "retriever", self.settings.name_of("retriever")
 
     # --- Words -------------------------------------------------------------------------------------------------------
 
     def _words_for(self, view: View, used: Sequence[str]) -> list[Candidate]:
         """The retriever's words for a view, best first, none of them used."""
         taken = {word.casefold() for word in used}
-        candidates, name = self.retriever.retrieve(view, used), self.settings.name_of("retriever")
-        if not isinstance(candidates, list | tuple) or not all(isinstance(one, Candidate) for one in candidates):
-            raise RunError(f"retriever {name!r} returned {_kind(candidates)}, expected a list of icekit.Candidate")
-        for one in candidates:
-            if not isinstance(one.word, str) or not one.word.strip():
-                raise RunError(f"retriever {name!r} gave the word {one.word!r}, expected text")
-            if not math.isfinite(one.score):
-                raise RunError(f"retriever {name!r} gave the word {one.word!r} the score {one.score}, no number")
+        with border.view_unchanged(self._retriever, view):
+            candidates = self.retriever.retrieve(view, used)
+        border.check_candidates(self._retriever, candidates)
         return [one for one in candidates if one.word.casefold() not in taken]
 
     def _words_alone(self, mask: Tensor, used: Sequence[str] = ()) -> list[Candidate]:
@@ -274,12 +264,13 @@ class _StageOne:
         described = []
         for region in regions:
             view = View(self.image, isolate(self.image, region.mask), region.mask)
-            hints = {one.name: self.retriever.describe(view, region.word, one.vocabulary) for one in attributes}
+            hints = {one.name: self._hints(self.retriever, view, region.word, one) for one in attributes}
             described.append(dataclasses.replace(region, hints=hints))
         return tuple(described)
 
-
-def _kind(value: object) -> str:
-    """What somebody returned, for messages."""
-    kinds = sorted({type(one).__name__ for one in value}) if isinstance(value, list | tuple) else []
-    return f"a {type(value).__name__} of {' and '.join(kinds)}" if kinds else type(value).__name__
+    def _hints(self, describer: Describer, view: View, noun: str, attribute: Attribute) -> Mapping[str, float]:
+        """Which words of an attribute fit a view."""
+        with border.view_unchanged(self._retriever, view):
+            hints = describer.describe(view, noun, attribute.vocabulary)
+        border.check_hints(self._retriever, hints, attribute.vocabulary)
+        return hints

@@ -11,6 +11,7 @@ import torch
 
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError
+from icekit.run.border import check_backbone
 from icekit.run.machine import enough_memory
 from icekit.settings import Role, Settings
 
@@ -24,6 +25,7 @@ def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> B
         found.naming("load", [("backbone", name)], by=("backbone", name)),
     ):
         backbone: Backbone = found.component("backbone", name)(values, device)
+        check_backbone(("backbone", name), backbone)
     return backbone
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 TEMPLATES = ("{}", "a {} {noun}", "a photo of a {} {noun}")
 """Prompts in which token and word are compared; ``{noun}`` is the concept's own word, so that both have its company."""
 
+SHOWN_WORDS = 5
+"""Most words of an attribute that a message shows."""
+
 
 def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int = 3) -> list[str]:
     """The words nearest to a token: mean over templates of the cosine in the text encoder's pooled space E, centred.
@@ -41,6 +44,26 @@ def nearest_words(token: Tensor, words: Tensor, names: Sequence[str], count: int
     return [names[int(i)] for i in order[:count]]
 
 
+def known_words(backbone: Backbone, attribute: Attribute) -> list[str]:
+    """The words of an attribute's vocabulary that the backbone's text encoder knows."""
+    return [word for word in attribute.vocabulary if backbone.knows(word)]
+
+
+def check_words(name: str, backbone: Backbone, attributes: Sequence[Attribute]) -> None:
+    """Whether the backbone of this name knows a word of each attribute that has some: to be known before any learning.
+
+    Raises:
+        InputError: it knows none: a token would be learned that nothing can be called.
+    """
+    for one in attributes:
+        if one.vocabulary and not known_words(backbone, one):
+            some = ", ".join(one.vocabulary[:SHOWN_WORDS]) + ", ..." * (len(one.vocabulary) > SHOWN_WORDS)
+            raise InputError(
+                f"attribute {one.name!r}: backbone {name!r} knows none of its words ({some}), so that its token would "
+                f"mean nothing: give it words that this backbone knows, or take another backbone"
+            )
+
+
 def name_attribute(
     backbone: Backbone, attribute: Attribute, token: str, tokens: Tokens, noun: str, count: int = 3
 ) -> list[str]:
@@ -53,7 +76,7 @@ def name_attribute(
     """
     import torch
 
-    names = [word for word in attribute.vocabulary if backbone.knows(word)]
+    names = known_words(backbone, attribute)
     if not names:
         return []
 

@@ -8,6 +8,7 @@ any interruption it ends with the same tokens.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,23 +18,25 @@ from PIL import Image
 from torch import Tensor
 
 from icekit import plugins
+from icekit.foreign import is_of_the_machine, said
 from icekit.paths import user_path
 from icekit.pixels import to_tensor
-from icekit.plugins import Observers, Plugins
+from icekit.plugins import ComponentError, Observers, Plugins
 from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step
-from icekit.report import page as report
-from icekit.report.loss_chart import read_log
 from icekit.run import directory, images
 from icekit.run.atomic import CannotWrite
 from icekit.run.directory import Located, RunDirectory
+from icekit.run.exporting import ExportError, write_export
 from icekit.run.extraction import Extraction
 from icekit.run.learning import learn, tokens_of
 from icekit.run.locating import UNNAMED, locate
+from icekit.run.log import read_log
 from icekit.run.machine import enough_memory
 from icekit.run.models import build_component, check_picture, load_backbone, reproducible, resolve_device
-from icekit.run.naming import name_attribute
+from icekit.run.naming import check_words, name_attribute
+from icekit.run.origins import check_origins, origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
-from icekit.run.records import Manifest, Started
+from icekit.run.records import Started
 from icekit.run.showing import Sample, likeliest, planned_samples, prompts_of, show, words_alone
 from icekit.settings import ROLES, Role, Settings, flatten, merge, validate
 
@@ -72,6 +75,7 @@ def extract(
     Raises:
         InputError: the image, the settings or ``out`` are wrong.
         RunError: the run failed. What it had done is kept in ``out`` for ``resume``.
+        ExportError: the run is complete, but an exporter failed.
     """
     found = installed or plugins.installed()
     source = image if isinstance(image, images.SourceImage) else images.load_image(image)
@@ -84,6 +88,8 @@ def extract(
                 found.naming(lambda: this_run.stage, this_run.components),
             ):
                 return this_run.to_the_end(resume=resume, overwrite=overwrite)
+        except ExportError:
+            raise
         except BaseException as error:
             tell.tell("run_failed", error=error)
             raise
@@ -141,7 +147,7 @@ class _Run:
                 return Extraction.open(self.home.path)
             goes_on = self.begun = True
         self.settings = self.plugins.resolve(self.settings)  # before a model takes minutes to load
-        self.attributes = [self.plugins.attribute(name) for name in self.settings.attributes]
+        self.attributes = self.plugins.attributes(self.settings)
         device = resolve_device(self.settings.device)
         if not goes_on and self.located is None:
             self._check_picture()
@@ -149,11 +155,13 @@ class _Run:
         self.timings = self.run.load_timings() if goes_on else {}
         with self._stage("load"):
             self.backbone = self.loaded or load_backbone(self.plugins, self.settings, device)
+            check_words(self.settings.name_of("backbone"), self.backbone, self.attributes)
         if not goes_on:
             picture = self.source.fitted(self.backbone.image_size)
             if self.run is self.home:
                 self.home.discard_next()
-            self.run.begin(self.plugins.stored(self.settings), self.source.source, self.source.sha256, picture)
+            stored, origins = self.plugins.stored(self.settings), origins_of(self.plugins, self.settings)
+            self.run.begin(stored, self.source.source, self.source.sha256, picture, origins)
             self.begun = True
         self.run.clear_leftovers()
         if goes_on:
@@ -171,10 +179,14 @@ class _Run:
         with self._stage("generate", len(samples)):
             words = self._name(regions, learned)
             self._show(regions, learned, samples)
-        self._finish(regions, words)
+        failed = self._finish(regions, words)
         self._settle()
         extraction = Extraction.open(self.home.path)
         self.observers.tell("run_finished", extraction=extraction)
+        if failed:
+            raise ExportError("; ".join(self._of_exporter(*one) for one in failed.items()), extraction) from next(
+                iter(failed.values())
+            )
         return extraction
 
     def _settle(self) -> None:
@@ -200,6 +212,7 @@ class _Run:
             source=image.source,
             settings=extraction.settings().model_dump(mode="json"),
             schema_version=extraction.schema_version,
+            plugins=extraction.record.plugins,
         )
 
     def _take_up(self, started: Started) -> None:
@@ -213,6 +226,7 @@ class _Run:
                 f"the run in {self.home.path} was made by another version of icekit (schema version "
                 f"{started.schema_version}) and cannot go on: --overwrite starts it afresh"
             )
+        check_origins(self.plugins, started.plugins, f"the run in {self.home.path}")
         changes = []
         if started.sha256 != self.source.sha256:
             changes.append(f"the image was {started.source}, now {self.source.source} (other content)")
@@ -385,7 +399,8 @@ class _Run:
         learner = self.plugins.component("learner", self.settings.name_of("learner"))
         return tokens_of(region, self.attributes, learner)
 
-    def _finish(self, regions: Sequence[Region], words: dict[int, dict[str, list[str]]]) -> None:
+    def _finish(self, regions: Sequence[Region], words: dict[int, dict[str, list[str]]]) -> dict[str, Exception]:
+        """Complete the run; the exporters that failed, and why."""
         height, width = self.backbone.image_size
         manifest: dict[str, Any] = {
             "schema_version": directory.SCHEMA_VERSION,
@@ -417,12 +432,38 @@ class _Run:
                 for region in regions
             ],
             "learning_steps": max((line.step for line in read_log(self.run.files)[0]), default=0),
+            "plugins": [one.model_dump() for one in origins_of(self.plugins, self.settings)],
             "timings": self.timings,
         }
-        self.run.save_report(report.render_report(self.run.path, Manifest.model_validate(manifest), self.home.path))
+        failed = self._export(Extraction.of(self.run, manifest))
         if self.run is not self.home:
             self.home.check_replaceable(self.run)
         self.run.finish(manifest)
+        return failed
+
+    def _export(self, extraction: Extraction) -> dict[str, Exception]:
+        """Write what the settings' exporters write; those that failed, and why. They make no run incomplete."""
+        failed: dict[str, Exception] = {}
+        names = self.settings.exporters
+        if names:
+            self.stage = "export"
+            self.observers.tell("stage_started", name="export", total=len(names))
+        for name in names:
+            try:
+                write_export(self.plugins, extraction, name, self.settings.exporter[name], self.run.path)
+            except Exception as error:
+                if isinstance(error, CannotWrite) or is_of_the_machine(error):
+                    raise  # of no exporter: --resume goes on when there is more room
+                failed[name] = error
+        return failed
+
+    def _of_exporter(self, name: str, error: Exception) -> str:
+        """Which exporter failed, and how it is made up for."""
+        why = str(error) if isinstance(error, InputError | RunError) else said(error)
+        if not isinstance(error, ComponentError):  # which says whose it is
+            why = f"exporter {name!r} of {self.plugins.offered('exporter')[name].origin}: {why}"
+        again = shlex.join(["icekit", "export", str(self.home.path), "--format", name])
+        return f"{why} (the run is complete; `{again}` writes what is missing)"
 
     def _pipeline(self) -> dict[str, str]:
         """How the backbone's model is loaded without icekit, where it says so: see ``protocols.Backbone``."""

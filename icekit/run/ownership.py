@@ -25,6 +25,10 @@ from icekit.run.atomic import CannotWrite, why, write_atomically, write_json_ato
 LOCK = ".icekit.lock"
 NEXT = ".next"
 """Subfolder in which is built what is to replace the rest of the folder."""
+EXPORTS = ".icekit.exports.json"
+"""The record of what exporters wrote into a folder, see ``exports``: it is deleted after all that is in it."""
+EXPORTS_LOCK = ".icekit.exports.lock"
+"""Held while an exporter's files come into a folder, which may be a run's while another run is made to replace it."""
 PLAN = "exchange.json"
 """In ``NEXT``: what is moved and deleted. From when it is there the new files hold, whatever happens."""
 PATIENCE_S = 0.5
@@ -226,7 +230,7 @@ def in_the_way(path: Path) -> InputError:
 def delete_files(root: Path, names: Iterable[str]) -> None:
     """Delete files, and the folders that are empty then. What is behind a symbolic link stays."""
     names = [name for name in names if is_inside(name) and link_to(root, name) is None]
-    for name in names:
+    for name in sorted(names, key=lambda name: PurePosixPath(name).name == EXPORTS):
         if not (root / name).is_dir():
             (root / name).unlink(missing_ok=True)
     remove_empty_folders(root, names)

@@ -74,6 +74,16 @@ class Header(Record):
     icekit_version: Name
 
 
+class OriginRecord(Record):
+    """A component, an attribute or an exporter of a run, and the plugin that brought it: see ``plugins.Origin``."""
+
+    kind: Name
+    name: Name
+    plugin: Text
+    distribution: Text
+    version: Text
+
+
 class ImageRecord(Record):
     """The picture of a run. source: as typed, which may be a name that is no UTF-8."""
 
@@ -117,6 +127,7 @@ class Manifest(Header):
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     concepts: list[ConceptRecord]
     learning_steps: Count | None = None
+    plugins: list[OriginRecord] = []
     timings: dict[Name, Seconds] = {}
 
     @model_validator(mode="after")
@@ -138,6 +149,27 @@ class Manifest(Header):
         return [token for concept in self.concepts for token in concept.tokens.values()]
 
 
+class ExportRecord(Record):
+    """The files that an exporter wrote of a run.
+
+    run: where that run is; None for the one whose directory they are in.
+    """
+
+    exporter: Name
+    run: str | None = None
+    files: list[Inside]
+
+    def is_of(self, other: ExportRecord) -> bool:
+        """Whether both are of one exporter and one run."""
+        return (self.exporter, self.run) == (other.exporter, other.run)
+
+
+class ExportsRecord(Record):
+    """``.icekit.exports.json``: what exporters wrote into a folder."""
+
+    exports: list[ExportRecord]
+
+
 class Begun(Record):
     """``checkpoint/run.json``. ready: whether the files that a run begins with are all there."""
 
@@ -145,14 +177,15 @@ class Begun(Record):
 
 
 class Started(Record):
-    """What a run began with: the source image's sha256, the complete settings (nested, JSON types), and the schema
-    version of its directory.
+    """What a run began with: the source image's sha256, the complete settings (nested, JSON types), the schema version
+    of its directory, and the plugins.
     """
 
     sha256: Name
     source: str
     settings: dict[str, Any]
     schema_version: StrictInt
+    plugins: list[OriginRecord] = []
 
 
 class LocatedRegion(Record):

@@ -12,6 +12,7 @@ from torch import Tensor
 from icekit.attention.looking import look_at
 from icekit.protocols import Attribute, Backbone, Learned, Look, Region, Tokens, object_tokens, token_names
 from icekit.randomness import derived_seed, seeded_generator
+from icekit.run.border import draw
 from icekit.settings import Settings
 
 ATTENTION_SHARE, ATTENTION_DRAWS = 0.15, 4
@@ -97,15 +98,17 @@ def show(
             shown.samples[batch[place]] = picture
             on_sample(batch[place], picture)
 
-        backbone.generate(
+        draw(
+            ("backbone", settings.name_of("backbone")),
+            backbone,
             [sample.prompt for sample in batch],
+            keep,
             seeds=[derived_seed(settings.seed, "sample", one.index, one.part, one.number) for one in batch],
             tokens=learned.tokens,
             steps=settings.sample_steps,
             guidance_scale=settings.guidance_scale,
             tuning=None if batch[0].words_alone else learned.tuning,
             skip=there,
-            on_image=keep,
         )
     return shown
 

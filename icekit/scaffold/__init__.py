@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from icekit.protocols import InputError
+from icekit.protocols import VERSION, InputError
 
 if TYPE_CHECKING:
     import jinja2
@@ -47,6 +47,7 @@ KINDS = {
     "backbone": Kind("A backbone for icekit: Stable Diffusion in one style", is_heavy=True),
     "metric": Kind("A metric for icekit: do pictures made with a concept's tokens have its colours?"),
     "dataset": Kind("A data set for icekit: pictures, masks and words from a table", ("pillow",)),
+    "exporter": Kind("An exporter for icekit: each concept of a run, cut out of the picture", ("pillow",)),
     "command": Kind("A command for icekit: the concepts of a run, a line each", ("click>=8.1",)),
     "observer": Kind("An observer for icekit: how long each stage of a run took", ("click>=8.1",)),
 }
@@ -174,6 +175,7 @@ def render_plugin(name: str, kind: str) -> dict[str, str]:
         "identifier": _identifier(name),
         "Name": "".join(part.capitalize() for part in name.split("-")),
         "CONSTANT": _identifier(name).upper(),
+        "protocol": VERSION,
     }
 
     def rendered(template: str, **more: str) -> str:

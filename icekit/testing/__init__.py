@@ -10,8 +10,9 @@ A component is done when these pass::
     def test_conformance(check, subject):
         check(subject)
 
-That is all it takes for a retriever, a segmentor, a learner, a metric, a data set or an attribute: they are checked on
-a backbone of random weights and on pictures that are drawn here (``tiny``, ``scenes``), without a GPU or a download.
+That is all it takes for a retriever, a segmentor, a learner, a metric, a data set, an exporter or an attribute: they
+are checked on a backbone of random weights and on pictures that are drawn here (``tiny``, ``scenes``), without a GPU or
+a download.
 Other settings, or another backbone, are said by a ``...UnderTest``, as in
 ``SegmentorUnderTest(MySegmentor, {"sharp": True})``.
 
@@ -56,6 +57,7 @@ from icekit.testing.subjects import (
     BackboneUnderTest,
     CheckResult,
     DatasetUnderTest,
+    ExporterUnderTest,
     LearnerUnderTest,
     MetricUnderTest,
     RetrieverUnderTest,
@@ -71,6 +73,7 @@ __all__ = [
     "BackboneUnderTest",
     "CheckResult",
     "DatasetUnderTest",
+    "ExporterUnderTest",
     "LearnerUnderTest",
     "MetricUnderTest",
     "RetrieverUnderTest",
@@ -78,6 +81,7 @@ __all__ = [
     "check_attribute",
     "check_backbone",
     "check_dataset",
+    "check_exporter",
     "check_learner",
     "check_metric",
     "check_retriever",
@@ -122,3 +126,8 @@ def check_metric(subject: type | MetricUnderTest) -> list[CheckResult]:
 def check_dataset(subject: type | DatasetUnderTest) -> list[CheckResult]:
     """Run all checks of a data set; none of them stops the others."""
     return run_checks(subject, "dataset")
+
+
+def check_exporter(subject: type | ExporterUnderTest) -> list[CheckResult]:
+    """Run all checks of an exporter; none of them stops the others."""
+    return run_checks(subject, "exporter")

@@ -27,6 +27,7 @@ _HOMES: Mapping[Kind, str] = {
     "backbone": "backbone",
     "metric": "metrics",
     "dataset": "datasets",
+    "exporter": "exporters",
 }
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from icekit.protocols import Attribute, Backbone, ComponentSettings
     from icekit.testing.scenes import Scene
 
-Kind = Literal["attribute", "retriever", "segmentor", "learner", "backbone", "metric", "dataset"]
+Kind = Literal["attribute", "retriever", "segmentor", "learner", "backbone", "metric", "dataset", "exporter"]
 """The kinds of components that there are checks for."""
 
 Values = Mapping[str, Any]
@@ -185,6 +185,13 @@ class DatasetUnderTest(ComponentUnderTest):
 
 
 @dataclass
+class ExporterUnderTest(ComponentUnderTest):
+    """An exporter."""
+
+    kind: ClassVar[Kind] = "exporter"
+
+
+@dataclass
 class BackboneUnderTest:
     """A backbone, and what its checks have to know of it. A family that differs more overrides a method.
 
@@ -270,6 +277,7 @@ _METHODS: Mapping[str, type[ComponentUnderTest]] = {
     "learn": LearnerUnderTest,
     "measure": MetricUnderTest,
     "pictures": DatasetUnderTest,
+    "export": ExporterUnderTest,
 }
 """The method that tells what kind of component a class is."""
 

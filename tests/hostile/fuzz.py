@@ -43,8 +43,7 @@ def picture(data: bytes) -> bool:
 
 def run(data: bytes) -> bool:
     """A run directory of which one file is replaced: the first byte says which."""
-    from icekit import Extraction, InputError
-    from icekit.report.page import write_report
+    from icekit import Extraction, InputError, export
 
     names = ("manifest.json", "settings.toml", "embeddings.safetensors", "log.jsonl", "image.png", "masks/0-cup.png")
     folder = _whole_run()
@@ -57,7 +56,7 @@ def run(data: bytes) -> bool:
         found.settings()
         for concept in found.concepts:
             concept.mask()
-        write_report(folder)
+        export(folder, "report")
     except InputError as error:
         return _one_line(error)
     finally:
@@ -181,7 +180,7 @@ def main() -> None:
         sys.exit(f"usage: python {sys.argv[0]} {'|'.join(TARGETS)} [libFuzzer's options]")
     target = sys.argv.pop(1)
     with atheris.instrument_imports(include=["icekit", "PIL"]):
-        import icekit.report.page
+        import icekit.report.exporter
         import icekit.run.extraction
         import icekit.run.images  # noqa: F401
     start = Path(tempfile.mkdtemp(prefix="icekit-corpus-"))

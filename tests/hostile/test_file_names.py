@@ -13,7 +13,7 @@ import numpy as np
 import plain_components as plain
 import pytest
 import torch
-from icekit_process import environment, in_this_process
+from icekit_process import environment, in_this_process, write_report
 from PIL import Image
 
 from icekit import ConceptLibrary, Extraction, InputError, Settings, extract, load_settings
@@ -22,7 +22,6 @@ from icekit.builtin.datasets.folder import FolderDataset, safe_names
 from icekit.plugins import PluginError, check_attribute
 from icekit.protocols import Attribute, Region, token_names
 from icekit.protocols.values import MAX_ATTRIBUTE_BYTES, MAX_LABEL_BYTES
-from icekit.report.page import write_report
 from icekit.run.compose import compose
 from icekit.run.directory import mask_name, sample_name
 

@@ -46,7 +46,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where all is done, in a world in which no time passes: what is made twice is the same bit for bit."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(page, "render_report", lambda run_dir, manifest, place=None: f"{manifest.concepts}")
+    monkeypatch.setattr(page, "render_report", lambda run_dir, manifest, *_: f"{manifest.concepts}")
     for module in ("icekit.run.orchestrator", "icekit.bench.benchmark"):
         monkeypatch.setattr(sys.modules[module], "time", SimpleNamespace(monotonic=lambda: 0.0))
     Image.new("RGB", (50, 50), "red").save(tmp_path / "photo.png")
@@ -82,7 +82,7 @@ def works(found: Plugins, place: Path, slow: float = 0.0) -> dict[str, tuple[Wor
         settings = load_settings(
             options={
                 "components": PLAIN, "samples": 1, "max_concepts": concepts, "seed": seed,
-                "learner": {"pause": slow}, "segmentor": {"pause": slow},
+                "learner": {"pause": slow}, "segmentor": {"pause": slow}, "exporters": ["plain", "report"],
             }
         )  # fmt: skip
         extract("photo.png", out, settings, installed=found, **options)
@@ -99,6 +99,7 @@ def works(found: Plugins, place: Path, slow: float = 0.0) -> dict[str, tuple[Wor
                 "max_concepts": 1,
                 "dataset": {"path": "data"},
                 "bench": {"images": 1},
+                "exporters": ["plain"],
                 "learner": {"plain": {"steps": 6, "pause": slow}},
             },
             installed=found,

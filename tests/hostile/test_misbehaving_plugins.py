@@ -229,11 +229,11 @@ def test_what_happens_in_our_own_code_is_no_components_fault(photo: Path, tmp_pa
 
 
 RETURNS = {
-    "retriever": (plain.PlainRetriever, "retrieve", (None, 5, ["cup"], [None]), "expected a list of icekit.Candidate"),
-    "segmentor": (plain.PlainSegmentor, "segment", (None, 5, "mask"), "returned a mask of "),
-    "proposing": (plain.ProposingSegmentor, "propose", (None, 5, ["mask"]), "expected a list of icekit.Proposal"),
-    "learner": (plain.PlainLearner, "learn", (None, {}), "expected icekit.Learned"),
-    "tokens": (plain.PlainLearner, "learn", (Learned({"<a>": None}), Learned({"<cup-0>": {}})), "no usable embedding"),  # type: ignore[dict-item]
+    "retriever": (plain.PlainRetriever, "retrieve", (None, 5, ["cup"], [None]), "a list of icekit.Candidate is right"),
+    "segmentor": (plain.PlainSegmentor, "segment", (None, 5, "mask"), "as a mask: a tensor of bool "),
+    "proposing": (plain.ProposingSegmentor, "propose", (None, 5, ["mask"]), "a list of icekit.Proposal is right"),
+    "learner": (plain.PlainLearner, "learn", (None, {}), "an icekit.Learned is right"),
+    "tokens": (plain.PlainLearner, "learn", (Learned({"<a>": None}), Learned({"<cup-0>": {}})), "of 16 tokens"),  # type: ignore[dict-item]
 }
 
 
@@ -266,7 +266,7 @@ def test_an_observer_that_ends_is_heard_no_more(
     run = extract(photo, tmp_path / "run", settings, installed=found)
     assert run.concepts
     [line] = caplog.messages
-    assert line.startswith("plugin 'mine' failed in region_found and is ignored from here on: ")
+    assert line.startswith("plugin 'mine' (mine-plugin 1.0) failed in region_found and is ignored from here on: ")
 
 
 def test_ctrl_c_in_an_observer_interrupts(photo: Path, tmp_path: Path) -> None:
@@ -339,7 +339,9 @@ def test_a_metric_that_ends_is_named(
 def test_what_a_metric_returns_is_checked(photo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, value in enumerate((None, 5, {"named": 0.5})):
         monkeypatch.setattr(plain.Named, "measure", lambda *given, value=value: value)
-        with pytest.raises(RunError, match=r"^metric 'seen' returned .* expected icekit Scores by column"):
+        with pytest.raises(
+            RunError, match=r"^metric 'seen' of plugin 'plain' \(plain-plugin 1.0\) returned .* icekit.Score is"
+        ):
             bench_with(monkeypatch, tmp_path / f"bench-{number}", tmp_path)
 
 
@@ -353,7 +355,7 @@ def test_a_data_set_that_ends_is_named(name: str, photo: Path, tmp_path: Path, m
             with pytest.raises(RunError, match=r"^data ?set 'folder' of plugin 'builtin' .* failed in stage load: "):
                 bench_with(monkeypatch, tmp_path / "bench", tmp_path)
     monkeypatch.setattr(FolderDataset, "pictures", lambda *given: ["picture"])
-    with pytest.raises(RunError, match=r"^data set 'folder' has 'picture' among its pictures"):
+    with pytest.raises(RunError, match=r"^dataset 'folder' of plugin .* has str \('picture'\) among its pictures"):
         bench_with(monkeypatch, tmp_path / "bench", tmp_path)
 
 

@@ -43,7 +43,7 @@ def place(tmp_path: Path) -> Path:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test cuts the power, and one looks at a report."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    monkeypatch.setattr(page, "render_report", lambda run_dir, manifest, place=None: f"the report of {run_dir}")
+    monkeypatch.setattr(page, "render_report", lambda run_dir, manifest, *_: f"the report of {run_dir}")
 
 
 @pytest.fixture
@@ -208,14 +208,27 @@ def test_somebody_elses_file_is_never_replaced(run: Run, place: Path) -> None:
     assert len(Extraction.open(place / "run").concepts) == 2
 
 
-def test_somebody_elses_file_in_an_interrupted_run(run: Run, place: Path) -> None:
+def test_somebody_elses_file_in_an_interrupted_run(icekit: Run, run: Run, place: Path) -> None:
     assert run("--set", "learner.fail_at=3")[0] == 1
-    for name in ("report.html", "manifest.json"):
-        (place / "run" / name).write_bytes(b"{}")
-        for flag in ("--resume", "--overwrite"):
-            refused(run(flag), f"run/{name} is in the way: icekit did not write it")
-        assert (place / "run" / name).read_bytes() == b"{}"
-        (place / "run" / name).unlink()
+    manifest, report = place / "run" / "manifest.json", place / "run" / "report.html"
+    manifest.write_bytes(b"{}")
+    for flag in ("--resume", "--overwrite"):
+        refused(run(flag), "run/manifest.json is in the way: icekit did not write it")
+    assert manifest.read_bytes() == b"{}"
+    manifest.unlink()
+    # An exporter's file is in the way of that exporter alone.
+    report.write_bytes(b"mine")
+    status, out, err = run("--overwrite")
+    assert (status, "cup" in out) == (1, True)
+    last = err.splitlines()[-1]
+    assert "exporter 'report' of plugin 'builtin' (icekit 0): run/report.html is in the way: icekit did not" in last
+    assert "the run is complete; `icekit export run --format report` writes what is missing" in last
+    assert report.read_bytes() == b"mine" and len(Extraction.open(place / "run").concepts) == 1
+    assert "report.html" not in Extraction.open(place / "run").manifest["files"]
+    refused(icekit("report", "run"), "run/report.html is in the way: icekit did not write it")
+    report.rename(place / "mine.html")
+    assert icekit("export", "run", "--format", "report")[:2] == (0, "run/report.html\n")
+    assert run("--overwrite")[0] == 0
 
 
 @pytest.mark.parametrize("record", [True, False])

@@ -14,13 +14,12 @@ import numpy as np
 import plain_components as plain
 import pytest
 import torch
-from icekit_process import in_this_process
+from icekit_process import in_this_process, write_report
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from icekit import Extraction, InputError, extract
 from icekit.plugins import Plugins
-from icekit.report.page import write_report
 from icekit.run.compose import compose
 from icekit.settings import load_settings, merge
 
