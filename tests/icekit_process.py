@@ -13,7 +13,7 @@ import plain_components as plain
 import pytest
 
 from icekit import export
-from icekit.cli.program import main
+from icekit.cli.program import cli, main
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -71,6 +71,10 @@ def in_this_process(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def with_what_is_installed(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
     """The same with what is installed and with the plugins that arguments and environment choose."""
     monkeypatch.setattr("icekit.cli.program.quieten", lambda: None)
+    # What plugins have added so far are other tests' plugins.
+    own = {name: command for name, command in cli.commands.items() if name not in cli.of_plugins}
+    monkeypatch.setattr(cli, "commands", own)
+    monkeypatch.setattr(cli, "_origins", {})
     monkeypatch.chdir(place)
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:

@@ -226,17 +226,6 @@ def test_pictures_of_two_sides(place: Path, run: Run) -> None:
     assert len(Pictures((place / "wide" / "bench.html").read_text()).sources) > 2
 
 
-def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "docs" / "bench.md").read_text()
-    names: dict = {}
-    exec(text.partition("```python\n")[2].partition("```")[0], names)
-    check_component("dataset", "mine", names["MyPictures"])
-    check_component("metric", "found", names["Found"])
-    Image.new("RGB", (40, 40)).save(tmp_path / "one.jpg")
-    [picture] = names["MyPictures"](names["MyPictures"].Settings(folder=str(tmp_path))).pictures(4, 0, (32, 32))
-    assert (picture.name, picture.concepts) == ("one", ())
-
-
 def test_a_metric_without_columns_is_broken() -> None:
     class Nameless:
         class Settings(ComponentSettings):

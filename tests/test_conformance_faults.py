@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from icekit.randomness import seeded_generator
 from icekit.testing import (
     KINDS,
     AttributeUnderTest,
-    BackboneUnderTest,
     DatasetUnderTest,
     ExporterUnderTest,
     LearnerUnderTest,
@@ -648,25 +646,3 @@ def test_a_component_of_another_kind() -> None:
     with pytest.raises(TypeError, match="BackboneUnderTest"):
         run_checks(type(PLAIN["retriever"].on()))
     assert {result.outcome for result in check_segmentor(Half)} <= {"passed", "skipped"}
-
-
-def test_the_examples_of_the_documents() -> None:
-    """What "Writing a plugin" shows of testing runs as it stands, and fails where it says so."""
-    page = (Path(__file__).parent.parent / "docs" / "writing-plugins.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
-    names: dict[str, Any] = {}
-    for block in blocks:
-        if "class BrightestHalf" in block or "icekit.testing" in block:
-            exec(block, names)
-    failed = []
-    for test in ("test_segmentor", "test_all"):
-        [mark] = names[test].pytestmark
-        for one in mark.args[1]:
-            subject, check = one.values
-            result = run_check(check, subject)
-            failed += [result.name] * (result.outcome == "failed")
-            assert (result.outcome == "failed") == bool(one.marks), (one.id, result)
-    assert failed == ["check_ten_concepts"]
-    [mark] = names["test_backbone"].pytestmark
-    assert len(mark.args[1]) == len(checks_of("backbone"))
-    assert all(result.outcome != "failed" for result in run_checks(BackboneUnderTest(names["tiny_backbone"]())))

@@ -98,7 +98,7 @@ RED, GREEN = (255, 0, 0), (0, 255, 0)
 @pytest.fixture
 def outcome(monkeypatch: pytest.MonkeyPatch) -> FakeOutcome:
     """Left half red, right half green; both found, the red one drawn red and green, the green one green."""
-    monkeypatch.setattr(similarity, "clip_encoder", lambda *arguments: ImageEncoder(mean_colour))
+    monkeypatch.setattr(image_encoders, "clip_encoder", lambda *arguments: ImageEncoder(mean_colour))
     pixels = torch.zeros(3, 4, 4)
     pixels[0, :, :2] = pixels[1, :, 2:] = 1
     left = torch.zeros(4, 4, dtype=torch.bool)

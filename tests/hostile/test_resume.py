@@ -171,7 +171,7 @@ def test_which_settings_change_no_result() -> None:
         rate: float = 1.0
 
     assert changes_no_result(Own) == {"workers"}
-    assert changes_no_result(Settings) == {"device"}
+    assert changes_no_result(Settings) == {"device", "exporter", "exporters"}
     assert changes_no_result(StableDiffusion.Settings) == {"images_at_once", "local_files_only"}
     assert changes_no_result(TrainingSettings) == {"max_batch", "checkpoint_every"}
 
