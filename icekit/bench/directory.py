@@ -154,7 +154,7 @@ class BenchDirectory:
             refuse_links(self.path, "bench.json")
             write_json_atomically(self.path / "bench.json", record)  # from here on the directory is icekit's
             if before is not None and not resume:
-                self.written.reset()
+                self.written.reset({"bench.json"})
             self.written.claim("bench.json")
         except OSError as error:
             raise cannot_write(self.path, error) from error

@@ -180,9 +180,9 @@ class Written:
             os.fsync(file.fileno())
         self._known.add(name)
 
-    def reset(self) -> None:
-        """Begin an empty record."""
-        self._known = set()
+    def reset(self, kept: Collection[str] = ()) -> None:
+        """Begin a new record. kept: what is there still, and icekit's."""
+        self._known = set(kept)
         self._replace(self._known)
 
     def _replace(self, names: Iterable[str]) -> None:
