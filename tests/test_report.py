@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from icekit_process import write_report
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from icekit.backbones.stable_diffusion import StableDiffusion
+from icekit.backbones.stable_diffusion_xl import StableDiffusionXL
 from icekit.protocols import FineTuning, InputError, Learned
 from icekit.report import loss_chart
 from icekit.report import page as report
@@ -209,6 +211,31 @@ def test_the_diffusers_snippet_runs_as_it_stands(tmp_path: Path, sd_folder: Path
     assert isinstance(scope["image"], Image.Image)
     assert "<cup-0-instance>" in scope["pipe"].tokenizer.get_vocab()
     assert any(bool(value.any()) for value in scope["pipe"].unet.parameters()) != fine_tuned
+
+
+def test_the_diffusers_snippet_of_two_text_encoders(tmp_path: Path, sdxl_folder: Path) -> None:
+    """It runs as it stands, and the picture is icekit's."""
+    backbone = StableDiffusionXL(StableDiffusionXL.Settings(model=str(sdxl_folder), image_size=128, steps=3), "cpu")
+    run = write_run(tmp_path, ["cup"], samples=0)
+    names = ("<cup-0>", "<cup-0-instance>", "<cup-0-colour>", "<cup-0-material>")
+    rows = {
+        name: {encoder: torch.full((dim,), 0.02 * place) for encoder, dim in backbone.rows.items()}
+        for place, name in enumerate(names, 1)
+    }
+    RunDirectory(run).save_learned(Learned(rows))
+    manifest = json.loads((run / "manifest.json").read_text())
+    facts = ("identity", "rows", "pipeline_class", "pipeline_source", "pipeline_encoders")
+    manifest["backbone"] = {name: getattr(backbone, name) for name in facts}
+    html = report.render_report(run, Manifest.model_validate(manifest))
+    found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
+    assert found
+    scope: dict[str, Any] = {"torch": torch, "Sampler": DPMSolverMultistepScheduler}
+    how = "num_inference_steps=3, guidance_scale=5.0, generator=torch.Generator().manual_seed(1)"
+    sampler = "pipe.scheduler = Sampler.from_config(pipe.scheduler.config)\nimage = pipe("
+    exec(found[0].replace("image = pipe(", sampler).replace(").images", f", {how}).images"), scope)
+    prompt = found[0].partition('image = pipe("')[2].partition('"')[0]
+    [own] = backbone.generate([prompt], seeds=[1], tokens=rows)
+    assert np.abs(np.asarray(own, float) - np.asarray(scope["image"], float)).max() <= 1
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,12 @@ class UNetBackbone(ABC):
         return self.family.pipeline
 
     @property
+    def pipeline_encoders(self) -> dict[str, tuple[str, str]]:
+        """The pipeline's names of the tokenizer and the model of each text encoder."""
+        ends = [""] if len(self._texts) == 1 else ["", *(f"_{number}" for number in range(2, len(self._texts) + 1))]
+        return {name: (f"tokenizer{end}", f"text_encoder{end}") for name, end in zip(self._texts, ends, strict=True)}
+
+    @property
     def pipeline_source(self) -> str | None:
         """What ``from_pretrained`` of ``pipeline_class`` takes to load this model: a folder or an id of the hub.
 

@@ -138,6 +138,7 @@ class Backbone(Protocol):
     ``preset``, the name of a registered preset with the settings that it works best with; the user's own win.
     A backbone may say ``pipeline_class`` and ``pipeline_source``: the name of the diffusers pipeline that loads its
     model without icekit, and what ``from_pretrained`` of it takes; a run's report shows how its tokens are used there.
+    With several text encoders it says ``pipeline_encoders``, too: name -> the pipeline's names of tokenizer and model.
     """
 
     device: torch.device

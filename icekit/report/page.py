@@ -360,10 +360,8 @@ def _snippets(
         if second is not first:
             lines.append(compose(f"{{a}}, {{b.{attributes[-1]}}}", a=first, b=second))
     snippets = {"compose": "\n".join(lines)}
-    if backbone and backbone.pipeline_source and len(backbone.rows) == 1:
-        pipeline = backbone.pipeline_class or ""
-        if pipeline.isidentifier():
-            snippets["diffusers"] = _diffusers(run, place, pipeline, backbone.pipeline_source, first.prompt)
+    if backbone and (code := _diffusers(run, place, backbone, first.prompt)):
+        snippets["diffusers"] = code
     return snippets
 
 
@@ -377,8 +375,18 @@ def _from_here(path: Path) -> str:
     return str(full.relative_to(here) if full.is_relative_to(here) else full)
 
 
-def _diffusers(run: RunDirectory, place: str, pipeline: str, source: str, prompt: str) -> str:
-    """Python code that generates an image with the run's tokens, and with what was made of the noise predictor."""
+def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: str) -> str:
+    """Python code that generates an image with the run's tokens, and with what was made of the noise predictor.
+
+    Empty where it is not known which pipeline loads the model. What a run directory says becomes part of the code as a
+    string or as an identifier alone.
+    """
+    pipeline, source = backbone.pipeline_class or "", backbone.pipeline_source
+    places = {name: backbone.pipeline_encoders.get(name) for name in backbone.rows}
+    if not pipeline.isidentifier() or not source:
+        return ""
+    if len(places) > 1 and not all(parts and all(part.isidentifier() for part in parts) for parts in places.values()):
+        return ""
 
     def quoted(text: str) -> str:
         return json.dumps(text, ensure_ascii=False)  # a JSON string is a Python string, too
@@ -391,12 +399,23 @@ def _diffusers(run: RunDirectory, place: str, pipeline: str, source: str, prompt
             tuned += f"pipe.{folder} = {kind}.from_pretrained({quoted(f'{place}/{folder}')})\n"
     if run.files.find("lora.safetensors"):
         tuned += f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n'
+    more, loading = "", '    pipe.load_textual_inversion(str(file), token=f"<{file.stem}>")\n'
+    if len(places) > 1:
+        more = "from safetensors.torch import load_file\n"
+        loading = '    rows, token = load_file(file), f"<{file.stem}>"\n'
+        for name, parts in places.items():
+            tokenizer, encoder = parts or ("", "")
+            to = f"tokenizer=pipe.{tokenizer}, text_encoder=pipe.{encoder}"
+            loading += f"    pipe.load_textual_inversion(rows[{quoted(name)}], token=token, {to})\n"
+        pairs = ", ".join(f"(pipe.{tokenizer}, pipe.{encoder})" for tokenizer, encoder in filter(None, places.values()))
+        loading += f"for tokenizer, encoder in ({pairs}):\n"
+        loading += '    if hasattr(getattr(encoder, "text_model", None), "eos_token_id"):\n'
+        loading += "        encoder.text_model.eos_token_id = tokenizer.eos_token_id  # pool a prompt at its end\n"
     return f"""\
 from pathlib import Path
 from diffusers import {", ".join(names)}
-
+{more}
 pipe = {pipeline}.from_pretrained({quoted(source)})
 for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
-    pipe.load_textual_inversion(str(file), token=f"<{{file.stem}}>")
-{tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
+{loading}{tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
 """

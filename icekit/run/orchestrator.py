@@ -465,11 +465,16 @@ class _Run:
         again = shlex.join(["icekit", "export", str(self.home.path), "--format", name])
         return f"{why} (the run is complete; `{again}` writes what is missing)"
 
-    def _pipeline(self) -> dict[str, str]:
+    def _pipeline(self) -> dict[str, Any]:
         """How the backbone's model is loaded without icekit, where it says so: see ``protocols.Backbone``."""
         names = ("pipeline_class", "pipeline_source")
         said = {name: getattr(self.backbone, name, None) for name in names}
-        return {name: str(value) for name, value in said.items() if value is not None} if all(said.values()) else {}
+        if not all(said.values()):
+            return {}
+        encoders = getattr(self.backbone, "pipeline_encoders", {})
+        return {name: str(value) for name, value in said.items()} | {
+            "pipeline_encoders": {name: [str(part) for part in parts] for name, parts in encoders.items()}
+        }
 
 
 def _place(sample: Sample) -> tuple[int, str, int]:
