@@ -225,7 +225,7 @@ def test_the_diffusers_snippet_of_two_text_encoders(tmp_path: Path, sdxl_folder:
     RunDirectory(run).save_learned(Learned(rows))
     manifest = json.loads((run / "manifest.json").read_text())
     facts = ("identity", "rows", "pipeline_class", "pipeline_source", "pipeline_encoders")
-    manifest["backbone"] = {name: getattr(backbone, name) for name in facts}
+    manifest["backbone"] = json.loads(json.dumps({name: getattr(backbone, name) for name in facts}))
     html = report.render_report(run, Manifest.model_validate(manifest))
     found = re.search(r"from pathlib.*?images\[0\]", Page(html).text, re.DOTALL)
     assert found
@@ -245,6 +245,20 @@ def test_the_diffusers_snippet_of_two_text_encoders(tmp_path: Path, sdxl_folder:
         {"identity": "x", "rows": {"clip_l": 4}},
         {"identity": "x", "rows": {"clip_l": 4}, "pipeline_class": "a; b", "pipeline_source": "my/model"},
         {"identity": "x", "rows": {"clip_l": 4, "clip_g": 4}, "pipeline_class": "P", "pipeline_source": "my/model"},
+        {
+            "identity": "x",
+            "rows": {"clip_l": 4, "clip_g": 4},
+            "pipeline_class": "P",
+            "pipeline_source": "my/model",
+            "pipeline_encoders": {"clip_l": ["tokenizer", "text_encoder"], "clip_g": ["tokenizer_2", "x); import os"]},
+        },
+        {
+            "identity": "x",
+            "rows": {"clip_l": 4, "clip_g": 4},
+            "pipeline_class": "P",
+            "pipeline_source": "my/model",
+            "pipeline_encoders": {"clip_l": ["tokenizer", "text_encoder"], "clip_g": ["tokenizer_2"]},
+        },
     ],
 )
 def test_no_code_is_shown_that_would_not_run(tmp_path: Path, backbone: dict[str, Any] | None) -> None:

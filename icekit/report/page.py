@@ -385,7 +385,9 @@ def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: 
     places = {name: backbone.pipeline_encoders.get(name) for name in backbone.rows}
     if not pipeline.isidentifier() or not source:
         return ""
-    if len(places) > 1 and not all(parts and all(part.isidentifier() for part in parts) for parts in places.values()):
+    if len(places) > 1 and not all(
+        parts and len(parts) == 2 and all(part.isidentifier() for part in parts) for parts in places.values()
+    ):
         return ""
 
     def quoted(text: str) -> str:

@@ -100,7 +100,7 @@ class BackboneRecord(Record):
     rows: dict[Name, Side] = Field(min_length=1)
     pipeline_class: Name | None = None
     pipeline_source: Text | None = None
-    pipeline_encoders: dict[Name, tuple[Name, Name]] = {}
+    pipeline_encoders: dict[Name, list[Name]] = {}
 
 
 class ConceptRecord(Record):
