@@ -1,4 +1,4 @@
-"""A CLIP model of open_clip: the eyes of retrievers and metrics."""
+"""A CLIP model of open_clip: what retrievers and metrics look at pictures with."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -17,8 +18,39 @@ def to_tensor(picture: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255).permute(2, 0, 1).contiguous()
 
 
+NEARLY = 1.02
+"""A picture whose proportions are a shape's up to this factor is resized as a whole, and nothing is cut."""
+MOST_SLENDER = 4.0
+"""A shape for a picture has one side at most so many times as long as the other: models were not trained beyond."""
+
+
+def shape_for(picture: tuple[int, int], native: tuple[int, int], multiple: int) -> tuple[int, int]:
+    """The shape in which a model sees a picture whole: its proportions, about as many pixels as the model is used to.
+
+    Args:
+        picture: its (width, height), pixels.
+        native: (height, width) of the pictures that the model was trained on.
+        multiple: of which both sides must be.
+
+    Returns:
+        (height, width): of all shapes that with the nearest proportions, where a tenth in these counts as much as eight
+        tenths in area. Of a picture that is more slender than ``MOST_SLENDER`` the proportions are those.
+    """
+    wanted = min(max(picture[0] / picture[1], 1 / MOST_SLENDER), MOST_SLENDER)
+    area = native[0] * native[1]
+
+    def cost(shape: tuple[int, int]) -> float:
+        height, width = shape
+        return 8 * abs(math.log(width / height / wanted)) + abs(math.log(height * width / area))
+
+    longest = math.ceil(2 * math.sqrt(area * MOST_SLENDER) / multiple)
+    heights = (multiple * count for count in range(1, longest + 1))
+    nearest = ((height, multiple * max(1, round(height * wanted / multiple))) for height in heights)
+    return min(nearest, key=cost)
+
+
 def middle(picture: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The largest box in the middle of a picture that has the proportions of a shape.
+    """The largest box in the middle of a picture that has the proportions of a shape; all of it where they are nearly.
 
     Args:
         picture: its (width, height), pixels.
@@ -28,6 +60,8 @@ def middle(picture: tuple[int, int], shape: tuple[int, int]) -> tuple[int, int, 
         (left, top, right, bottom) in pixels of the picture, right and bottom excluded.
     """
     width, height = picture
+    if max(width * shape[0], height * shape[1]) <= NEARLY * min(width * shape[0], height * shape[1]):
+        return 0, 0, width, height
     if width * shape[0] > height * shape[1]:
         width = max(1, round(height * shape[1] / shape[0]))
     else:

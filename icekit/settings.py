@@ -63,6 +63,17 @@ class AttributeSettings(StrictSettings):
     aliases: tuple[str, ...] = Field((), description="other spellings of the name")
 
 
+class ImageSettings(StrictSettings):
+    """How the picture is brought into the model's shape."""
+
+    fit: Literal["whole", "square"] = Field(
+        "whole",
+        description="whole: nothing is cut, the model works in the picture's proportions, on about as many pixels as "
+        "it was trained at; square: the middle is cut out in the model's own shape (published). With "
+        "backbone.image_size the middle is cut out in that shape",
+    )
+
+
 class Settings(StrictSettings):
     """All settings of a run. The components' own ones are checked against the components' models by ``resolve``."""
 
@@ -133,6 +144,7 @@ class Settings(StrictSettings):
         description="attributes of one's own, a table [attribute.NAME] each with anchor and words, beside those of "
         "plugins; attributes says by name which ones are learned",
     )
+    image: ImageSettings = Field(ImageSettings(), description="how the picture is brought into the model's shape")
     components: Components = Field(Components(), description="which plugin does what")
     backbone: dict[str, Any] = Field({}, description="settings of the backbone")
     retriever: dict[str, Any] = Field({}, description="settings of the retriever")

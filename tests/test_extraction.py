@@ -83,7 +83,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert sorted(files_of(tmp_path / "run")) == sorted(
         ["manifest.json", "image.png", "settings.toml", "log.jsonl", "report.html", "embeddings.safetensors"]
         + [EXPORTS]
-        + ["masks/0-cup.png", "masks/1-red-bowl.png"]
+        + [f"masks/{place}{mask}" for place in ("", "original/") for mask in ("0-cup.png", "1-red-bowl.png")]
         + [f"embeddings/{token.strip('<>')}.safetensors" for one in (cup, bowl) for token in one["tokens"].values()]
         + [
             f"samples/{index}-{part}{words}-0.png"

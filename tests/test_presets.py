@@ -18,7 +18,7 @@ from icekit.bench.benchmark import BenchSettings
 from icekit.builtin.datasets import folder as builtin_folder
 from icekit.plugins import Origin, Plugins, installed
 from icekit.protocols import ComponentSettings, InputError
-from icekit.settings import BENCH_TABLES, ROLES, Components, Settings, flatten, load_settings, validate
+from icekit.settings import BENCH_TABLES, ROLES, Components, ImageSettings, Settings, flatten, load_settings, validate
 
 SHIPPED = sorted((Path(builtin.__file__).parents[1] / "presets").glob("*.toml"))
 STATED = "as by default"
@@ -91,7 +91,7 @@ def model_of(place: str, plugins: Plugins) -> type[BaseModel]:
     if role in (*ROLES, "metric"):
         [name] = component  # a preset's line names its component
         return plugins.component(role, name).Settings  # type: ignore[attr-defined,no-any-return]
-    return {"": Settings, "components": Components, "bench": BenchSettings}[place]
+    return {"": Settings, "components": Components, "image": ImageSettings, "bench": BenchSettings}[place]
 
 
 @pytest.mark.parametrize("name", list(installed().offered("preset")))

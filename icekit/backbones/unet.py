@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +19,7 @@ from icekit.backbones.loading import Family, load_pipeline
 from icekit.backbones.settings import StableDiffusionSettings
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite, one_line
+from icekit.pixels import shape_for
 from icekit.protocols import (
     NO_TOKENS,
     Conditioning,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a noise predictor of this family can be trained to return, as diffusers' schedulers name it."""
+MULTIPLE = 8
+"""diffusers' pipelines make pictures whose sides are multiples of this alone."""
 DAMAGED = "its weights are damaged or another model's: get the model again"
 """The way out where a number format is not to blame."""
 
@@ -102,19 +106,33 @@ class UNetBackbone(ABC):
         self.rows: Mapping[str, int] = {name: text.dim for name, text in self._texts.items()}
         self.identity = fingerprint({name: text.table for name, text in self._texts.items()})
 
-        factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
-        self.image_size = settings.image_size or _trained_size(self.unet.config.sample_size, factor, named)
-        if any(side % factor for side in self.image_size):
-            raise InputError(f"backbone.image_size = {list(self.image_size)}: both sides must be multiples of {factor}")
-        height, width = (side // factor for side in self.image_size)
-        self.latent_shape = (self._vae.config.latent_channels, height, width)
-        self._layers = attention_layers(self.unet, (height, width))
-        self.word_grids, self.pixel_grids = grids_of(self._layers, "cross"), grids_of(self._layers, "self")
+        self._factor = 2 ** (len(self._vae.config.block_out_channels) - 1)
+        size = settings.image_size or _trained_size(self.unet.config.sample_size, self._factor, named)
+        if any(side % max(self._factor, MULTIPLE) for side in size):
+            multiple = max(self._factor, MULTIPLE)
+            raise InputError(f"backbone.image_size = {list(size)}: both sides must be multiples of {multiple}")
+        self._take_shape(size)
 
         self._use_schedules(None if settings.prediction_type == "auto" else settings.prediction_type)
         self._try_out(named)
         if settings.prediction_type == "auto" and not says_what_it_predicts:
             self._use_schedules(self._predicts())
+
+    def _take_shape(self, size: tuple[int, int]) -> None:
+        """Work with pictures of this (height, width), and with grids that follow from it."""
+        height, width = (side // self._factor for side in size)
+        self.image_size = size
+        self.latent_shape = (self._vae.config.latent_channels, height, width)
+        self._layers = attention_layers(self.unet, (height, width))
+        self.word_grids, self.pixel_grids = grids_of(self._layers, "cross"), grids_of(self._layers, "self")
+
+    def for_picture(self, height: int, width: int) -> Self:
+        """See ``protocols.ShapedBackbone``. The weights are shared: neither changes them."""
+        if self._settings.image_size:
+            return self
+        shaped = copy.copy(self)
+        shaped._take_shape(shape_for((width, height), self.image_size, max(self._factor, MULTIPLE)))
+        return shaped
 
     def _use_schedules(self, prediction_type: str | None) -> None:
         """Read the schedule that the model was trained with; None: it says itself what is predicted."""

@@ -273,6 +273,17 @@ class PosteriorBackbone(Protocol):
         ...
 
 
+@runtime_checkable
+class ShapedBackbone(Protocol):
+    """A backbone that works with pictures of more than one shape."""
+
+    def for_picture(self, height: int, width: int) -> Backbone:
+        """The same model, with the same weights, for a picture of this size in pixels: its ``image_size`` has about
+        these proportions (``icekit.pixels.shape_for``). Itself where its settings say the size.
+        """
+        ...
+
+
 def nearest_grids(grids: Sequence[Grid], wanted: Sequence[int]) -> tuple[Grid, ...]:
     """For each wanted number of cells along the shorter side the nearest grid by ratio; of two as near, the finer.
 

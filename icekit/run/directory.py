@@ -82,6 +82,7 @@ EXPORTED_BEFORE = ("report.html",)
 _OWN_FILES = (*_IN_EVERY_RUN, *EXPORTED_BEFORE, "lora.safetensors", EXPORTS, *_CHECKPOINT)
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
+    "masks/original": r"\d+-.+\.png",
     "embeddings": r".+-\d+(-.+)?\.safetensors",
     **dict.fromkeys(WEIGHTS_FOLDERS, r"config\.json|diffusion_pytorch_model\.safetensors"),
     "samples": r"\d+-.+-\d+\.png",
@@ -370,6 +371,10 @@ class RunDirectory:
         if image is None:
             raise self.files.damaged("image.png", "it is missing")
         return image.convert("RGB")
+
+    def save_picture(self, name: str, picture: Image.Image) -> None:
+        """Write a picture under one of the names that a run's files have."""
+        self._write_image(name, picture)
 
     def save_located(self, located: Located) -> None:
         """Keep the regions found so far."""
@@ -701,6 +706,11 @@ def is_own_name(name: str) -> bool:
 def mask_name(region: Region) -> str:
     """Where a region's mask is, relative to the run directory."""
     return f"masks/{region.index}-{region.label}.png"
+
+
+def original_mask_name(region: Region) -> str:
+    """Where a region's mask in the photograph's own size is, relative to the run directory."""
+    return f"masks/original/{region.index}-{region.label}.png"
 
 
 def sample_name(index: int, part: str, number: int, *, words_alone: bool = False) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from icekit import pixels
@@ -39,6 +41,15 @@ class SourceImage:
     def fitted(self, size: tuple[int, int]) -> Image.Image:
         """The picture in a model's shape, (height, width): its middle, cut to these proportions and resized."""
         return pixels.fit(self.picture, size)
+
+    def mask_of(self, mask: NDArray[np.bool_], size: tuple[int, int]) -> Image.Image:
+        """A mask of the fitted picture, bool ``size``, in this one's own size: 8-bit, 0 or 255; what was cut is 0."""
+        left, top, right, bottom = pixels.middle(self.picture.size, size)
+        inner = (right - left, bottom - top)
+        shown = Image.fromarray(mask.astype(np.uint8) * 255).resize(inner, Image.Resampling.BILINEAR)
+        whole = Image.new("L", self.picture.size)
+        whole.paste(shown.point(lambda value: 255 * (value >= 128)), (left, top))
+        return whole
 
     def fitting(self, size: tuple[int, int]) -> dict[str, Any]:
         """What ``fitted`` does, for the manifest: the picture's size, and the box that is cut out and resized."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from icekit.plugins import Plugins
-from icekit.protocols import Backbone, InputError
+from icekit.protocols import Backbone, InputError, ShapedBackbone
 from icekit.run.border import check_backbone
 from icekit.run.machine import enough_memory
 from icekit.settings import Role, Settings
@@ -27,6 +27,17 @@ def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> B
         backbone: Backbone = found.component("backbone", name)(values, device)
         check_backbone(("backbone", name), backbone)
     return backbone
+
+
+def in_shape_of(picture: tuple[int, int], found: Plugins, settings: Settings, backbone: Backbone) -> Backbone:
+    """The backbone for a picture of this (width, height), where it works with more than one shape; else as it is."""
+    if not isinstance(backbone, ShapedBackbone):
+        return backbone
+    name = settings.name_of("backbone")
+    with found.naming("load", [("backbone", name)], by=("backbone", name)):
+        shaped = backbone.for_picture(picture[1], picture[0])
+        check_backbone(("backbone", name), shaped)
+    return shaped
 
 
 # Any, for a retriever and a segmentor both: what a component must offer was checked at registration.

@@ -32,7 +32,7 @@ from icekit.run.learning import learn, tokens_of
 from icekit.run.locating import UNNAMED, locate
 from icekit.run.log import read_log
 from icekit.run.machine import enough_memory
-from icekit.run.models import build_component, check_picture, load_backbone, reproducible, resolve_device
+from icekit.run.models import build_component, check_picture, in_shape_of, load_backbone, reproducible, resolve_device
 from icekit.run.naming import check_words, name_attribute
 from icekit.run.origins import check_origins, origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
@@ -61,8 +61,8 @@ def extract(
     """Find the concepts of an image, learn their tokens, and keep everything in a run directory.
 
     Args:
-        image: a file in any common format, a PIL image, or one that was read before. Its middle is used, in the
-            proportions of the backbone's images.
+        image: a file in any common format, a PIL image, or one that was read before. All of it is used where the
+            backbone can work in its proportions (setting ``image.fit``), else its middle, in the backbone's.
         out: the run directory; ``runs/<stem of the image>`` if None.
         settings: ``icekit.Settings``; the defaults if None.
         resume: go on with the run in ``out`` if there is one, with its settings; a complete one is returned as it is.
@@ -155,6 +155,8 @@ class _Run:
         self.timings = self.run.load_timings() if goes_on else {}
         with self._stage("load"):
             self.backbone = self.loaded or load_backbone(self.plugins, self.settings, device)
+            if self.settings.image.fit == "whole" and self.located is None:
+                self.backbone = in_shape_of(self.source.picture.size, self.plugins, self.settings, self.backbone)
             check_words(self.settings.name_of("backbone"), self.backbone, self.attributes)
         if not goes_on:
             picture = self.source.fitted(self.backbone.image_size)
@@ -226,6 +228,8 @@ class _Run:
                 f"the run in {self.home.path} was made by another version of icekit (schema version "
                 f"{started.schema_version}) and cannot go on: --overwrite starts it afresh"
             )
+        # A run of before there was a choice has cut its picture.
+        started = started.model_copy(update={"settings": {"image": {"fit": "square"}} | started.settings})
         check_origins(self.plugins, started.plugins, f"the run in {self.home.path}")
         changes = []
         if started.sha256 != self.source.sha256:
@@ -402,6 +406,9 @@ class _Run:
     def _finish(self, regions: Sequence[Region], words: dict[int, dict[str, list[str]]]) -> dict[str, Exception]:
         """Complete the run; the exporters that failed, and why."""
         height, width = self.backbone.image_size
+        for region in regions:
+            mask = self.source.mask_of(region.mask.numpy(), (height, width))
+            self.run.save_picture(directory.original_mask_name(region), mask)
         manifest: dict[str, Any] = {
             "schema_version": directory.SCHEMA_VERSION,
             "icekit_version": plugins.own_version(),
@@ -423,6 +430,7 @@ class _Run:
                     "label": region.label,
                     "score": round(float(region.score), 4),
                     "mask": directory.mask_name(region),
+                    "original_mask": directory.original_mask_name(region),
                     "area": round(float(region.mask.float().mean()), 4),
                     "tokens": self._tokens(region),
                     "words": words[region.index],

@@ -110,6 +110,7 @@ class ConceptRecord(Record):
     label: Name
     score: Number
     mask: Inside
+    original_mask: Inside | None = None
     area: float = Field(ge=0, le=1)
     tokens: dict[Name, Token] = Field(min_length=1)
     words: dict[Name, list[Text]]
