@@ -24,7 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,17 @@ def test_blocks(page: Path, request: pytest.FixtureRequest, tmp_path: Path, monk
         if block.parsed["language"] == "bash" and block not in ran:
             for words in lines_of(block.parsed["source"]):
                 check_command(words, found)
+
+
+@pytest.fixture(autouse=True)
+def forgotten(tmp_path: Path) -> Iterator[None]:
+    """Modules that a page has written are no other test's."""
+    yield
+    written = [
+        name for name, module in sys.modules.items() if str(getattr(module, "__file__", "")).startswith(str(tmp_path))
+    ]
+    for name in written:
+        del sys.modules[name]
 
 
 def run_block(block: Example, place: Place) -> None:

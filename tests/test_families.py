@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from icekit_process import icekit
+from icekit_process import with_what_is_installed
 from PIL import Image
 from safetensors.torch import load_file
 from single_files import write_single_file
@@ -66,23 +66,26 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_a_run_of_stable_diffusion_xl(sdxl_folder: Path, photo: Path, tmp_path: Path) -> None:
-    """Through the real program, to tokens of two rows, a composition and a report."""
-    options = {
-        "backbone.image_size": "[64, 96]", "backbone.steps": "2", "segmentor.files": photo.with_name("mask.png"),
-        "retriever.words": "cup", "learner.steps": "4", "samples": "1",
-    }  # fmt: skip
-    sets = [f"--set={key}={value}" for key, value in options.items()]
+def test_a_run_of_stable_diffusion_xl(
+    sdxl_folder: Path,
+    photo: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Through the program, to tokens of two rows, a composition and a report."""
+    call = with_what_is_installed(tmp_path, monkeypatch, capsys)
+    values = ("backbone.image_size=[64, 96]", "backbone.steps=2", "retriever.words=cup", "learner.steps=4", "samples=1")
+    sets = [f"--set={value}" for value in (*values, f"segmentor.files={photo.with_name('mask.png')}")]
     out = tmp_path / "run"
     components = ["--retriever", "words", "--segmentor", "masks", "--attribute", "colour"]
-    done = icekit(["run", photo, "--model", sdxl_folder, "--out", out, *components, *sets], tmp_path)
-    assert done.returncode == 0, done.stderr
+    status, _, err = call("run", photo, "--model", sdxl_folder, "--out", out, *components, *sets)
+    assert status == 0, err
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["components"]["backbone"] == "sdxl"
     for token in ("cup-0", "cup-0-instance", "cup-0-colour"):
         rows = load_file(out / "embeddings" / f"{token}.safetensors")
         assert {name: tuple(row.shape) for name, row in rows.items()} == {"clip_l": (32,), "clip_g": (48,)}
-    prompt = "a {a.category} {a.colour}"
-    composed = icekit(["compose", prompt, f"a={out}", "--n", "1", "--out", tmp_path / "made"], tmp_path)
-    assert composed.returncode == 0, composed.stderr
+    status, _, err = call("compose", "a {a.category} {a.colour}", f"a={out}", "--n", "1", "--out", tmp_path / "made")
+    assert status == 0, err
     assert Image.open(next((tmp_path / "made").glob("*.png"))).size == (96, 64)

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from icekit_process import icekit
 from icekit_tabletop import render_scene
 from icekit_tabletop.backbone import Tabletop
 from PIL import Image
@@ -85,21 +84,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_wide_photograph_keeps_its_whole_content(photo: Path, tmp_path: Path) -> None:
-    """Through the real program; masks are also there in the photograph's own size, upright."""
-    quick = [
-        "--set",
-        "learner.steps=2",
-        "--set",
-        "learner.word_steps=0",
-        "--set",
-        "samples=1",
-        "--set",
-        "sample_steps=2",
-    ]
+    """Masks are also there in the photograph's own size, upright."""
+    options = {"components": {"backbone": "tabletop"}, "learner": {"steps": 2, "word_steps": 0}, "device": "cpu"}
     whole, square = tmp_path / "whole", tmp_path / "square"
-    for out, options in ((whole, []), (square, ["--set", "image.fit=square", "--set", "samples=0"])):
-        done = icekit(["run", photo, "--backbone", "tabletop", "--out", out, *quick, *options], tmp_path)
-        assert done.returncode == 0, done.stderr
+    extract(photo, whole, load_settings(options=options | {"samples": 1, "sample_steps": 2}))
+    extract(photo, square, load_settings(options=options | {"samples": 0, "image": {"fit": "square"}}))
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["image"]["fitted"] == {"source_width": 256, "source_height": 128, "box": [0, 0, 256, 128]}
     width, height = Image.open(whole / "image.png").size

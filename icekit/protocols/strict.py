@@ -92,7 +92,10 @@ class StrictSettings(BaseModel):
     wanted, what looks like a number, a date or a boolean is text as it was typed. In a path ``~`` is replaced.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
+    # Built when first used, for starting is quick. What another model refuses is written as it was given until then.
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True, ser_json_inf_nan="constants"
+    )
 
     @field_validator("*", mode="before")
     @classmethod

@@ -71,7 +71,8 @@ def test_any_settings_file(tmp_path: Path, table: dict[str, Any]) -> None:
         refused(error)
     else:  # what is taken is kept as it is, and can be read again
         file.write_text(found.to_toml(), encoding="utf-8")
-        assert load_settings(file).model_dump(mode="json") == found.model_dump(mode="json")
+        # As text: no NaN is equal to another.
+        assert repr(load_settings(file).model_dump(mode="json")) == repr(found.model_dump(mode="json"))
 
 
 @often

@@ -8,6 +8,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from icekit.plugins import installed
@@ -62,6 +63,7 @@ def test_a_run_on_the_tabletop_from_end_to_end(clipseg_folder: Path, tmp_path: P
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_on_a_backbone_of_wide_pictures(dino_folder: Path, sam_folder: Path, tmp_path: Path) -> None:
     """Its retriever and its segmentor together; the pictures of the model are wider than high."""
     from icekit_process import icekit
