@@ -140,6 +140,7 @@ def test_wrong_input(run: Run, arguments: list[str], hint: str) -> None:
 
 
 @pytest.mark.timeout(600)  # a process of its own: on a busy machine its imports take minutes
+@pytest.mark.slow
 def test_killed_and_resumed(place: Path, run: Run) -> None:
     def arguments(out: str) -> list[str]:
         return [

@@ -7,9 +7,12 @@ import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from icekit_process import icekit
 from plain_components import write_distribution
 
+from icekit.doctor import examine
+from icekit.plugins import Plugins
 from icekit.testing.tiny import tiny_xl_pipeline
 
 
@@ -50,7 +53,6 @@ def test_a_broken_plugin_and_a_torch_that_cannot_be_imported(tmp_path: Path) -> 
     assert "BROKEN: ImportError: no such thing" in done.stdout
 
 
-def test_without_a_cache(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "nowhere"))
-    done = icekit(["doctor"], tmp_path)
-    assert done.returncode == 0 and "models of the hub on this machine\n  none\n" in done.stdout
+def test_without_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "nowhere"))
+    assert examine(Plugins())["cache"] == []

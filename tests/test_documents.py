@@ -1,11 +1,13 @@
 """What the documents state is what was measured."""
 
 import re
-import subprocess
-import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from icekit import hookspecs
 
@@ -22,6 +24,16 @@ def columns(patterns: tuple[str, ...]) -> list[str]:
     return [option for pattern in patterns for option in ("--column", pattern)]
 
 
+@cache
+def comparison() -> click.Command:
+    """The program that makes the tables."""
+    spec = spec_from_file_location("comparison", ROOT / "benchmarks" / "comparison.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
 @pytest.mark.parametrize(
     ("document", "results", "options"),
     [
@@ -34,10 +46,9 @@ def columns(patterns: tuple[str, ...]) -> list[str]:
 )
 def test_tables_are_those_of_the_results(document: str, results: tuple[str, ...], options: list[str]) -> None:
     files = [str(ROOT / "benchmarks" / f"{name}.json") for name in results]
-    made = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "comparison.py"), *files, *options],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    done = CliRunner().invoke(comparison(), [*files, *options])
+    assert done.exit_code == 0, done.output
+    made = done.output
     tables = re.findall(r"(?:^\|.*\n)+", made, flags=re.MULTILINE)
     assert len(tables) == 1 + ("--against" in options)
     text = (ROOT / document).read_text(encoding="utf-8")

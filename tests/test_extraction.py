@@ -328,6 +328,7 @@ def test_failure_keeps_what_was_done(plugins: Plugins, photo: Path, tmp_path: Pa
 
 
 @pytest.mark.timeout(1200)  # four processes, each of which imports torch
+@pytest.mark.slow
 def test_killed_at_any_moment_and_resumed(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     plugin = plain_plugin(tmp_path / "plugin")
     slow = ["--set", "learner.pause=0.05", "--set", "segmentor.pause=0.15", "--set", "samples=1"]

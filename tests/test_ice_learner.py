@@ -560,7 +560,7 @@ def test_weighing_words_leaves_no_trial_behind(learn: Learn, backbone: StableDif
         backbone.encode_prompts(["a photo of a <colour-word-0>"])
 
 
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("kill_at", [1, 3, 6])
 def test_weighing_goes_on_bit_for_bit_from_any_step(learn: Learn, kill_at: int) -> None:
     whole = learn(**WEIGHED, checkpoint_every=1)[0].tokens
     memory = Memory()

@@ -265,6 +265,7 @@ def test_what_is_wrong_is_named(clip_folder: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_published_pair_runs_from_the_command_line(sd_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     picture = torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)) * 0.2
     picture[0, 20:70, 30:90] += 0.7

@@ -95,6 +95,7 @@ def test_a_run_on_a_backbone_of_wide_pictures(dino_folder: Path, sam_folder: Pat
     assert all(0 <= concept["score"] <= 1 for concept in manifest["concepts"])
 
 
+@pytest.mark.slow
 def test_a_wrong_model_is_one_line(dino_folder: Path, tmp_path: Path) -> None:
     from icekit_process import icekit
 

@@ -201,6 +201,7 @@ def test_attributes_start_from_the_instance_or_from_hints(
     torch.testing.assert_close(tokens["<cup-0-material>"], mean.float())  # no hints of its own: the instance
 
 
+@pytest.mark.slow
 def test_the_losses_do_what_they_are_for(learn: Learn) -> None:
     """Each loss, when it weighs much, is smaller at the end than without it."""
     quiet = {"contrast_weight": 0.0, "entailment_weight": 0.0, "composition_weight": 0.0}

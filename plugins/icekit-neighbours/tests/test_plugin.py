@@ -6,6 +6,7 @@ import json
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from icekit.plugins import installed
@@ -31,6 +32,7 @@ def test_every_setting_says_what_it_is() -> None:
             assert field.description, f"{name}.{setting}"
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(sd_folder: Path, tmp_path: Path) -> None:
     from icekit_process import icekit
 

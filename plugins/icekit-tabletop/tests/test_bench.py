@@ -168,6 +168,7 @@ def test_no_value_without_the_token_that_a_metric_needs():
         assert leaked["leak_category_colour"] == (0.0 if found is noun else None)
 
 
+@pytest.mark.slow
 def test_bench_on_two_scenes(tmp_path):
     """The program on the real models, with a learner that learns nothing: the ends of the scale are in their place."""
     arguments = ["bench", "tabletop", "--n", "2", "--seed", "7", "--learner", "words", "--out", str(tmp_path / "bench")]
