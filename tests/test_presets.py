@@ -359,6 +359,7 @@ def photo(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_published_preset_runs(photo: Path, sd_folder: Path, clip_folder: Path) -> None:
     few = {
         "backbone.model": str(sd_folder),

@@ -42,6 +42,7 @@ def test_declaring_them_is_quick() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_a_run_on_the_tabletop_from_end_to_end(clipseg_folder: Path, tmp_path: Path) -> None:
     from icekit_process import icekit
 
