@@ -143,8 +143,8 @@ def test_files_of_other_things(tmp_path: Path, written: tuple[str, Any, Path]) -
     assert "takes 9 channels" in said_of(wide)
     lost = dict(weights)
     lost.pop("first_stage_model.decoder.conv_in.weight")
-    assert "the file has not all weights of" in said_of(lost)
-    narrow = weights | {"model.diffusion_model.out.2.weight": torch.zeros(4, 8, 3, 3)}
+    assert "the file has not all weights of its vae" in said_of(lost)
+    narrow = weights | {"model.diffusion_model.out.2.weight": torch.zeros(4, 320, 3, 3)}
     assert "its weights cannot be read as those of" in said_of(narrow)
     (tmp_path / "cut.safetensors").write_bytes(file.read_bytes()[:-1000])
     assert "it cannot be read as a safetensors file" in refused(cls, model=str(tmp_path / "cut.safetensors"))

@@ -135,10 +135,7 @@ def load_pipeline(settings: Source, family: Family) -> tuple[Any, bool]:
 def _no_safetensors(suffix: str) -> str:
     """Why a file of this kind is not read, and the way out."""
     if suffix.lower() in PICKLED:
-        return (
-            f"a {suffix} file is a pickle, which can run code when it is read: take the model's .safetensors file, or "
-            "convert it where you trust it (`torch.load(..., weights_only=True)`, then safetensors.torch.save_file)"
-        )
+        return f"a {suffix} file is a pickle, which can run code when it is read: take the model's .safetensors file"
     return f"a model in one file is a .safetensors file, not {suffix or 'one without an ending'}"
 
 

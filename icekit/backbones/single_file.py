@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import tempfile
 from collections.abc import Mapping
 from functools import cache
@@ -35,6 +36,12 @@ MARKS = {
     "sd1": "cond_stage_model.transformer.",
 }
 """How the names of a text encoder's weights begin, by layout."""
+PLACES = {
+    "sd1": {"text_encoder": "cond_stage_model."},
+    "sd2": {"text_encoder": "cond_stage_model."},
+    "sdxl": {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+}
+"""How the names of each part's weights begin, beside those of the noise predictor and the autoencoder."""
 PIPELINES = {"sd1": "StableDiffusionPipeline", "sd2": "StableDiffusionPipeline", "sdxl": "StableDiffusionXLPipeline"}
 """The pipeline in diffusers that a layout is one of."""
 SAYS_V, SAYS_ZERO = "v_pred", "ztsnr"
@@ -96,6 +103,7 @@ def load_single_file(file: Path, family: Family, named: str) -> tuple[Any, bool]
     if PIPELINES[name] != family.pipeline:
         raise InputError(f"{named}: it is made for {PIPELINES[name]}; supported is {family.pipeline} ({family.name})")
     layout = read_layout(name)
+    _check_whole(file, name, layout["files"], family, named)
     with tempfile.TemporaryDirectory(prefix="icekit-") as place, quiet():
         says = _write_configurations(layout, file, Path(place))
         try:
@@ -104,16 +112,42 @@ def load_single_file(file: Path, family: Family, named: str) -> tuple[Any, bool]
             )
         except MemoryError:
             raise
-        except NotImplementedError as error:  # torch, of a weight that was made without memory and never filled
-            raise InputError(
-                f"{named}: the file has not all weights of {family.name}: it is damaged or cut down"
-            ) from error
         except Exception as error:  # diffusers, transformers, torch: each fails in its own way
             raise InputError(
                 f"{named}: its weights cannot be read as those of {family.name}: {one_line(error)}"
             ) from error
     pipeline.register_to_config(_name_or_path=None)
     return pipeline, says or name != "sd2"
+
+
+def _check_whole(file: Path, name: str, files: Mapping[str, Any], family: Family, named: str) -> None:
+    """Whether a file has as many numbers as each part of the model has weights. It may have more: copies, statistics.
+
+    Raises:
+        InputError: it has fewer.
+    """
+    import diffusers
+    import transformers
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as tensors:
+        counts = {key: math.prod(tensors.get_slice(key).get_shape()) for key in list(tensors.keys())}
+    for part, begins in {"unet": UNET, "vae": "first_stage_model.", **PLACES[name]}.items():
+        library, (kind, *_) = family.parts[part]
+        configuration = files[f"{part}/config.json"]
+        with torch.device("meta"):  # without memory
+            model: Any
+            if library == "diffusers":
+                model = getattr(diffusers, kind).from_config(configuration)
+            else:
+                model = getattr(transformers, kind)(transformers.CLIPTextConfig(**configuration))
+        wanted = sum(weight.numel() for weight in model.parameters())
+        found = sum(count for key, count in counts.items() if key.startswith(begins))
+        if found < wanted:
+            raise InputError(
+                f"{named}: the file has not all weights of its {part}: {found:,} numbers of {wanted:,}; it is cut down "
+                "or of another size"
+            )
 
 
 def _write_configurations(layout: Mapping[str, Any], file: Path, place: Path) -> bool:

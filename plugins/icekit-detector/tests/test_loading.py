@@ -61,7 +61,7 @@ def cut(folder: Path) -> None:
 
 
 def pickled(folder: Path) -> None:
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02}.")  # an empty dictionary
     (folder / "model.safetensors").unlink()
 
 
