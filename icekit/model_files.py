@@ -174,6 +174,33 @@ def check_folder(folder: Path, named: str) -> None:
         read_json(path, named)
 
 
+def from_safetensors(kind: Any, folder: Path, where: str, *, without: str = "", **options: Any) -> Any:
+    """A model of transformers or diffusers from a folder that was checked before; nothing is run or fetched.
+
+    Args:
+        kind: its class.
+        folder: in the library's format.
+        where: how messages begin.
+        without: weights whose names have this in them need not be there.
+        options: of ``from_pretrained``.
+
+    Raises:
+        InputError: some of its weights are not in the files.
+        Exception: what the library raises.
+    """
+    model, found = kind.from_pretrained(
+        str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    missing = sorted(str(name) for name in found["missing_keys"] if not without or without not in str(name))
+    if missing:
+        names = f"{missing[0]}{', ...' if len(missing) > 1 else ''}"
+        raise InputError(
+            f"{where}: {len(missing)} weights of its {type(model).__name__} are not in its safetensors files ({names}): "
+            "they are of another part or model"
+        )
+    return model
+
+
 def check_vocabulary(size: int, rows: int, one: Sequence[int], other: Sequence[int]) -> None:
     """Refuse a tokenizer that is not the one that the rows of a text encoder were trained with.
 

@@ -26,6 +26,17 @@ def split_commas(value: Any) -> Any:
     return [word.strip() for word in value.split(",") if word.strip()] if isinstance(value, str) else value
 
 
+def one_place(text: str, what: str) -> str:
+    """The text, if ``{}`` is in it once: that is where something goes.
+
+    Raises:
+        ValueError: it is not; what: what goes there.
+    """
+    if text.count("{}") != 1:
+        raise ValueError(f"{text!r}: must have {{}} exactly once, where {what}")
+    return text
+
+
 WordList = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
 

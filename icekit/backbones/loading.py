@@ -11,7 +11,16 @@ import torch
 
 from icekit.backbones.common import quiet
 from icekit.backbones.single_file import load_single_file
-from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
+from icekit.model_files import (
+    HUB_ID,
+    Hub,
+    check_counts,
+    check_folder,
+    count_weights,
+    from_safetensors,
+    one_line,
+    read_json,
+)
 from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
 
@@ -255,21 +264,8 @@ def _load_part(folder: Path, family: Family, part: str, class_name: str, variant
     if part.startswith("tokenizer"):
         return kind.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
-    model, found = kind.from_pretrained(
-        str(place),
-        use_safetensors=True,
-        local_files_only=True,
-        variant=variant if variant and _has_variant(place, family.weights[part], variant) else None,
-        output_loading_info=True,
-        **options,
-    )
-    missing = sorted(str(name) for name in found["missing_keys"])
-    if missing:
-        raise InputError(
-            f"{part}/: {len(missing)} weights of its {class_name} are not in its safetensors files ({missing[0]}"
-            f"{', ...' if len(missing) > 1 else ''}): they are of another part or model"
-        )
-    return model
+    chosen = variant if variant and _has_variant(place, family.weights[part], variant) else None
+    return from_safetensors(kind, place, f"{part}/", variant=chosen, **options)
 
 
 def _load_scheduler(kind: Any, class_name: str, place: Path) -> Any:

@@ -6,6 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+from icekit.words import one_place
+
 PHOTO_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}",
     "a photo of the {}",
@@ -28,10 +30,7 @@ PHOTO_TEMPLATES: tuple[str, ...] = (
 
 
 def _one_place_for_tokens(templates: tuple[str, ...]) -> tuple[str, ...]:
-    for template in templates:
-        if template.count("{}") != 1:
-            raise ValueError(f"template {template!r}: must have {{}} exactly once, where the tokens go")
-    return templates
+    return tuple(one_place(template, "the tokens go") for template in templates)
 
 
 Templates = Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_one_place_for_tokens)]

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from icekit.protocols import Backbone, InputError
+from icekit.run.border import kind_of
 
 ROUNDING = 1e-4
 """By what part of the largest number two results may differ that are computed in different orders."""
@@ -63,13 +64,6 @@ def refused(what: str, call: Callable[..., object], *arguments: Any, **named: An
     except Exception as error:
         raise AssertionError(f"{what} is refused with a {type(error).__name__}, not an InputError: {error}") from error
     raise AssertionError(f"{what} is not refused")
-
-
-def kind_of(value: object) -> str:
-    """What somebody returned, in words: for messages."""
-    if isinstance(value, Tensor):
-        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return "None" if value is None else f"{type(value).__name__} ({str(value)[:60]!r})"
 
 
 def assert_mask(what: str, mask: object, size: tuple[int, int]) -> None:

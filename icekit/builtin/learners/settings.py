@@ -8,6 +8,7 @@ from pydantic import Field, field_validator
 
 from icekit.learning.settings import MAX_STEPS, IntrinsicForm, LessonSettings, PriorSettings, Shares
 from icekit.protocols import ComponentSettings, Trained
+from icekit.words import one_place
 
 
 class IceSettings(LessonSettings, PriorSettings):
@@ -175,9 +176,7 @@ class IceSettings(LessonSettings, PriorSettings):
     @field_validator("attribute_anchor")
     @classmethod
     def _one_place_for_the_anchor(cls, text: str) -> str:
-        if text.count("{}") != 1:
-            raise ValueError(f"{text!r}: must have {{}} exactly once, where the attribute's anchor goes")
-        return text
+        return one_place(text, "the attribute's anchor goes")
 
     @field_validator("close_up_zoom")
     @classmethod

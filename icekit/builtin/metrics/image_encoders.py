@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icekit.clip import load_clip, preprocess
-from icekit.model_files import HUB_ID, Hub, check_counts, check_folder, count_weights, one_line, read_json
+from icekit.model_files import (
+    HUB_ID,
+    Hub,
+    check_counts,
+    check_folder,
+    count_weights,
+    from_safetensors,
+    one_line,
+    read_json,
+)
 from icekit.paths import resolved_path
 from icekit.protocols import InputError
 
@@ -96,23 +105,14 @@ def dino_encoder(model: str, device: torch.device) -> ImageEncoder:
     check_counts(configuration, count_weights(folder, "model", None, named), f"{named}: config.json")
     try:
         processor: Any = AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        loaded: Any
-        loaded, found = AutoModel.from_pretrained(
-            str(folder),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except MemoryError:
+        # Its pooler is not looked at.
+        loaded = from_safetensors(AutoModel, folder, named, without="pooler", trust_remote_code=False)
+    except (InputError, MemoryError):
         raise
     except Exception as error:  # transformers, torch, the file system: each fails in its own way
         raise InputError(
             f"{named} is no vision transformer's folder or hub id that can be loaded: {one_line(error)}"
         ) from error
-    missing = sorted(str(name) for name in found["missing_keys"] if "pooler" not in str(name))  # it is not looked at
-    if missing:
-        raise InputError(f"{named}: {len(missing)} of its weights are not in its safetensors files: {missing[0]}")
     loaded = loaded.to(device).requires_grad_(False).eval()
 
     def encode(images: Tensor) -> Tensor:

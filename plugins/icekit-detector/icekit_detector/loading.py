@@ -20,6 +20,7 @@ from icekit.model_files import (
     check_folder,
     check_vocabulary,
     count_weights,
+    from_safetensors,
     one_line,
     read_json,
 )
@@ -135,24 +136,13 @@ def load(family: Family, model: str, setting: str, device: torch.device) -> Load
             processor = getattr(transformers, family.processor).from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
             )
-            loaded, found = getattr(transformers, family.model).from_pretrained(
-                str(folder),
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-                output_loading_info=True,
+            loaded = from_safetensors(
+                getattr(transformers, family.model), folder, named, trust_remote_code=False, dtype=torch.float32
             )
-    except (MemoryError, torch.OutOfMemoryError):
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # transformers, torch, the file system: each fails in its own way
         raise InputError(f"{named}: it cannot be loaded as {family.name}: {one_line(error)}") from error
-    missing = sorted(str(name) for name in found["missing_keys"])
-    if missing:
-        raise InputError(
-            f"{named}: {len(missing)} weights of its {family.model} are not in its safetensors files ({missing[0]}"
-            f"{', ...' if len(missing) > 1 else ''}): they are of another part or model"
-        )
     _check_sizes(processor.image_processor, named)
     if family.vocabularies:
         _check_tokenizer(processor.tokenizer, loaded, named)

@@ -8,15 +8,14 @@ from pydantic import AfterValidator, Field
 
 from icekit.paths import PLACE
 from icekit.protocols import ComponentSettings
+from icekit.words import one_place
 
 ModelName = Annotated[str, PLACE]
 """A folder in transformers' format, one inside an installed package (``package:NAME/FOLDER``), or a hub id."""
 
 
 def _one_place(template: str) -> str:
-    if template.count("{}") != 1:
-        raise ValueError("text with one {} in it, for the word")
-    return template
+    return one_place(template, "the word goes")
 
 
 def _one_phrase(template: str) -> str:
