@@ -195,8 +195,8 @@ def from_safetensors(kind: Any, folder: Path, where: str, *, without: str = "", 
     if missing:
         names = f"{missing[0]}{', ...' if len(missing) > 1 else ''}"
         raise InputError(
-            f"{where}: {len(missing)} weights of its {type(model).__name__} are not in its safetensors files ({names}): "
-            "they are of another part or model"
+            f"{where}: {len(missing)} weights of its {type(model).__name__} are not in its safetensors files "
+            f"({names}): they are of another part or model"
         )
     return model
 
