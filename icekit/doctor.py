@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -121,9 +119,32 @@ def _cache(found: Plugins) -> list[dict[str, Any]]:
             if index is not None:
                 kind = str(index.get("_class_name"))
                 model |= {"pipeline": kind, "backbone": takes.get(kind)}
-                model |= {"parameters": dict(_parameters(revision.snapshot_path))}
+                from icekit.backbones.estimate import weights_in
+
+                model |= {"parameters": weights_in(revision.snapshot_path)}
+                if model["backbone"] is not None:
+                    model |= _needs(found, model["backbone"], one.repo_id)
         models.append(model)
     return models
+
+
+def _needs(found: Plugins, backbone: str, model: str) -> dict[str, Any]:
+    """What a run of a model would need of the device that ``auto`` takes, bytes, as it is and with ``--low-memory``."""
+    try:
+        with aside(), guarded():
+            from icekit.run.machine import memory_needed
+            from icekit.run.models import resolve_device
+            from icekit.settings import Settings, validate
+
+            values = {"backbone": {"model": model, "local_files_only": True}, "components": {"backbone": backbone}}
+            settings = found.resolve(validate(Settings, values))
+            device = resolve_device("auto")
+            saving = {"backbone": {"low_memory": "on"}}
+            needs = [memory_needed(found, settings, device, more) for more in (None, saving)]
+    except Exception as error:  # a torch that cannot be imported, a plugin that is broken
+        return {"needs_problem": said(error)}
+    names = ("needs", "needs_low_memory")
+    return {name: max(need.learning, need.drawing) for name, need in zip(names, needs, strict=True) if need is not None}
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:
@@ -133,27 +154,6 @@ def _json(path: Path) -> Mapping[str, Any] | None:
         return read_json(path, "") if path.exists() else None
     except InputError:
         return {}
-
-
-def _parameters(folder: Path) -> Iterator[tuple[str, int]]:
-    """The number of weights of each part of a model, by the headers of its safetensors files."""
-    for part in sorted(one for one in folder.iterdir() if one.is_dir()):
-        files = sorted(part.glob("*.safetensors"))
-        plain = [file for file in files if ".fp16" not in file.name and ".bf16" not in file.name] or files
-        shapes = [tensor["shape"] for file in plain for tensor in _header(file).values() if "shape" in tensor]
-        if shapes:
-            yield part.name, sum(math.prod(shape) for shape in shapes)
-
-
-def _header(file: Path) -> dict[str, Any]:
-    """What a safetensors file says of its tensors; nothing for a damaged one."""
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(min(length, 100_000_000)))
-    except (OSError, ValueError):
-        return {}
-    return header if isinstance(header, dict) else {}
 
 
 def _plugins(found: Plugins) -> dict[str, Any]:

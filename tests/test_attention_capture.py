@@ -14,8 +14,9 @@ from icekit.backbones.attention_capture import (
     attention_layers,
     attention_weights,
     capture_attention,
+    checkpointed,
     grids_of,
-    maps_of,
+    mean_weights,
 )
 from icekit.testing import tiny
 
@@ -67,20 +68,32 @@ def test_processor_equals_the_fused_one(upcast, context):
     mask[1, 0, 2:] = -10000
     for attention_mask in (None, mask):
         expected = AttnProcessor2_0()(attention, hidden, other, attention_mask)
-        actual = CapturingProcessor()(attention, hidden, other, attention_mask)
-        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+        actual = CapturingProcessor(lambda weights: None)(attention, hidden, other, attention_mask)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
 def test_processor_half_precision():
     torch.manual_seed(0)
     attention = Attention(query_dim=24, heads=3, dim_head=8).bfloat16()
     hidden = torch.randn(2, 9, 24, dtype=torch.bfloat16)
-    processor = CapturingProcessor()
-    output = processor(attention, hidden)
+    told: list[Tensor] = []
+    output = CapturingProcessor(told.append)(attention, hidden)
     assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output, AttnProcessor2_0()(attention, hidden), rtol=0.05, atol=0.02)
-    assert processor.weights.dtype == torch.float32
-    torch.testing.assert_close(processor.weights.sum(-1), torch.ones(2, 9))
+    assert torch.equal(output, AttnProcessor2_0()(attention, hidden))
+    [weights] = told
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 9))
+
+
+@pytest.mark.parametrize("bias_heads", [None, 1, 4])
+def test_weights_of_some_heads_at_a_time_are_the_same(bias_heads, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, 4, n, 8, generator=generator) for n in (6, 5))
+    bias = None if bias_heads is None else torch.randn(2, bias_heads, 1, 5, generator=generator)
+    expected = attention_weights(query, key, 0.3, bias).mean(dim=1)
+    for most in (2 * 6 * 5 * 4, 2 * 6 * 5 * 3, 1):  # four heads, three, one
+        monkeypatch.setattr("icekit.backbones.attention_capture.MOST_WEIGHTS", most)
+        torch.testing.assert_close(mean_weights(query, key, 0.3, bias), expected)
 
 
 def test_layers_have_the_grids_they_really_work_at(unet, inputs):
@@ -116,9 +129,9 @@ def test_captured_maps_equal_an_independent_computation(unet, inputs):
         for layer in layers
         for which in ("to_q", "to_k")
     ]
-    with capture_attention(unet, layers) as processors:
+    with capture_attention(unet, layers) as maps:
         unet(**inputs)
-    maps = maps_of(processors)
+    seen = maps.means()
     for hook in hooks:
         hook.remove()
 
@@ -136,18 +149,18 @@ def test_captured_maps_equal_an_independent_computation(unet, inputs):
         assert weights
         return torch.stack(weights).mean(0)
 
-    [words], [pixels] = maps.words, maps.pixels
+    [words], [pixels] = seen.words, seen.pixels
     torch.testing.assert_close(words, expected("cross").transpose(1, 2).reshape(2, 7, 8, 12))
     torch.testing.assert_close(pixels, expected("self").reshape(2, 4, 6, 4, 6))
 
 
 def test_prediction_is_unchanged_and_rows_sum_to_one(unet, inputs):
     expected = unet(**inputs).sample
-    with capture_attention(unet, layers_of(unet, GRIDS, GRIDS)) as processors:
+    with capture_attention(unet, layers_of(unet, GRIDS, GRIDS)) as maps:
         actual = unet(**inputs).sample
-    maps = maps_of(processors)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
-    for grid, words, pixels in zip(GRIDS, maps.words, maps.pixels, strict=True):
+    seen = maps.means()
+    assert torch.equal(actual, expected)
+    for grid, words, pixels in zip(GRIDS, seen.words, seen.pixels, strict=True):
         assert words.shape == (2, 7, *grid)
         torch.testing.assert_close(words.sum(1), torch.ones(2, *grid))
         assert pixels.shape == (2, *grid, *grid)
@@ -184,27 +197,79 @@ def test_processors_come_back(unet):
 
 def test_a_second_prediction_replaces_the_first(unet, inputs):
     layers = layers_of(unet, [(8, 12)])
-    with capture_attention(unet, layers) as processors:
+    with capture_attention(unet, layers) as maps:
         unet(**inputs)
-        first = maps_of(processors).words[0]
+        first = maps.means().words[0]
         unet(**inputs | {"timestep": torch.tensor([990, 990])})
-        second = maps_of(processors).words[0]
+        second = maps.means().words[0]
     assert not torch.equal(first, second)
-    with capture_attention(unet, layers) as processors:
+    with capture_attention(unet, layers) as maps:
         unet(**inputs | {"timestep": torch.tensor([990, 990])})
-    assert torch.equal(maps_of(processors).words[0], second)
+    assert torch.equal(maps.means().words[0], second)
 
 
 def test_gradient_flows_through_the_maps(unet, inputs):
     context = inputs["encoder_hidden_states"].requires_grad_()
-    with capture_attention(unet, layers_of(unet, GRIDS[:1])) as processors:
+    with capture_attention(unet, layers_of(unet, GRIDS[:1])) as maps:
         unet(**inputs | {"encoder_hidden_states": context})
-    maps_of(processors).words[0][0, 3].sum().backward()
+    maps.means().words[0][0, 3].sum().backward()
     assert context.grad[0].abs().sum() > 0
     assert context.grad[1].abs().sum() == 0
 
 
+def held_by(run) -> int:
+    """Bytes of the tensors that a graph keeps for its gradient, each once."""
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        kept = run()
+    assert kept is not None
+    return sum(held.values())
+
+
+def graph_of(unet, inputs, layers):
+    """The prediction and maps, with a graph from the prompt to them."""
+    with capture_attention(unet, layers) as maps:
+        output = unet(**inputs | {"encoder_hidden_states": inputs["encoder_hidden_states"].requires_grad_()}).sample
+    return output, maps.means()
+
+
+def test_a_graph_holds_no_weights_but_their_mean(unet, inputs):
+    """Beside what it holds without: the maps, and the sums that they are made of."""
+    layers = layers_of(unet, cross=[(8, 12)])
+    plain = held_by(lambda: graph_of(unet, inputs, []))
+    captured = held_by(lambda: graph_of(unet, inputs, layers))
+    open_weights = sum(4 * 2 * unet.get_submodule(layer.name).heads * 8 * 12 * 7 for layer in layers)
+    assert captured - plain < open_weights / 2
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_checkpointing_gives_the_same_bits_and_holds_less(unet, inputs, captures):
+    layers = layers_of(unet, cross=GRIDS[:2]) if captures else []
+
+    def gradient():
+        context = inputs["encoder_hidden_states"].detach().requires_grad_()
+        output, seen = graph_of(unet, inputs | {"encoder_hidden_states": context}, layers)
+        (output.square().mean() + sum(words[:, 3].square().mean() for words in seen.words)).backward()
+        return output.detach(), [one.detach() for one in seen.words], context.grad
+
+    expected, plain = gradient(), held_by(lambda: graph_of(unet, inputs, layers))
+    unet.enable_gradient_checkpointing(checkpointed)
+    try:
+        processors = dict(unet.attn_processors)
+        actual, less = gradient(), held_by(lambda: graph_of(unet, inputs, layers))
+        assert unet.attn_processors == processors  # the second pass puts back what it finds
+    finally:
+        unet.disable_gradient_checkpointing()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    assert less < plain / 2
+
+
 def test_nothing_is_captured_where_nothing_is_asked_for(unet, inputs):
-    with capture_attention(unet, []) as processors:
+    with capture_attention(unet, []) as maps:
         unet(**inputs)
-    assert maps_of(processors).words == maps_of(processors).pixels == ()
+    assert maps.means().words == maps.means().pixels == ()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from icekit_process import write_report
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from icekit import Extraction, InputError, extract
 from icekit.plugins import Plugins
@@ -208,3 +210,116 @@ def test_what_cannot_be_mixed(plugins: Plugins, runs: dict[str, Path], tmp_path:
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="no composition of icekit's"):
         compose("{a}", {"a": runs["one"]}, out=tmp_path, overwrite=True, installed=plugins)
+
+
+# --- Models of all families ------------------------------------------------------------------------------------------
+
+
+def of_a_word(out: Path, model: Path | None = None, *, word: str = "cup", backbone: str = "sd21") -> Path:
+    """A run of this model with one concept, whose tokens are the rows of its word: nothing is learned."""
+    mask = out.with_suffix(".mask.png")
+    picture = Image.new("L", (64, 64))
+    picture.paste(255, (8, 8, 40, 40))
+    picture.save(mask)
+    options = {
+        "components": {"backbone": backbone, "retriever": "words", "segmentor": "masks", "learner": "words"},
+        "retriever": {"words": [word]},
+        "segmentor": {"files": [str(mask)]},
+        "backbone": {"model": str(model)} if model else {},
+        "exporters": [],
+        "samples": 0,
+        "sample_steps": 1,
+    }
+    extract(Image.new("RGB", (64, 64), "red"), out, load_settings(options=options))
+    return out
+
+
+def changed(folder: Path, out: Path, part: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """A copy of a model's folder with other weights in one part."""
+    shutil.copytree(folder, out)
+    [file] = (out / part).glob("*.safetensors")
+    save_file({name: change(one).contiguous() for name, one in load_file(file).items()}, file, {"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("family", ["sdxl", "tabletop"])
+def test_two_runs_of_a_model_of_any_family(family: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Those of Stable Diffusion are mixed below."""
+    model = None if family == "tabletop" else request.getfixturevalue(f"{family}_folder")
+    runs = {
+        name: of_a_word(tmp_path / name, model, word=word, backbone=family)
+        for name, word in (("a", "cup"), ("b", "ball"))
+    }
+    made = compose("a {a} of {b.material}", runs, n=1, out=tmp_path / "out")
+    assert made.expanded == "a <a-cup-0-instance> <a-cup-0> of <b-ball-0-material>"
+    with Image.open(made.images[0]) as picture:
+        assert min(picture.size) >= 64
+
+
+def test_a_fine_tune_and_its_base_are_mixed(sd_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first one's model draws, and it is said; a model kept in half precision is the same one."""
+    tuned = changed(sd_folder, tmp_path / "tuned", "unet", lambda weights: weights + 0.05)
+    half = changed(
+        sd_folder, tmp_path / "half", "text_encoder", lambda one: one.half() if one.is_floating_point() else one
+    )
+    base, other, rounded = (
+        of_a_word(tmp_path / f"run-{name}", folder)
+        for name, folder in (("base", sd_folder), ("tuned", tuned), ("half", half))
+    )
+    first = compose("{a} {b}", {"a": base, "b": other}, n=1, out=tmp_path / "first")
+    assert f"the images are drawn by sd21 with model {sd_folder}; b is of sd21 with model {tuned}" in caplog.text
+    record = json.loads((tmp_path / "first" / "prompt.json").read_text())
+    assert record["drawn_by"] == f"sd21 with model {sd_folder}"
+    second = compose("{a} {b}", {"a": other, "b": base}, n=1, out=tmp_path / "second")
+    assert first.images[0].read_bytes() != second.images[0].read_bytes()
+    caplog.clear()
+    alone = compose("{a}", {"a": rounded}, n=1, out=tmp_path / "alone")
+    assert alone.images[0].is_file() and not caplog.text
+    assert compose("{a} {b}", {"a": base, "b": rounded}, n=1, out=tmp_path / "rounded").images[0].is_file()
+
+
+def test_models_that_read_tokens_otherwise_are_not_mixed(
+    sd_folder: Path, sd15_folder: Path, sdxl_folder: Path, tmp_path: Path
+) -> None:
+    """Both are named."""
+    runs = {
+        name: of_a_word(tmp_path / name, folder, backbone=backbone)
+        for name, folder, backbone in (("a", sd_folder, "sd21"), ("b", sd15_folder, "sd21"), ("c", sdxl_folder, "sdxl"))
+    }
+    names = {
+        "a": f"sd21 with model {sd_folder}",
+        "b": f"sd21 with model {sd15_folder}",
+        "c": f"sdxl with model {sdxl_folder}",
+    }
+    for pair, more in (("ab", ", which are of one family but read tokens differently"), ("ac", ""), ("bc", "")):
+        first, second = pair
+        with pytest.raises(InputError) as error:
+            compose(f"{{{first}}} {{{second}}}", {name: runs[name] for name in pair}, out=tmp_path / "out")
+        assert str(error.value) == (
+            f"{first} and {second} were learned with different backbones ({names[first]}, {names[second]}){more}: "
+            "their tokens cannot be mixed"
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_families_of_one_text_encoder_are_not_mixed(runs: dict[str, Path], plugins: Plugins, tmp_path: Path) -> None:
+    """What a token means depends on what reads the text encoder, too."""
+    kept = {}
+    for name, pipeline in (("one", "OnePipeline"), ("moved", "OtherPipeline")):
+        kept[name] = Path(shutil.copytree(runs[name], tmp_path / name))
+        manifest = json.loads((kept[name] / "manifest.json").read_text())
+        manifest["backbone"] |= {"pipeline_class": pipeline, "pipeline_source": name}
+        (kept[name] / "manifest.json").write_text(json.dumps(manifest))
+    expected = r"different backbones \(plain with model plain, plain with model .*plain\): their tokens cannot be mixed"
+    with pytest.raises(InputError, match=expected):
+        compose("{a} {b}", {"a": kept["one"], "b": kept["moved"]}, installed=plugins)
+
+
+def test_a_model_that_was_changed_between_two_runs(sd_folder: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(sd_folder, tmp_path / "model"))
+    before = of_a_word(tmp_path / "before", model)
+    shutil.rmtree(model)
+    changed(sd_folder, model, "text_encoder", lambda weights: -weights if weights.is_floating_point() else weights)
+    after = of_a_word(tmp_path / "after", model)
+    with pytest.raises(InputError, match=r"two states of sd21 with model .*, whose files were changed in between: "):
+        compose("{a} {b}", {"a": before, "b": after}, out=tmp_path / "out")

@@ -11,6 +11,7 @@ import pytest
 from icekit_process import icekit
 from plain_components import write_distribution
 
+from icekit.cli.doctor import _lines
 from icekit.doctor import examine
 from icekit.plugins import Plugins
 from icekit.testing.tiny import tiny_xl_pipeline
@@ -38,9 +39,11 @@ def test_facts(tmp_path: Path, sdxl_folder: Path, monkeypatch) -> None:
     weights = sum(weight.numel() for weight in tiny_xl_pipeline(seed=4).unet.parameters())
     assert model["id"] == "owner/xl" and model["backbone"] == "sdxl" and model["parameters"]["unet"] == weights
     assert {"builtin", "tabletop"} <= {one["plugin"] for one in facts["plugins"]["loaded"]}
-    told = icekit(["doctor"], tmp_path)
-    assert "StableDiffusionXLPipeline (backbone sdxl)" in told.stdout and "secret" not in told.stdout + done.stdout
-    assert max(len(line) for line in told.stdout.splitlines()) <= 160
+    assert model["needs"] > 4 * sum(model["parameters"].values()) and model["needs_low_memory"] <= model["needs"]
+    told = "\n".join(_lines(facts))
+    assert "; a run needs about 1.0 GiB" in told
+    assert "StableDiffusionXLPipeline (backbone sdxl)" in told and "secret" not in told + done.stdout
+    assert max(len(line) for line in told.splitlines()) <= 200
 
 
 def test_a_broken_plugin_and_a_torch_that_cannot_be_imported(tmp_path: Path) -> None:

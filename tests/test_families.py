@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from icekit_process import with_what_is_installed
 from PIL import Image
-from safetensors.torch import load_file
+from plain_components import beside_builtins
+from safetensors.torch import load_file, save_file
 from single_files import write_single_file
 
 from icekit import InputError, Settings
+from icekit.backbones.families import plugin_for
 from icekit.plugins import installed
 from icekit.testing.tiny import tiny_pipeline, tiny_xl_pipeline
 
@@ -34,12 +37,37 @@ def test_files(tmp_path: Path) -> None:
     assert backbone_of(write_single_file(tiny_pipeline(version=1), tmp_path / "one.safetensors")) == "sd21"
 
 
-def test_a_family_that_there_is_no_backbone_for(joint_folder: Path) -> None:
+def test_a_family_that_there_is_no_backbone_for(tmp_path: Path) -> None:
+    """Those of installed plugins are among those that there are."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "PixArtSigmaPipeline"}))
     with pytest.raises(InputError) as error:
-        backbone_of(joint_folder)
+        backbone_of(tmp_path)
     said = str(error.value)
-    assert "made for StableDiffusion3Pipeline" in said
+    assert "made for PixArtSigmaPipeline" in said
     assert "StableDiffusionPipeline (backbone sd21), StableDiffusionXLPipeline (backbone sdxl)" in said
+    assert "StableDiffusion3Pipeline (backbone sd3)" in said and "FluxPipeline (backbone flux)" in said
+
+
+def test_what_to_install_for_a_family_that_a_known_plugin_has(tmp_path: Path) -> None:
+    """Of a folder, and of a file whose layout nobody here reads."""
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+    marks = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
+    save_file({mark: torch.zeros(2) for mark in marks}, tmp_path / "flux.safetensors")
+    for model in (tmp_path, tmp_path / "flux.safetensors"):
+        with pytest.raises(InputError, match=r"made for FluxPipeline, .*`pip install icekit-dit` brings one"):
+            beside_builtins().resolve(Settings.model_validate({"backbone": {"model": str(model)}}))
+
+
+def test_what_is_known_of_plugins_is_so() -> None:
+    """Each has a backbone for these pipelines, where it is installed."""
+    takes = {
+        pipeline: one.origin.distribution
+        for one in installed().offered("backbone").values()
+        for pipeline in getattr(one.settings, "pipelines", ())
+    }
+    for pipeline in ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "ZImagePipeline"):
+        assert plugin_for(pipeline) == takes[pipeline]
+    assert plugin_for("StableDiffusionPipeline") is None
 
 
 def test_where_nothing_says_it_the_default_says_what_is_wrong(tmp_path: Path) -> None:

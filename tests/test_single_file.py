@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ from single_files import write_single_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from icekit import InputError
-from icekit.backbones import single_file
-from icekit.backbones.single_file import clip_tokenizer, read_layout
+from icekit.backbones import file_layouts
+from icekit.backbones.file_layouts import Layout, read_layout
+from icekit.backbones.single_file import clip_tokenizer
 from icekit.backbones.stable_diffusion import StableDiffusion
 from icekit.backbones.stable_diffusion_xl import StableDiffusionXL
 from icekit.testing.tiny import tiny_pipeline, tiny_xl_pipeline
 
+CHANNELS = "model.diffusion_model.input_blocks.0.0.weight"
 BACKBONES: dict[str, Any] = {"sd1": StableDiffusion, "sd2": StableDiffusion, "sdxl": StableDiffusionXL}
+
+
+def published(name: str) -> Layout:
+    return read_layout(f"package:icekit/backbones/layouts/{name}.json")
 
 
 def of_clips_vocabulary(model: Any) -> Any:
@@ -35,7 +42,7 @@ def of_clips_vocabulary(model: Any) -> Any:
 def pipeline_of(layout: str) -> Any:
     """A tiny pipeline whose tokenizers are CLIP's own."""
     pipeline: Any = tiny_xl_pipeline() if layout == "sdxl" else tiny_pipeline(version=int(layout[-1]))
-    for part, padding in read_layout(layout)["padding"].items():
+    for part, padding in published(layout).padding.items():
         encoder = part.replace("tokenizer", "text_encoder")
         setattr(pipeline, part, clip_tokenizer(padding))
         setattr(pipeline, encoder, of_clips_vocabulary(getattr(pipeline, encoder)))
@@ -53,14 +60,15 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def tiny_layouts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Layouts with the sizes of the tiny models, in the place of the published ones."""
 
-    def tiny(name: str) -> dict[str, Any]:
+    def tiny(place: str) -> Layout:
+        name = Path(place).stem
         folder = tmp_path / f"layout-{name}"
         if not folder.exists():
             pipeline_of(name).save_pretrained(folder)
-        layout = read_layout(name)
-        return layout | {"files": {path: json.loads((folder / path).read_text()) for path in layout["files"]}}
+        layout = read_layout(place)
+        return replace(layout, files={path: json.loads((folder / path).read_text()) for path in layout.files})
 
-    monkeypatch.setattr(single_file, "read_layout", tiny)
+    monkeypatch.setattr(file_layouts, "read_layout", tiny)
 
 
 def test_the_file_is_the_model(written: tuple[str, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +147,7 @@ def test_files_of_other_things(tmp_path: Path, written: tuple[str, Any, Path]) -
     assert "is a LoRA adapter" in said_of({"lora_unet_x.lora_down.weight": torch.zeros(1, 8)})
     unet = {name: value for name, value in weights.items() if name.startswith("model.")}
     assert "its text encoder is not" in said_of(unet)
-    wide = weights | {single_file.CHANNELS: torch.zeros(32, 9, 3, 3)}
+    wide = weights | {CHANNELS: torch.zeros(32, 9, 3, 3)}
     assert "takes 9 channels" in said_of(wide)
     lost = dict(weights)
     lost.pop("first_stage_model.decoder.conv_in.weight")
@@ -164,7 +172,7 @@ def test_files_of_other_things(tmp_path: Path, written: tuple[str, Any, Path]) -
 def test_the_layouts_have_the_published_sizes(layout: str, millions: dict[str, float]) -> None:
     kinds: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
     clips: dict[str, Any] = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    files = read_layout(layout)["files"]
+    files = published(layout).files
     for part, count in millions.items():
         with torch.device("meta"):
             config = files[f"{part}/config.json"]

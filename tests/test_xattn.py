@@ -21,8 +21,8 @@ from planted_attention import (
 )
 from torch import Tensor
 
-from icekit.attention import Joining, colour_distance, heaviest_part, normalise_over_space, upsample
-from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor, compete, otsu, propagate
+from icekit.attention import Joining, colour_distance, heaviest_part, normalise_over_space, otsu, upsample
+from icekit.builtin.segmentors.xattn import CrossAttentionSegmentor, compete, propagate
 from icekit.protocols import InputError, View
 
 ALL = torch.ones(4, dtype=torch.bool)

@@ -9,7 +9,8 @@ The way that ``xattn`` and ``diffseg`` go, and that a segmentor of your own may 
 3. A soft map of the picture's size becomes a mask: ``heaviest_part`` keeps one peak of it (``Joining`` says which
    belong together), ``refine`` lets its edges follow the picture's, ``without_islands`` takes the crumbs away.
 
-``AttentionSegmentor`` is all of it with settings: inherit from it, read ``word_maps``, end with ``to_mask``.
+``AttentionSegmentor`` is all of it with settings: inherit from it, read ``word_maps``, end with ``to_mask``. With a
+soft map of your own, ``SoftMapSegmentor`` is the last step with its settings.
 ``LookingSettings`` are those of a look alone, ``Shares`` and ``Grids`` types for settings. Grids have two sides,
 (height, width), and no picture has to be a square.
 """

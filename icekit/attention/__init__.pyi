@@ -6,6 +6,7 @@ from .maps import aggregate as aggregate
 from .maps import flat as flat
 from .maps import normalise_over_space as normalise_over_space
 from .maps import on_grid as on_grid
+from .maps import otsu as otsu
 from .maps import upsample as upsample
 from .peaks import Joining as Joining
 from .peaks import heaviest_part as heaviest_part
@@ -13,9 +14,11 @@ from .refinement import random_walker_with_prior as random_walker_with_prior
 from .refinement import refine as refine
 from .refinement import without_islands as without_islands
 from .segmentor import AttentionSegmentor as AttentionSegmentor
+from .segmentor import SoftMapSegmentor as SoftMapSegmentor
 from .settings import AttentionSettings as AttentionSettings
 from .settings import Grids as Grids
 from .settings import LookingSettings as LookingSettings
 from .settings import Normalisation as Normalisation
 from .settings import Shares as Shares
+from .settings import SoftMapSettings as SoftMapSettings
 from .settings import one_or_more as one_or_more

@@ -82,3 +82,10 @@ def aggregate(pixels: Sequence[Tensor]) -> Tensor:
         row, column = torch.arange(height) * rows // height, torch.arange(width) * columns // width
         total += looked_at[row[:, None], column] * (min(rows, columns) / sum(map(min, grids)))
     return total
+
+
+def otsu(soft: Tensor, visible: Tensor) -> float:
+    """Otsu's threshold of the visible part of a soft map ``[H, W]``: the least variance within both of its sides."""
+    from skimage.filters import threshold_otsu
+
+    return float(threshold_otsu(soft[visible].numpy()))

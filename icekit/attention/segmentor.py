@@ -17,11 +17,55 @@ from icekit.attention.looking import look_at, require_similarity
 from icekit.attention.maps import upsample
 from icekit.attention.peaks import Joining, heaviest_part
 from icekit.attention.refinement import refine, without_islands
-from icekit.attention.settings import AttentionSettings
+from icekit.attention.settings import AttentionSettings, SoftMapSettings
 from icekit.protocols import Backbone, Capability, Look, View
 
 
-class AttentionSegmentor:
+class SoftMapSegmentor:
+    """The way from a soft map of a picture to a mask, whatever the map was read from.
+
+    A segmentor inherits from it and makes a mask of what it finds by ``mask_of``.
+    """
+
+    settings: SoftMapSettings
+
+    def seen(self, view: View) -> Tensor:
+        """The picture that is looked at, ``[3, H, W]``."""
+        return view.original if self.settings.look_at == "image" else view.pixels
+
+    def mask_of(self, soft: Tensor, level: float, view: View, joining: Joining | None = None) -> Tensor:
+        """From a soft map to the mask.
+
+        Args:
+            soft: float32 ``[H, W]`` in [0, 1].
+            level: the value of it that is as likely the word's as not.
+            view: what there is to see.
+            joining: with ``one_piece`` it joins peaks. None: none are joined.
+
+        Returns:
+            bool ``[H, W]``, within what is visible.
+        """
+        settings = self.settings
+        if settings.one_piece:
+            soft = soft * heaviest_part(soft, level, settings.dip, joining)
+        if settings.refinement:
+            mask = refine(
+                soft,
+                self.seen(view),
+                level=level,
+                foreground=settings.foreground,
+                background=settings.background,
+                colour_weight=settings.colour_weight,
+                map_weight=settings.map_weight,
+                smoothness=settings.smoothness,
+                min_island=settings.min_island,
+            )
+        else:
+            mask = without_islands(soft >= level, settings.min_island)
+        return mask & view.visible
+
+
+class AttentionSegmentor(SoftMapSegmentor):
     """The attention at a picture, and the way from a soft map to a mask.
 
     A segmentor inherits from it, reads ``word_maps`` and makes a mask of what it finds by ``to_mask``.
@@ -40,10 +84,6 @@ class AttentionSegmentor:
         require_similarity(backbone)
         self.settings = settings
         self.backbone = backbone
-
-    def seen(self, view: View) -> Tensor:
-        """The picture that is looked at, ``[3, H, W]``."""
-        return view.original if self.settings.look_at == "image" else view.pixels
 
     def rivals(self, word: str) -> list[str]:
         """The other words of the prompt, in its order."""
@@ -88,36 +128,18 @@ class AttentionSegmentor:
         return words, attention.pixels
 
     def to_mask(self, soft: Tensor, level: float, view: View, pixels: Tensor | None = None) -> Tensor:
-        """From a soft map to the mask.
+        """From a soft map to the mask: ``mask_of``, with peaks joined by the attention.
 
         Args:
-            soft: float32 ``[H, W]`` in [0, 1].
-            level: the value of it that is as likely the word's as not.
+            soft: see ``mask_of``.
+            level: see ``mask_of``.
             view: what there is to see.
             pixels: ``[h, w, h, w]``, what places look at: with ``one_piece`` it joins peaks. None: none are joined.
 
         Returns:
             bool ``[H, W]``, within what is visible.
         """
-        settings = self.settings
-        image = self.seen(view)
-        if settings.one_piece:
-            joining = None
-            if pixels is not None:
-                joining = Joining(pixels, image, settings.join, settings.join_alike, settings.alike)
-            soft = soft * heaviest_part(soft, level, settings.dip, joining)
-        if settings.refinement:
-            mask = refine(
-                soft,
-                image,
-                level=level,
-                foreground=settings.foreground,
-                background=settings.background,
-                colour_weight=settings.colour_weight,
-                map_weight=settings.map_weight,
-                smoothness=settings.smoothness,
-                min_island=settings.min_island,
-            )
-        else:
-            mask = without_islands(soft >= level, settings.min_island)
-        return mask & view.visible
+        settings, joining = self.settings, None
+        if settings.one_piece and pixels is not None:
+            joining = Joining(pixels, self.seen(view), settings.join, settings.join_alike, settings.alike)
+        return self.mask_of(soft, level, view, joining)

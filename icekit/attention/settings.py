@@ -51,26 +51,13 @@ class LookingSettings(ComponentSettings):
     )
 
 
-class AttentionSettings(LookingSettings):
-    """Settings that these segmentors share."""
+class SoftMapSettings(LookingSettings):
+    """Settings that segmentors share which make a mask of a soft map, whatever it was read from."""
 
-    prompt: str = Field(
-        "{word} things background",
-        description="the prompt under which attention is read: {word} is the word that is looked for, the others "
-        "compete with it for the pixels",
-    )
     look_at: Literal["image", "rest"] = Field(
         "image",
         description="what the attention is read from: image, the whole picture, or rest, the picture with the "
         "concepts found so far erased",
-    )
-    word_grids: Grids = Field(
-        (16, 32),
-        description="attention grids that the word's map is read from, averaged: cells along the picture's shorter "
-        "side; the model's nearest are taken",
-    )
-    word_weights: Literal["equal", "side"] = Field(
-        "equal", description="weight of each of these grids in the average: equal, or side, in proportion to its side"
     )
     one_piece: bool = Field(
         False,
@@ -82,26 +69,6 @@ class AttentionSettings(LookingSettings):
         lt=1,
         description="with one_piece: two maxima of the map are two peaks if the map falls by this much between them, "
         "as a share of its highest value",
-    )
-    join: float = Field(
-        0.75,
-        gt=0,
-        le=1,
-        description="with one_piece: a second peak belongs to the kept object if the self-attention between the two "
-        "peaks is at least this share of that within each",
-    )
-    join_alike: float = Field(
-        0.5,
-        gt=0,
-        le=1,
-        description="with one_piece: the share that is enough in place of join if the two peaks have like colours, "
-        "see alike",
-    )
-    alike: float = Field(
-        10.0,
-        ge=0,
-        description="with one_piece: largest mean colour distance, in CIELAB units, at which two peaks have like "
-        "colours",
     )
     refinement: bool = Field(
         True, description="move the mask's edges to the picture's edges, by a random walker with a colour model"
@@ -127,6 +94,44 @@ class AttentionSettings(LookingSettings):
     )
     min_island: float = Field(
         0.1, ge=0, lt=1, description="islands and holes smaller than this share of the mask are removed"
+    )
+
+
+class AttentionSettings(SoftMapSettings):
+    """Settings that segmentors share which read a model's attention weights."""
+
+    prompt: str = Field(
+        "{word} things background",
+        description="the prompt under which attention is read: {word} is the word that is looked for, the others "
+        "compete with it for the pixels",
+    )
+    word_grids: Grids = Field(
+        (16, 32),
+        description="attention grids that the word's map is read from, averaged: cells along the picture's shorter "
+        "side; the model's nearest are taken",
+    )
+    word_weights: Literal["equal", "side"] = Field(
+        "equal", description="weight of each of these grids in the average: equal, or side, in proportion to its side"
+    )
+    join: float = Field(
+        0.75,
+        gt=0,
+        le=1,
+        description="with one_piece: a second peak belongs to the kept object if the self-attention between the two "
+        "peaks is at least this share of that within each",
+    )
+    join_alike: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="with one_piece: the share that is enough in place of join if the two peaks have like colours, "
+        "see alike",
+    )
+    alike: float = Field(
+        10.0,
+        ge=0,
+        description="with one_piece: largest mean colour distance, in CIELAB units, at which two peaks have like "
+        "colours",
     )
 
     @field_validator("prompt")

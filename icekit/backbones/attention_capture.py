@@ -1,28 +1,31 @@
 """The attention of a diffusers UNet, captured while it predicts.
 
-A layer's attention processor is exchanged for one that computes its weights in the open, for the length of a ``with``
-block and for the layers that were asked for only. All other layers keep the processor they have (the fused kernel).
+A layer's attention processor is exchanged for one that computes its weights in the open beside its output, for the
+length of a ``with`` block and for the layers that were asked for only. All outputs are the fused kernel's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-from icekit.protocols import Attention as Maps
-from icekit.protocols import Grid
+from icekit.protocols import Attention, Grid
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-    from diffusers.models.attention_processor import Attention
+    from diffusers.models.attention_processor import Attention as DiffusersAttention
 
 Kind = Literal["self", "cross"]
+MOST_WEIGHTS = 2**26
+"""Most attention weights that are computed at once: 256 MB in float32."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +90,72 @@ def attention_weights(query: Tensor, key: Tensor, scale: float, bias: Tensor | N
     return (scores if bias is None else scores + bias.float()).softmax(dim=-1)
 
 
-class CapturingProcessor:
-    """A diffusers attention processor: what ``AttnProcessor2_0`` computes, with the weights kept.
+def mean_weights(query: Tensor, key: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:
+    """The mean over heads of ``attention_weights``: float32 ``[B, N, M]``; every row sums to one.
 
-    ``weights`` holds the last forward pass's, mean over heads, float32 ``[B, N, M]``, part of the autograd graph.
+    Some heads at a time, as many as ``MOST_WEIGHTS`` allows, for all of them are the largest thing there is in a UNet.
+
+    Args:
+        query: ``[B, heads, N, d]``.
+        key: ``[B, heads, M, d]``.
+        scale: see ``attention_weights``.
+        bias: see ``attention_weights``; broadcastable to ``[B, heads, N, M]``.
     """
+    heads = query.shape[1]
+    at_once = max(1, MOST_WEIGHTS // (query.shape[0] * query.shape[2] * key.shape[2]))
+    if at_once >= heads:
+        return attention_weights(query, key, scale, bias).mean(dim=1)
+    total = query.new_zeros(query.shape[0], query.shape[2], key.shape[2], dtype=torch.float32)
+    for start in range(0, heads, at_once):
+        some = slice(start, start + at_once)
+        chosen = bias if bias is None or bias.shape[1] == 1 else bias[:, some]
+        total = total + attention_weights(query[:, some], key[:, some], scale, chosen).sum(dim=1)
+    return total / heads
+
+
+class Maps:
+    """The sums of what a prediction's layers saw, one for each kind and grid; what a single layer saw is not kept."""
 
     def __init__(self) -> None:
-        self.weights: Tensor | None = None
+        self._sums: dict[tuple[Kind, Grid], Tensor] = {}
+        self._seen: dict[tuple[Kind, Grid], list[AttentionLayer]] = {}
+
+    def add(self, layer: AttentionLayer, weights: Tensor) -> None:
+        """Add a layer's weights, ``[B, N, M]``; a layer that was there before begins another prediction."""
+        key = layer.kind, layer.grid
+        if layer in self._seen.get(key, ()):
+            del self._sums[key], self._seen[key]
+        self._sums[key] = weights if key not in self._sums else self._sums[key] + weights
+        self._seen.setdefault(key, []).append(layer)
+
+    def means(self) -> Attention:
+        """What the last prediction saw, mean over heads and over the layers of a grid; the finest grid first."""
+
+        def of(kind: Kind) -> list[tuple[Grid, Tensor]]:
+            found = [(grid, total / len(self._seen[one, grid])) for (one, grid), total in self._sums.items()
+                     if one == kind]  # fmt: skip
+            return sorted(found, key=lambda pair: pair[0], reverse=True)
+
+        return Attention(
+            words=tuple(weights.transpose(1, 2).unflatten(2, grid) for grid, weights in of("cross")),
+            pixels=tuple(weights.unflatten(2, grid).unflatten(1, grid) for grid, weights in of("self")),
+        )
+
+
+class CapturingProcessor:
+    """A diffusers attention processor: what ``AttnProcessor2_0`` computes, by the same kernel, with its weights told.
+
+    The weights are computed beside the output, in the open, and once more for their gradient: a step of learning holds
+    none but the mean over heads, and of the layer itself no more than without.
+    """
+
+    def __init__(self, tell: Callable[[Tensor], None]) -> None:
+        """tell: called in each forward pass with the mean over heads, float32 ``[B, N, M]``; gradients flow through."""
+        self._tell = tell
 
     def __call__(
         self,
-        attn: Attention,
+        attn: DiffusersAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -117,47 +174,75 @@ class CapturingProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, positions, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        weights = attention_weights(query, key, attn.scale, attention_mask)
-        self.weights = weights.mean(dim=1)
+        if torch.is_grad_enabled():
+            weights = checkpoint(
+                mean_weights, query, key, attn.scale, attention_mask, use_reentrant=False, preserve_rng_state=False
+            )
+        else:
+            weights = mean_weights(query, key, attn.scale, attention_mask)
+        self._tell(weights)
 
-        attended = (weights.to(value.dtype) @ value).transpose(1, 2).flatten(2)
-        output = attn.to_out[1](attn.to_out[0](attended))
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        output = attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
         if attn.residual_connection:
             output = output + hidden_states
         return output / attn.rescale_output_factor
 
 
 @contextmanager
-def capture_attention(
-    unet: nn.Module, layers: Sequence[AttentionLayer]
-) -> Iterator[dict[AttentionLayer, CapturingProcessor]]:
-    """Let these layers keep their weights until the block ends.
+def capture_attention(unet: nn.Module, layers: Sequence[AttentionLayer]) -> Iterator[Maps]:
+    """Let these layers tell their weights until the block ends.
+
+    A pass that is made again after the block, for the gradient, computes the same and tells nothing.
 
     Yields:
-        What keeps each layer's weights.
+        What was seen, to be asked for when the prediction is made.
     """
     attentions: dict[AttentionLayer, Any] = {layer: unet.get_submodule(layer.name) for layer in layers}
     before = {layer: attention.processor for layer, attention in attentions.items()}
-    processors = {layer: CapturingProcessor() for layer in layers}
+    maps, listening = Maps(), True
+
+    def telling(layer: AttentionLayer) -> Callable[[Tensor], None]:
+        def tell(weights: Tensor) -> None:
+            if listening:
+                maps.add(layer, weights)
+
+        return tell
+
     try:
         for layer, attention in attentions.items():
-            attention.set_processor(processors[layer])
-        yield processors
+            attention.set_processor(CapturingProcessor(telling(layer)))
+        yield maps
     finally:
+        listening = False
         for layer, attention in attentions.items():
             attention.set_processor(before[layer])
 
 
-def maps_of(processors: dict[AttentionLayer, CapturingProcessor]) -> Maps:
-    """What was captured in one prediction, mean over heads and over the layers of a grid; the finest grid first."""
+def checkpointed(module: nn.Module, *arguments: Any) -> Any:
+    """Call a block of a noise predictor, keep nothing of its inside, and compute it again for the gradient.
 
-    def mean(kind: Kind, grid: Grid) -> Tensor:
-        kept = [one.weights for layer, one in processors.items() if layer.kind == kind and layer.grid == grid]
-        weights = [tensor for tensor in kept if tensor is not None]
-        assert len(weights) == len(kept), "nothing was predicted inside the block yet"
-        return torch.stack(weights).mean(dim=0)
+    For diffusers' ``enable_gradient_checkpointing``. The second pass has the attention processors that the first had,
+    whatever they are by then: the captured maps are in the graph, too.
+    """
+    attentions: list[Any] = [one for one in module.modules() if hasattr(one, "set_processor")]
+    first = [attention.processor for attention in attentions]
 
-    return Maps(
-        words=tuple(mean("cross", grid).transpose(1, 2).unflatten(2, grid) for grid in grids_of(processors, "cross")),
-        pixels=tuple(mean("self", grid).unflatten(2, grid).unflatten(1, grid) for grid in grids_of(processors, "self")),
+    @contextmanager
+    def as_at_first() -> Iterator[None]:
+        now = [attention.processor for attention in attentions]
+        try:
+            for attention, processor in zip(attentions, first, strict=True):
+                attention.set_processor(processor)
+            yield
+        finally:
+            for attention, processor in zip(attentions, now, strict=True):
+                attention.set_processor(processor)
+
+    return checkpoint(
+        module,
+        *arguments,
+        use_reentrant=False,
+        preserve_rng_state=False,  # nothing is drawn: models are in eval mode
+        context_fn=lambda: (nullcontext(), as_at_first()),
     )

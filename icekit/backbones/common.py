@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -16,20 +17,38 @@ from icekit.model_files import check_finite
 from icekit.protocols import FineTuning, InputError, Tokens
 
 SAMPLED_ROWS = 64
+BFLOAT16_SINCE = (8, 0)
+"""Compute capability of the first NVIDIA cards (Ampere) that compute in bfloat16; AMD's that do say 9.0 and more."""
+
+
+def predictor_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The number format of a noise predictor on a device, from the setting ``backbone.dtype``.
+
+    ``"auto"`` is bfloat16 on a cuda card that computes in it, float16 on an older one and float32 elsewhere. bfloat16
+    has float32's range: nothing overflows in it, as some layers do in float16.
+    """
+    if wanted == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        modern = torch.cuda.get_device_capability(device) >= BFLOAT16_SINCE
+        return torch.bfloat16 if modern else torch.float16
+    dtype: torch.dtype = getattr(torch, wanted)
+    return dtype
 
 
 def fingerprint(tables: Mapping[str, Tensor]) -> str:
     """What tokens depend on, as text: each encoder's name and shape, and a digest of rows spread over its table.
 
-    Two models whose text encoders have the same table have the same fingerprint, wherever they lie on the disk.
+    Two models whose text encoders have the same table have the same fingerprint, wherever they lie on the disk and in
+    whatever precision: the digest is of the signs of the numbers, which rounding leaves as they are.
 
     tables: name -> ``[vocabulary, D]``.
     """
     parts = []
     for name, table in sorted(tables.items()):
         every = max(1, len(table) // SAMPLED_ROWS)
-        rows = table.detach()[::every].float().cpu().contiguous().numpy()
-        parts.append(f"{name} {len(table)}x{table.shape[1]} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}")
+        signs = table.detach()[::every].signbit().cpu().contiguous().numpy()
+        parts.append(f"{name} {len(table)}x{table.shape[1]} {hashlib.sha256(signs.tobytes()).hexdigest()[:16]}")
     return ", ".join(parts)
 
 

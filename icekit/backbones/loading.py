@@ -1,16 +1,19 @@
-"""Reading a model of Stable Diffusion (1.x, 2.x, XL): checked part by part before diffusers and transformers see it."""
+"""Reading a model of diffusers' format: checked part by part before diffusers and transformers see it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from types import MappingProxyType
+from typing import Any, Protocol, cast
 
 import torch
 
 from icekit.backbones.common import quiet
-from icekit.backbones.single_file import load_single_file
+from icekit.backbones.file_layouts import Layout, layout_of, shapes_in
+from icekit.backbones.single_file import check_whole, load_from_file, write_configurations
 from icekit.model_files import (
     HUB_ID,
     Hub,
@@ -23,9 +26,6 @@ from icekit.model_files import (
 )
 from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
-
-if TYPE_CHECKING:
-    pass
 
 _UNET: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "scheduler": ("diffusers", ()),
@@ -41,20 +41,26 @@ class Family:
     """What a model of a family is made of.
 
     name: what people call it. pipeline: its class in diffusers. parts: the library of each part, and its classes there;
-    of schedulers any that DDPM can stand in for. options: of the pipeline's constructor, beside its parts.
+    where a scheduler has none, any that DDPM can stand in for. options: of the pipeline's constructor, beside its
+    parts. optional: parts that a model need not have; its index then says null for them, and its pipeline is made with
+    None.
     """
 
     name: str
     pipeline: str
     parts: Mapping[str, tuple[str, tuple[str, ...]]]
     options: Mapping[str, Any]
+    optional: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, str]:
         """The parts that have weights, and what the libraries call the files of these."""
         stems = {"transformers": "model", "diffusers": "diffusion_pytorch_model"}
-        without = ("scheduler", "tokenizer", "tokenizer_2")
-        return {part: stems[library] for part, (library, _) in self.parts.items() if part not in without}
+        return {
+            part: stems[library]
+            for part, (library, _) in self.parts.items()
+            if part != "scheduler" and not part.startswith("tokenizer")
+        }
 
 
 STABLE_DIFFUSION = Family(
@@ -96,8 +102,30 @@ class Source(Protocol):
     def local_files_only(self) -> bool: ...
 
 
-def load_pipeline(settings: Source, family: Family) -> tuple[Any, bool]:
+@dataclass(frozen=True)
+class _Place:
+    """A ``Source`` that no component's settings are."""
+
+    model: str
+    revision: str | None
+    variant: str | None
+    local_files_only: bool
+
+
+def load_pipeline(
+    settings: Source,
+    family: Family,
+    dtypes: Mapping[str, torch.dtype] = MappingProxyType({}),
+    without: Collection[str] = (),
+) -> tuple[Any, bool]:
     """Read a model of this family from a folder, a file or the hub; safetensors and JSON only, nothing is run.
+
+    Args:
+        settings: where it is. For a model in one file they may say ``layouts``, those that the file can have (see
+            ``file_layouts``), and ``encoders``, a folder or hub model with the parts that the file has not got.
+        family: what it is made of.
+        dtypes: part -> the number format that its weights are read in, float32 by default.
+        without: optional parts that are left out.
 
     Returns:
         Its diffusers pipeline, and whether its scheduler says what the noise predictor returns.
@@ -109,36 +137,116 @@ def load_pipeline(settings: Source, family: Family) -> tuple[Any, bool]:
 
     named = f"backbone.model = {settings.model!r}"
     place = resolved_path(settings.model, "backbone.model")
-    if place.is_file():
-        if place.suffix.lower() != ".safetensors":
-            raise InputError(f"{named}: {_no_safetensors(place.suffix)}")
-        return load_single_file(place, family, named)
-    folder = _folder(settings, family, named)
+    encoders = getattr(settings, "encoders", None)
+    parts: dict[str, Any] = dict.fromkeys(family.parts)
+    wanted = [part for part in family.parts if part not in without]
+    source, told = None, True
     with quiet():
-        index = read_json(folder / "model_index.json", named)
-        classes = _check_index(index, family, named)
-        _check_parts(folder, family, settings.variant, named)
-        parts: dict[str, Any] = {}
-        for name in family.parts:
-            try:
-                parts[name] = _load_part(folder, family, name, classes[name], settings.variant)
-            except MemoryError:
-                raise
-            except Exception as error:  # diffusers, transformers, torch: each fails in its own way
-                if isinstance(error, InputError):
-                    raise InputError(f"{named}: {error}") from error
+        if place.is_file():
+            found, index, told = _from_file(place, settings, encoders, family, wanted, dtypes, named)
+        else:
+            if encoders is not None:
                 raise InputError(
-                    f"{named}: its {name} cannot be loaded from safetensors files: {one_line(error)}"
-                ) from error
+                    f"backbone.encoders = {encoders!r}: it is for a model in one file, and {named} is none"
+                )
+            found, index, folder = _from_folder(settings, family, wanted, dtypes, named)
+            source = str(folder) if _is_local(settings.model) else settings.model
         options = dict(family.options)
         if isinstance(index.get(EMPTY_IS_ZERO), bool):
             options[EMPTY_IS_ZERO] = index[EMPTY_IS_ZERO]
         try:
-            pipeline = getattr(diffusers, family.pipeline)(**parts, **options)
+            pipeline = getattr(diffusers, family.pipeline)(**{**parts, **found}, **options)
         except Exception as error:  # it looks into the configurations, and brings old ones up to date
             raise InputError(f"{named}: its parts do not make a pipeline: {one_line(error)}") from error
-    pipeline.register_to_config(_name_or_path=str(folder) if _is_local(settings.model) else settings.model)
-    return pipeline, True
+    pipeline.register_to_config(_name_or_path=source)
+    return pipeline, told
+
+
+def _from_folder(
+    settings: Source, family: Family, wanted: Sequence[str], dtypes: Mapping[str, torch.dtype], named: str
+) -> tuple[dict[str, Any], Mapping[str, Any], Path]:
+    """Of a model in diffusers' format those of these parts that it has, its index, and its folder on this machine."""
+    folder = _folder(settings, family, wanted, named)
+    index = read_json(folder / "model_index.json", named)
+    classes = _check_index(index, family, wanted, named)
+    _check_parts(folder, family, classes, settings.variant, named)
+    parts: dict[str, Any] = {}
+    for name, kind in classes.items():
+        try:
+            dtype = dtypes.get(name, torch.float32)
+            parts[name] = _load_part(folder, family, name, kind, settings.variant, dtype)
+        except MemoryError:
+            raise
+        except Exception as error:  # diffusers, transformers, torch: each fails in its own way
+            if isinstance(error, InputError):
+                raise InputError(f"{named}: {error}") from error
+            raise InputError(
+                f"{named}: its {name} cannot be loaded from safetensors files: {one_line(error)}"
+            ) from error
+    return parts, index, folder
+
+
+def _from_file(
+    file: Path,
+    settings: Source,
+    encoders: str | None,
+    family: Family,
+    wanted: Sequence[str],
+    dtypes: Mapping[str, torch.dtype],
+    named: str,
+) -> tuple[dict[str, Any], Mapping[str, Any], bool]:
+    """Of a model in one file these parts, its index, and whether it is known what its noise predictor returns.
+
+    A text encoder, its tokenizer and the autoencoder come from ``encoders`` where the file has not got them.
+    """
+    if file.suffix.lower() != ".safetensors":
+        raise InputError(f"{named}: {_no_safetensors(file.suffix)}")
+    layout = layout_of(file, getattr(settings, "layouts", ()), named)
+    if layout.pipeline != family.pipeline:
+        raise InputError(f"{named}: it is made for {layout.pipeline}; supported is {family.pipeline} ({family.name})")
+    own, others = divided(layout, file, family, wanted, named)
+    check_whole(file, layout, [part for part in own if part in family.weights], named)
+    parts: dict[str, Any] = {}
+    lacking = [part for part in others if part not in family.optional]
+    if encoders is not None and others:
+        place = _Place(encoders, None, None, settings.local_files_only)
+        parts, *_ = _from_folder(place, family, others, dtypes, f"backbone.encoders = {encoders!r}")
+    elif lacking:
+        raise InputError(
+            f"{named}: the file has no {', '.join(lacking)}: name a model of the same family that has, a folder in "
+            f"diffusers' format or an id of the hub, with --set backbone.encoders=FOLDER"
+        )
+    with tempfile.TemporaryDirectory(prefix="icekit-") as folder:
+        told = write_configurations(layout, file, Path(folder))
+        for part in own:
+            try:
+                if part in family.weights:
+                    parts[part] = load_from_file(file, layout, part, Path(folder), dtypes.get(part, torch.float32))
+                else:
+                    parts[part] = _load_part(Path(folder), family, part, layout.index[part][1], None, torch.float32)
+            except MemoryError:
+                raise
+            except Exception as error:  # diffusers, transformers, torch: each fails in its own way
+                raise InputError(
+                    f"{named}: its weights cannot be read as those of {family.name}: {one_line(error)}"
+                ) from error
+    return parts, layout.index, told
+
+
+def divided(
+    layout: Layout, file: Path, family: Family, wanted: Sequence[str], named: str
+) -> tuple[list[str], list[str]]:
+    """Which of these parts a model in one file has, and which it has not got.
+
+    A tokenizer belongs to its text encoder, and a scheduler to the layout.
+    """
+    there = layout.names_in(shapes_in(file, named)).keys() | {"scheduler"}
+
+    def owner(part: str) -> str:
+        return part.replace("tokenizer", "text_encoder")
+
+    own = [part for part in wanted if owner(part) in there]
+    return own, [part for part in wanted if part not in own]
 
 
 def _no_safetensors(suffix: str) -> str:
@@ -152,9 +260,9 @@ def _is_local(model: str) -> bool:
     return model.startswith(PREFIX) or resolved_path(model, "backbone.model").is_dir()
 
 
-def _folder(settings: Source, family: Family, named: str) -> Path:
-    """Where the model's files are on this machine; those of a hub model are fetched into the hub's cache."""
-    folder = resolved_path(settings.model, "backbone.model")
+def _folder(settings: Source, family: Family, wanted: Sequence[str], named: str) -> Path:
+    """Where these parts of a model are on this machine; those of a hub model are fetched into the hub's cache."""
+    folder = resolved_path(settings.model, named.partition(" = ")[0])
     if folder.is_dir():
         if not (folder / "model_index.json").exists():
             raise InputError(f"{named}: the folder has no model_index.json, so it is no model in diffusers' format")
@@ -170,12 +278,13 @@ def _folder(settings: Source, family: Family, named: str) -> Path:
         revision=settings.revision,
         local_files_only=settings.local_files_only,
     )
-    _check_index(read_json(hub.first, named), family, named)
-    files = [f"{part}/*.{ending}" for part in family.parts for ending in ("json", "txt")]
-    folder = hub.folder([*files, *_weights(family.weights, settings.variant)])
+    classes = _check_index(read_json(hub.first, named), family, wanted, named)
+    stems = {part: stem for part, stem in family.weights.items() if part in classes}
+    files = [f"{part}/*.{ending}" for part in classes for ending in ("json", "txt")]
+    folder = hub.folder([*files, *_weights(stems, settings.variant)])
     plain = {
         part: stem
-        for part, stem in family.weights.items()
+        for part, stem in stems.items()
         if settings.variant and not _has_variant(folder / part, stem, settings.variant)
     }
     return hub.folder([*files, *_weights(plain, None)]) if plain else folder
@@ -195,15 +304,18 @@ def _has_variant(place: Path, stem: str, variant: str) -> bool:
     )
 
 
-def _check_index(index: Mapping[str, Any], family: Family, named: str) -> dict[str, str]:
-    """The class of each part, by ``model_index.json``."""
+def _check_index(index: Mapping[str, Any], family: Family, wanted: Sequence[str], named: str) -> dict[str, str]:
+    """The class of each of these parts that the model has, by ``model_index.json``."""
     kind = index.get("_class_name")
     if kind != family.pipeline:
         made_for = kind if isinstance(kind, str) else f"a pipeline of its own ({one_line(ValueError(kind), 100)})"
         raise InputError(f"{named}: it is made for {made_for}; supported is {family.pipeline} ({family.name})")
     classes: dict[str, str] = {}
-    for part, (library, names) in family.parts.items():
+    for part in wanted:
+        library, names = family.parts[part]
         entry = index.get(part)
+        if part in family.optional and entry in (None, [None, None]):
+            continue
         right = f"[{library!r}, {' or '.join(map(repr, names)) or 'a scheduler'}]".replace("'", '"')
         if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == library and isinstance(entry[1], str)):
             given = one_line(ValueError(repr(entry)), 100)
@@ -214,11 +326,13 @@ def _check_index(index: Mapping[str, Any], family: Family, named: str) -> dict[s
     return classes
 
 
-def _check_parts(folder: Path, family: Family, variant: str | None, named: str) -> None:
-    """Read all configurations, and the headers of all weights."""
-    if variant and not any(_has_variant(folder / part, stem, variant) for part, stem in family.weights.items()):
+def _check_parts(folder: Path, family: Family, parts: Collection[str], variant: str | None, named: str) -> None:
+    """Read the configurations of these parts, and the headers of their weights."""
+    stems = {part: stem for part, stem in family.weights.items() if part in parts}
+    if variant and not any(_has_variant(folder / part, stem, variant) for part, stem in stems.items()):
         raise InputError(f"{named}: backbone.variant = {variant!r}: it has no safetensors files of this variant")
-    for part, (_, names) in family.parts.items():
+    for part in parts:
+        _, names = family.parts[part]
         place = folder / part
         if not place.is_dir():
             raise InputError(f"{named}: the folder has no {part}/ in it")
@@ -246,7 +360,9 @@ def _check_parts(folder: Path, family: Family, variant: str | None, named: str) 
         check_counts(configuration, count_weights(place, family.weights[part], variant, named), where)
 
 
-def _load_part(folder: Path, family: Family, part: str, class_name: str, variant: str | None) -> Any:
+def _load_part(
+    folder: Path, family: Family, part: str, class_name: str, variant: str | None, dtype: torch.dtype
+) -> Any:
     """One part of a model, all of whose weights were found.
 
     Raises:
@@ -256,25 +372,25 @@ def _load_part(folder: Path, family: Family, part: str, class_name: str, variant
     import diffusers
     import transformers
 
-    library, _ = family.parts[part]
+    library, names = family.parts[part]
     kind: Any = getattr(diffusers if library == "diffusers" else transformers, class_name, None)
     place = folder / part
     if part == "scheduler":
-        return _load_scheduler(kind, class_name, place)
+        return _load_scheduler(kind, class_name, place, any_of_ddpm=not names)
     if part.startswith("tokenizer"):
         return kind.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
-    options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
+    options: dict[str, Any] = {"torch_dtype" if library == "diffusers" else "dtype": dtype}
     chosen = variant if variant and _has_variant(place, family.weights[part], variant) else None
     return from_safetensors(kind, place, f"{part}/", variant=chosen, **options)
 
 
-def _load_scheduler(kind: Any, class_name: str, place: Path) -> Any:
+def _load_scheduler(kind: Any, class_name: str, place: Path, *, any_of_ddpm: bool) -> Any:
     from diffusers import DDPMScheduler, SchedulerMixin
 
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise InputError(f"model_index.json: scheduler: diffusers has no scheduler {class_name!r} here")
     scheduler = cast(Any, kind).from_pretrained(str(place), local_files_only=True)
-    if not isinstance(scheduler, DDPMScheduler) and DDPMScheduler not in scheduler.compatibles:
+    if any_of_ddpm and not isinstance(scheduler, DDPMScheduler) and DDPMScheduler not in scheduler.compatibles:
         raise InputError(
             f"model_index.json: a model with {class_name} is of another family; those of Stable Diffusion are "
             "trained with the noise schedule of DDPMScheduler (DDIM, PNDM, Euler, DPM-Solver++, ...)"

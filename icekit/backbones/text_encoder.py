@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from types import MappingProxyType
@@ -18,7 +18,7 @@ from icekit.protocols import InputError, RunError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_EXTRA_TOKEN = re.compile(r"<[^<>\s]+>")
+EXTRA_TOKEN = re.compile(r"<[^<>\s]+>")
 NO_ROWS: Mapping[str, Tensor] = MappingProxyType({})
 
 
@@ -56,7 +56,9 @@ class ExtendedEmbedding(nn.Module):
         matches = ids.unsqueeze(-1) == known
         extra = matches.any(dim=-1)
         base = self.table(ids.masked_fill(extra, 0))
-        rows = torch.stack([tensor.to(base) for tensor in self._rows.values()])
+        # Gemma's table, for one, multiplies its rows on the way out.
+        scale = torch.as_tensor(getattr(self.table, "embed_scale", 1.0)).to(base)
+        rows = torch.stack([tensor.to(base) for tensor in self._rows.values()]) * scale
         return torch.where(extra.unsqueeze(-1), rows[matches.int().argmax(dim=-1)], base)
 
 
@@ -116,6 +118,9 @@ class TextEncoder:
     tokens are handed to every call, ``<name>`` -> ``[dim]``; a name in angle brackets that was not is refused.
     """
 
+    takes_space = False
+    """Whether the space before a token is part of it, as it is of a word where the vocabulary's words have a space."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, length: int | None = None) -> None:
         """Take the model over.
 
@@ -126,6 +131,8 @@ class TextEncoder:
         """
         self.tokenizer = tokenizer
         self.model = model
+        self.arrive: Callable[[], None] = lambda: None
+        """Called before the model reads a prompt: a backbone may have to bring it to its device first."""
         self._embedding = ExtendedEmbedding(model.get_input_embeddings())
         model.set_input_embeddings(self._embedding)
         self._own_tokens = frozenset(tokenizer.get_added_vocab())
@@ -181,7 +188,7 @@ class TextEncoder:
         from tokenizers import AddedToken
 
         for name, row in rows.items():
-            if not _EXTRA_TOKEN.fullmatch(name):
+            if not EXTRA_TOKEN.fullmatch(name):
                 raise InputError(f"token {name!r}: a token's name is one word in angle brackets, such as <cup-0>")
             if name in self._own_tokens:
                 raise InputError(f"token {name}: the model has a token of this name already")
@@ -190,7 +197,7 @@ class TextEncoder:
         new = [name for name in rows if name not in self._spelled]
         if new:
             # Not normalised: found in the prompt exactly as written, before the tokenizer makes all letters lower case.
-            self.tokenizer.add_tokens([AddedToken(name, normalized=False) for name in new])
+            self.tokenizer.add_tokens([AddedToken(name, normalized=False, lstrip=self.takes_space) for name in new])
             self._spelled.update(new)
             self._padded_ids.cache_clear()
 
@@ -220,6 +227,7 @@ class TextEncoder:
         Raises:
             InputError: see ``token_ids``.
         """
+        self.arrive()
         ids = self.token_ids(prompts, rows)
         attention_mask = None
         if getattr(self.model.config, "use_attention_mask", False):  # a flag of diffusers' pipelines
@@ -280,6 +288,7 @@ class TextEncoder:
 
         Attention is causal: nothing before depends on what follows.
         """
+        self.arrive()
         ids = self.token_ids(prompts, rows)
         ids = ids[:, : int(self.ends(ids).max()) + 1]
         with self._knowing(rows):
@@ -326,16 +335,16 @@ class TextEncoder:
         self._learn_to_spell(rows)
         self._check_tokens(prompt, rows)
         self._check_length(prompt)
-        spans = self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+        spans = self._spans(prompt)
         # The "cup" of <cup-0> is no word of the prompt.
-        plain = _EXTRA_TOKEN.sub(lambda match: "<" * len(match[0]), prompt)
+        plain = EXTRA_TOKEN.sub(lambda match: "<" * len(match[0]), prompt)
         found = []
         for word in words:
             # Whole words only: "cup" is not in "cupboard". Spaces between the words of a name may differ.
             pattern = r"\s+".join(re.escape(part) for part in word.split())
             if not pattern:
                 raise InputError(f"word {word!r}: it is empty, a word has at least one letter")
-            if _EXTRA_TOKEN.fullmatch(word):
+            if EXTRA_TOKEN.fullmatch(word):
                 matches = [match.span() for match in re.finditer(re.escape(word), prompt)]
             else:
                 matches = [match.span() for match in re.finditer(rf"(?<!\w){pattern}(?!\w)", plain, re.IGNORECASE)]
@@ -350,9 +359,14 @@ class TextEncoder:
             )
         return found
 
+    def _spans(self, prompt: str) -> list[tuple[int, int]]:
+        """For each position of the encoded prompt, from where to where its piece goes, in letters of the prompt."""
+        spans: list[tuple[int, int]] = self.tokenizer(prompt, return_offsets_mapping=True).offset_mapping
+        return spans
+
     def _check_tokens(self, prompt: str, known: Collection[str]) -> None:
         """Refuse a token that the tokenizer would spell out letter by letter."""
-        for name in _EXTRA_TOKEN.findall(prompt):
+        for name in EXTRA_TOKEN.findall(prompt):
             if name not in known and name not in self._own_tokens:
                 names = ", ".join(known) or "none"
                 raise InputError(f"unknown token {name} in {_short(prompt)!r}; known: {names}")

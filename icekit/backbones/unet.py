@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Literal, Self
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from icekit.backbones.attention_capture import attention_layers, capture_attention, grids_of, maps_of
-from icekit.backbones.common import fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
+from icekit.backbones.attention_capture import attention_layers, capture_attention, checkpointed, grids_of
+from icekit.backbones.common import fingerprint, predictor_dtype, quiet, rows_for, to_pictures, tuned_pipeline
+from icekit.backbones.estimate import WEIGHTS_ALONE, Measured, memory_need, place_of, weights_in
+from icekit.backbones.file_layouts import layout_of
 from icekit.backbones.fine_tuning import fine_tuned
 from icekit.backbones.loading import Family, load_pipeline
+from icekit.backbones.residence import Residence
 from icekit.backbones.settings import StableDiffusionSettings
 from icekit.backbones.text_encoder import TextEncoder
-from icekit.model_files import check_finite, one_line
+from icekit.model_files import check_finite, one_line, read_json
 from icekit.pixels import shape_for
 from icekit.protocols import (
     NO_TOKENS,
@@ -26,6 +29,7 @@ from icekit.protocols import (
     FineTuning,
     InputError,
     Look,
+    MemoryNeed,
     Prediction,
     RunError,
     Tokens,
@@ -42,6 +46,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 """What a noise predictor of this family can be trained to return, as diffusers' schedulers name it."""
 MULTIPLE = 8
 """diffusers' pipelines make pictures whose sides are multiples of this alone."""
+TILED_ABOVE = 2**21
+"""Pixels of a picture above which the autoencoder works in tiles, if nothing else is set. Decoding takes 4 GB a million
+pixels without; the largest size that a model of this family was trained at has one million."""
 DAMAGED = "its weights are damaged or another model's: get the model again"
 """The way out where a number format is not to blame."""
 
@@ -49,13 +56,16 @@ DAMAGED = "its weights are damaged or another model's: get the model again"
 class UNetBackbone(ABC):
     """A diffusers pipeline around a UNet, taken apart; a family adds how it reads prompts.
 
-    The noise predictor runs in ``StableDiffusionSettings.dtype``; text encoders and autoencoder stay in float32, they
-    are a small part of the work and the autoencoder overflows in half precision.
+    The noise predictor runs in ``StableDiffusionSettings.dtype``. Text encoders and autoencoder stay in float32: they
+    are a small part of the work, what is learned goes through the text encoders, where bfloat16 would round a row's
+    steps away, and Stable Diffusion XL's autoencoder overflows in float16.
     """
 
     Settings: type[StableDiffusionSettings] = StableDiffusionSettings
     family: Family
     """What a model of this family is made of."""
+    measured: ClassVar[Measured] = WEIGHTS_ALONE
+    """What a model of this family needs of memory beside its weights."""
 
     def __init__(self, settings: StableDiffusionSettings, device: torch.device | str) -> None:
         """Load the model.
@@ -63,8 +73,10 @@ class UNetBackbone(ABC):
         Raises:
             InputError: no such model, or one of another kind.
         """
-        pipeline, says_what_it_predicts = load_pipeline(settings, self.family)
-        self._take_apart(pipeline, settings, torch.device(device), says_what_it_predicts)
+        device = torch.device(device)
+        dtypes = {"unet": predictor_dtype(settings.dtype, device)}
+        pipeline, says_what_it_predicts = load_pipeline(settings, self.family, dtypes)
+        self._take_apart(pipeline, settings, device, says_what_it_predicts)
 
     @classmethod
     def from_pipeline(
@@ -77,6 +89,31 @@ class UNetBackbone(ABC):
         self = cls.__new__(cls)
         self._take_apart(pipeline, settings or cls.Settings(), torch.device(device))
         return self
+
+    @classmethod
+    def memory_needed(cls, settings: StableDiffusionSettings, device: torch.device, pictures: int) -> MemoryNeed | None:
+        """What the device must have free, see ``protocols.Backbone``; None for a model that is not on this machine."""
+        place = place_of(settings.model, settings.revision)
+        if place is None:
+            return None
+        named = f"backbone.model = {settings.model!r}"
+        if place.is_file():
+            layout = layout_of(place, settings.layouts, named)
+            counts, config = weights_in(place, layout.prefixes), layout.files["unet/config.json"]
+        else:
+            counts, config = weights_in(place), read_json(place / "unet" / "config.json", named)
+        height, width = settings.image_size or _trained_size(config.get("sample_size"), MULTIPLE, named)
+        sizes = {part: 4 for part in counts} | {"unet": predictor_dtype(settings.dtype, device).itemsize}
+        return memory_need(
+            {part: count for part, count in counts.items() if part in cls.family.weights},
+            sizes,
+            "unet",
+            settings,
+            cls.measured,
+            pixels=height * width,
+            pictures=pictures,
+            in_turn=settings.low_memory == "on" and device.type != "cpu",
+        )
 
     def _take_apart(
         self, pipeline: Any, settings: StableDiffusionSettings, device: torch.device, says_what_it_predicts: bool = True
@@ -91,18 +128,27 @@ class UNetBackbone(ABC):
                 "channels (an inpainting or editing model?), a text-to-image model takes "
                 f"{self._vae.config.latent_channels}"
             )
-        dtype = settings.dtype if settings.dtype != "auto" else "float16" if device.type == "cuda" else "float32"
+        saving = settings.low_memory == "on"
+        modules: dict[str, torch.nn.Module] = {part: getattr(pipeline, part) for part in self.family.weights}
         with quiet():
-            for part in self.family.weights:
-                module: torch.nn.Module = getattr(pipeline, part)
-                module.eval().requires_grad_(False).to(device, torch.float32)
-            self.unet.to(dtype=getattr(torch, dtype))
+            for part, module in modules.items():  # on the device there is never more than what stays there
+                dtype = predictor_dtype(settings.dtype, device) if part == "unet" else torch.float32
+                module.eval().requires_grad_(False).to(dtype=dtype)
+            texts = [module for part, module in modules.items() if part.startswith("text_encoder")]
+            parts = {"texts": texts, "unet": [modules["unet"]], "vae": [modules["vae"]]}
+            self._parts = Residence(parts, device, in_turn=saving)
+        if settings.gradient_checkpointing or saving:
+            self.unet.enable_gradient_checkpointing(checkpointed)
+        if saving:
+            self._vae.enable_slicing()
         self.device = device
         self._predicts_finite = False
         try:
             self._texts = self._text_encoders(pipeline)
         except InputError as error:
             raise InputError(f"{named}: {error}") from error
+        for text in self._texts.values():
+            text.arrive = self._texts_in_use
         self.rows: Mapping[str, int] = {name: text.dim for name, text in self._texts.items()}
         self.identity = fingerprint({name: text.table for name, text in self._texts.items()})
 
@@ -210,8 +256,16 @@ class UNetBackbone(ABC):
         return {}
 
     @abstractmethod
+    def _latent_pipeline(self) -> Any:
+        """A pipeline of the noise predictor alone, with the scheduler that generates: it takes embeddings as they are,
+        in the noise predictor's dtype, and gives latents.
+        """
+
     def _sampling_pipeline(self) -> Any:
-        """A pipeline without text encoders: it takes embeddings as they are, in the noise predictor's dtype."""
+        sampling = self._latent_pipeline()
+        sampling.vae_scale_factor = self._factor  # which it cannot read off an autoencoder that it has not got
+        sampling.set_progress_bar_config(disable=True)
+        return sampling
 
     @abstractmethod
     def _sampler_inputs(self, encoded: Conditioning) -> dict[str, Tensor]:
@@ -258,15 +312,31 @@ class UNetBackbone(ABC):
         """``[B, 3, H, W]`` in [0, 1] -> the Gaussian that the autoencoder makes of them, times the scaling: mean and
         standard deviation, both float32 ``[B, C, h, w]``.
         """
-        gaussian = self._vae.encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
+        gaussian = self._autoencoder().encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
         check_finite(torch.cat([gaussian.mean, gaussian.std]), "autoencoder's encoder in float32", DAMAGED)
         return gaussian.mean * self._vae.config.scaling_factor, gaussian.std * self._vae.config.scaling_factor
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
-        images = self._vae.decode(latents.to(self.device, torch.float32) / self._vae.config.scaling_factor).sample
+        scaled = latents.to(self.device, torch.float32) / self._vae.config.scaling_factor
+        images = self._autoencoder().decode(scaled).sample
         check_finite(images, "autoencoder's decoder in float32", DAMAGED)
         return (images / 2 + 0.5).clamp(0, 1)
+
+    def _texts_in_use(self) -> None:
+        self._parts.use("texts")
+
+    def _autoencoder(self) -> Any:
+        """The autoencoder, on the device and as this picture's size needs it."""
+        if not torch.is_grad_enabled():  # with gradients it is used in a step of learning, which needs all parts
+            self._parts.release()
+        self._parts.use("vae")
+        large = self.image_size[0] * self.image_size[1] > TILED_ABOVE
+        if self._settings.vae_tiling == "on" or (self._settings.vae_tiling == "auto" and large):
+            self._vae.enable_tiling()
+        else:
+            self._vae.disable_tiling()
+        return self._vae
 
     def add_noise(self, latents: Tensor, noise: Tensor, shares: Tensor) -> Tensor:
         """The forward process of the model's own schedule, at the discrete steps nearest to ``shares``."""
@@ -291,7 +361,8 @@ class UNetBackbone(ABC):
         words = nearest_grids(self.word_grids, look.words)
         pixels = nearest_grids(self.pixel_grids, look.pixels)
         layers = [one for one in self._layers if one.grid in (words if one.kind == "cross" else pixels)]
-        with capture_attention(self.unet, layers) as processors:
+        self._parts.use("unet")
+        with capture_attention(self.unet, layers) as maps:
             output = self.unet(
                 noisy.to(self.unet.dtype),
                 self._steps(shares),
@@ -303,16 +374,18 @@ class UNetBackbone(ABC):
         if not (self._predicts_finite and torch.is_grad_enabled()):
             self._check_predicted(output)
             self._predicts_finite = self._predicts_finite or torch.is_grad_enabled()
-        return Prediction(output.to(noisy.dtype), maps_of(processors))
+        return Prediction(output.to(noisy.dtype), maps.means())
 
     def _check_predicted(self, output: Tensor) -> None:
         dtype = str(self.unet.dtype).removeprefix("torch.")
         advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try --set backbone.dtype=float32"
         check_finite(output, f"noise predictor (unet) in {dtype}", advice)
 
-    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> AbstractContextManager[Tuned]:
+    @contextmanager
+    def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> Iterator[Tuned]:
         """See ``protocols.Backbone``: the UNet, or a LoRA adapter on the projections of its attention."""
-        return fine_tuned(self.unet, trained, rank, generator)
+        with self._parts.pinned("unet"), fine_tuned(self.unet, trained, rank, generator) as tuned:
+            yield tuned
 
     @torch.no_grad()
     def generate(
@@ -337,16 +410,20 @@ class UNetBackbone(ABC):
         guidance = self._settings.guidance_scale if guidance_scale is None else guidance_scale
         at_once = self._settings.images_at_once
         images: list[Image.Image] = []
+        self._parts.release()
         with self._tuned(tuning):
             for name, text in self._texts.items():
                 text.token_ids(prompts, rows_for(name, tokens))  # refuse a wrong prompt before the first image
-            sampling = self._sampling_pipeline()
+            sampling, before = self._sampling_pipeline(), list[str]()
             for start in range(0, len(prompts), at_once):
                 batch = range(start, min(start + at_once, len(prompts)))
                 if all(place in skip for place in batch):
                     continue
                 # Together with the empty prompt: sequences of one length.
-                encoded = self.encode_prompts(["", *(prompts[place] for place in batch)], tokens)
+                wanted = ["", *(prompts[place] for place in batch)]
+                if wanted != before:
+                    encoded, before = self.encode_prompts(wanted, tokens), wanted
+                self._parts.use("unet")
                 with self._masked(encoded.parts.get("mask"), guided=guidance > 1):
                     latents = sampling(
                         **self._sampler_inputs(encoded),
@@ -384,9 +461,14 @@ class UNetBackbone(ABC):
         finally:
             hook.remove()
 
-    def _tuned(self, tuning: FineTuning | None) -> AbstractContextManager[None]:
+    @contextmanager
+    def _tuned(self, tuning: FineTuning | None) -> Iterator[None]:
         """The model with what a learner made of its noise predictor, for the length of the block."""
-        return tuned_pipeline(self._pipeline, self.unet, tuning or FineTuning())
+        with ExitStack() as stack:
+            if tuning:
+                stack.enter_context(self._parts.pinned("unet"))
+                stack.enter_context(tuned_pipeline(self._pipeline, self.unet, tuning))
+            yield
 
 
 def _trained_size(sample_size: Any, factor: int, named: str) -> tuple[int, int]:

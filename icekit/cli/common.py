@@ -159,6 +159,16 @@ class PresetOption(click.Option):
 preset_option = click.option("--preset", cls=PresetOption, metavar="NAME", shell_complete=names("preset"))
 
 
+low_memory_option = click.option(
+    "--low-memory",
+    is_flag=True,
+    help="Hold only the part of the model that is in use on the device, and compute twice what would have to be kept: "
+    "slower, the same result.",
+)
+LOW_MEMORY: dict[str, Any] = {"low_memory": "on"}
+"""What it sets of the backbone."""
+
+
 def print_json(value: Any) -> None:
     """Print JSON on stdout, in characters that it can print."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"

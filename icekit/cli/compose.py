@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from icekit.cli.common import print_json
+from icekit.cli.common import low_memory_option, print_json
 from icekit.cli.completion import DEVICES
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
@@ -26,6 +26,7 @@ from icekit.protocols import InputError
 @click.option(
     "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the model runs [default: as the run's]"
 )
+@low_memory_option
 @click.option("--overwrite", is_flag=True, help="Replace the composition in DIR.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was made as JSON.")
 def compose(
@@ -35,6 +36,7 @@ def compose(
     seed: int,
     out: Path | None,
     device: str | None,
+    low_memory: bool,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -42,6 +44,7 @@ def compose(
 
     Each NAME=RUN_DIR[:CONCEPT] binds a concept (by index or label; the first one if left out) to a name of the prompt:
     {a} is the object, {a.colour} its colour, {a.category} the kind of thing it is, {a.instance} what makes it this one.
+    Runs of one model can be mixed, and of models of one family whose text encoders are the same; the first one's draws.
 
     icekit compose "a cup, {b.material} {b.colour}" b=runs/photo:bowl
     """
@@ -59,7 +62,15 @@ def compose(
 
     with aside(), ImageProgress() as progress:
         made = compose_images(
-            prompt, bindings, n=n, seed=seed, out=out, device=device, overwrite=overwrite, on_image=progress.show
+            prompt,
+            bindings,
+            n=n,
+            seed=seed,
+            out=out,
+            device=device,
+            low_memory=low_memory,
+            overwrite=overwrite,
+            on_image=progress.show,
         )
     if as_json:
         print_json(json.loads((made.out / "prompt.json").read_text(encoding="utf-8")))

@@ -77,7 +77,12 @@ def _model(one: dict[str, Any]) -> str:
         return text
     runs = f"backbone {one['backbone']}" if one["backbone"] else "no backbone for it is installed"
     counts = ", ".join(f"{part} {count / 1e6:,.0f}" for part, count in one["parameters"].items())
-    return f"{text}, {one['pipeline']} ({runs}); million weights: {counts or 'none in safetensors'}"
+    text = f"{text}, {one['pipeline']} ({runs}); million weights: {counts or 'none in safetensors'}"
+    if "needs" in one:
+        text += f"; a run needs about {_gb(one['needs'])}"
+    if "needs_low_memory" in one and one["needs_low_memory"] < one["needs"]:
+        text += f", with --low-memory {_gb(one['needs_low_memory'])}"
+    return text
 
 
 def _gb(count: int) -> str:

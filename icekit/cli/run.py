@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from icekit import plugins
-from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.common import (
+    LOW_MEMORY,
+    Invocation,
+    low_memory_option,
+    preset_option,
+    print_json,
+    print_table,
+    table_of,
+    with_resume,
+)
 from icekit.cli.completion import DEVICES, complete_setting, names
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
@@ -45,6 +54,7 @@ def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]
 @click.option(
     "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the models run [default: auto]"
 )
+@low_memory_option
 @click.option("--config", type=UserPath(), metavar="FILE.toml", help="Settings file; the settings.toml "
               "of a run directory is one")  # fmt: skip
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
@@ -64,6 +74,7 @@ def run(
     max_concepts: int | None,
     seed: int | None,
     device: str | None,
+    low_memory: bool,
     config: Path | None,
     assignments: Sequence[str],
     resume: bool,
@@ -80,8 +91,7 @@ def run(
     chosen = {role: name for role, name in components.items() if name is not None}
     options: dict[str, Any] = {"preset": preset, "attributes": attributes, "max_concepts": max_concepts, "seed": seed}
     options |= {"device": device}
-    if model is not None:
-        options["backbone"] = {"model": model}
+    options["backbone"] = ({"model": model} if model is not None else {}) | (LOW_MEMORY if low_memory else {})
     given = {key: value for key, value in (options | {"components": chosen}).items() if value not in (None, (), {})}
     settings = load_settings(config, assignments, given)
 

@@ -38,8 +38,11 @@ CAPABILITIES: dict[Capability, str] = {
     "similarity": "maps of places over places",
     "fine_tuning": "weights that can be trained",
     "posterior": "the autoencoder's spread",
+    "concepts": "maps of concepts by what attention gives out",
 }
 """What a component may need of its backbone, in words."""
+METHODS: dict[Capability, str] = {"concepts": "concept_maps"}
+"""Capabilities that few families have -> the method by which a backbone has it; the others need not say anything."""
 
 
 BUILT_FOR = "icekit_protocol"
@@ -114,6 +117,12 @@ def needs_of(component: type, settings: ComponentSettings) -> Collection[Capabil
     depending: Callable[[ComponentSettings], Collection[Capability]] | None = getattr(component, "needs_with", None)
     needs: Collection[Capability] = getattr(component, "needs", ()) if depending is None else depending(settings)
     return needs
+
+
+def lacks_of(backbone: type) -> set[Capability]:
+    """What a backbone's family cannot do: see ``protocols.Capability``."""
+    without = {one for one, method in METHODS.items() if not hasattr(backbone, method)}
+    return {*getattr(backbone, "lacks", ()), *without}
 
 
 def check_component(role: str, name: str, component: object) -> None:

@@ -33,6 +33,7 @@ from icekit.plugins.checking import (
     check_declaration,
     check_plugin,
     hook_names,
+    lacks_of,
     needs_of,
     spellings,
 )
@@ -442,34 +443,47 @@ class Plugins:
         layers = [*(layer.values for layer in presets), settings.given()]
         chosen = merge(*(one.get("components", {}) for one in layers))
         if "backbone" not in chosen and isinstance(settings.backbone.get("model"), str):
-            chosen |= self._backbone_of(settings.backbone)
+            chosen |= self._in_its_place(self._backbone_of(settings.backbone), chosen.get("learner"))
         return validate(Components, chosen)
+
+    def _in_its_place(self, found: Mapping[str, str], learner: object) -> dict[str, str]:
+        """The backbone that was found for a model, or the one that the learner works on in its place.
+
+        A learner says in its settings, ``backbones``, which: name of a backbone -> of another for the same models.
+        """
+        known = self.offered("learner")
+        others = getattr(known[learner].settings, "backbones", {}) if learner in known else {}
+        return {role: others.get(name, name) for role, name in found.items()}
 
     def _backbone_of(self, given: Mapping[str, Any]) -> dict[str, str]:
         """The backbone of the family that the model is of, where that can be told: ``{"backbone": name}``.
 
-        A backbone says in its settings, ``pipelines``, which diffusers pipelines' models it takes.
+        A backbone says in its settings, ``pipelines``, which diffusers pipelines' models it takes, and in ``layouts``
+        how those in one file look (``icekit.backbones.file_layouts``).
 
         Raises:
             InputError: none of the backbones takes such models.
         """
-        from icekit.backbones.families import pipeline_of
+        from icekit.backbones.families import pipeline_of, plugin_for
 
         model, revision = given["model"], given.get("revision")
         asked = (model, revision if isinstance(revision, str) else None, given.get("local_files_only") is True)
+        offered = self.offered("backbone")
         if asked not in self._families:
-            self._families[asked] = pipeline_of(*asked)
+            layouts = dict.fromkeys(place for one in offered.values() for place in getattr(one.settings, "layouts", ()))
+            self._families[asked] = pipeline_of(*asked, layouts=tuple(layouts))
         kind = self._families[asked]
         if kind is None:
             return {}
-        takes = {name: getattr(one.settings, "pipelines", ()) for name, one in self.offered("backbone").items()}
+        takes = {name: getattr(one.settings, "pipelines", ()) for name, one in offered.items()}
         for name, pipelines in takes.items():
             if kind in pipelines:
                 return {"backbone": name}
         known = ", ".join(f"{pipeline} (backbone {name})" for name, all_ in takes.items() for pipeline in all_)
+        plugin = plugin_for(kind)
+        way = f"`pip install {plugin}` brings one" if plugin else "a plugin may bring one (`icekit plugins` lists them)"
         raise InputError(
-            f"backbone.model = {model!r}: it is made for {kind}, and there are backbones for {known}; "
-            "a plugin may bring another (`icekit plugins` lists them)"
+            f"backbone.model = {model!r}: it is made for {kind}, and there are backbones for {known}; {way}"
         )
 
     def _preset_of(self, role: str, name: str) -> list[Preset]:
@@ -533,14 +547,14 @@ class Plugins:
         Raises:
             InputError: it cannot; the message names what is missing, and components that do without.
         """
-        lacks: Collection[Capability] = getattr(self.component("backbone", components.backbone), "lacks", ())
+        lacks = lacks_of(self.component("backbone", components.backbone))
         for role in ROLES[1:]:
             name: str = getattr(components, role)
             with self.naming("settings", [(role, name)], by=(role, name)):
                 missing = [one for one in needs_of(self.component(role, name), settings[role]) if one in lacks]
             if not missing:
                 continue
-            instead = [other for other in self.offered(role) if not set(self._usual_needs(role, other)) & set(lacks)]
+            instead = [other for other in self.offered(role) if not set(self._usual_needs(role, other)) & lacks]
             others = ", ".join(other for other in instead if other != name)
             ways = ["set it otherwise"] * (name in instead) + [f"choose {others}"] * bool(others)
             needed = " and ".join(f"{one} ({CAPABILITIES[one]})" for one in missing)

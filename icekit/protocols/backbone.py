@@ -34,13 +34,15 @@ NO_TOKENS: Tokens = MappingProxyType({})
 Grid = tuple[int, int]
 """Rows and columns of cells that cover a picture: (height, width)."""
 
-Capability = Literal["attention", "similarity", "fine_tuning", "posterior"]
+Capability = Literal["attention", "similarity", "fine_tuning", "posterior", "concepts"]
 """What a family of models may lack.
 
 attention: maps of the prompt's positions over the picture (``Look.words``).
 similarity: maps of places over places (``Look.pixels``); linear self-attention has none.
 fine_tuning: weights that can be trained (``Backbone.fine_tuned``).
 posterior: the autoencoder's spread (``PosteriorBackbone``).
+concepts: maps of concepts by what the attention gives out (``ConceptBackbone``). A class without the method lacks it,
+    and need not say so.
 """
 
 
@@ -127,6 +129,18 @@ class FineTuning:
         return bool(self.lora or self.weights)
 
 
+@dataclass(frozen=True)
+class MemoryNeed:
+    """What a device must have free for a model, bytes: an estimate.
+
+    weights: for the weights that are there at once. learning: to learn with it. drawing: to draw pictures alone.
+    """
+
+    weights: int
+    learning: int
+    drawing: int
+
+
 Trained = Literal["lora", "all"]
 """What is trained of a noise predictor: a LoRA adapter on its attention, or every weight."""
 
@@ -139,6 +153,16 @@ class Backbone(Protocol):
     A backbone may say ``pipeline_class`` and ``pipeline_source``: the name of the diffusers pipeline that loads its
     model without icekit, and what ``from_pretrained`` of it takes; a run's report shows how its tokens are used there.
     With several text encoders it says ``pipeline_encoders``, too: name -> the pipeline's names of tokenizer and model.
+    Where that pipeline has no ``load_textual_inversion``, it says so by ``pipeline_loads_tokens = False``, and needs
+    ``pipeline_encoders`` for one text encoder as well; ``pipeline_takes_space = True`` where the space before a token
+    is part of it there, too; and ``pipeline_without``, the parts for which ``from_pretrained`` of that pipeline must be
+    handed None. Where learned rows are known to be weak, it may say ``advice_on_rows``: one line for whoever learns
+    them all the same.
+    A backbone class may have a method ``memory_needed(settings, device, pictures)``, called before a model is loaded,
+    that gives a ``MemoryNeed`` for so many pictures in one pass of a learning step, or None where it cannot be known.
+    Where a picture does not take one pass of the noise predictor a step, and two with a ``guidance_scale`` above 1, it
+    has a method ``passes(steps, guidance_scale)`` that says how many: what a run cost is counted by it. Its settings'
+    ``steps`` may be None, and so may those that it is handed then: the model's own.
     """
 
     device: torch.device
@@ -280,6 +304,37 @@ class ShapedBackbone(Protocol):
     def for_picture(self, height: int, width: int) -> Backbone:
         """The same model, with the same weights, for a picture of this size in pixels: its ``image_size`` has about
         these proportions (``icekit.pixels.shape_for``). Itself where its settings say the size.
+        """
+        ...
+
+
+@runtime_checkable
+class ConceptBackbone(Protocol):
+    """A backbone that can also say where concepts are, whatever the prompt, by what its attention gives out."""
+
+    def concept_maps(
+        self,
+        noisy: Tensor,
+        shares: Tensor,
+        prompts: Conditioning,
+        concepts: Sequence[str],
+        tokens: Tokens = NO_TOKENS,
+    ) -> Tensor:
+        """How much of each place is each concept's, read in one pass, which they do not change.
+
+        Args:
+            noisy: latents ``[B, C, h, w]``.
+            shares: how noisy they are, float ``[B]``.
+            prompts: under which the pass is made, as many.
+            concepts: words, names or extra tokens, at least one.
+            tokens: the extra tokens among the concepts.
+
+        Returns:
+            float32 ``[B, K, h, w]`` on the finest of ``word_grids``, one map a concept: in [0, 1]; of each place they
+            sum to one.
+
+        Raises:
+            InputError: no concept, or one that is too long, empty or an unknown ``<token>``.
         """
         ...
 

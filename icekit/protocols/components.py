@@ -26,6 +26,9 @@ class Retriever(Protocol):
 
     What it, a segmentor and a learner are handed stays as it was, and so does the backbone. Pictures need not be
     square, a single pixel may be all that is visible, and one colour may be everywhere.
+
+    A retriever whose words do not come from the view, but from the user, say, has a class attribute ``sees = False``: a
+    word that it gives again says nothing of whether there is another of its kind.
     """
 
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
@@ -101,6 +104,9 @@ class Learner(Protocol):
     class attribute ``parts``, a selection of ``ALL_PARTS`` with ``"instance"``, ``"category"`` or both in it: a method
     of one token a concept has ``parts = ("instance",)``. What is not there has no name, no samples and no measured
     value; no row is made up for it.
+
+    A learner that works on backbones of its own says so in its settings, ``backbones: ClassVar[Mapping[str, str]]``:
+    name of a backbone that a model may be read as -> of the one that is to take the model in its place.
     """
 
     def learn(

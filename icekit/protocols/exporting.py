@@ -19,6 +19,9 @@ class Exporter(Protocol):
     export RUN_DIR --format NAME`` writes into it later, or into another folder. Either way icekit hands over an empty
     folder, holds what was written there against what was declared, and then moves each file to its place as a whole.
     It replaces and deletes what this exporter wrote of this run before, and no other file.
+
+    An exporter that shows a run's attention maps (``attention/``) says so in a class attribute ``shows_attention =
+    True``: a run makes them if one of its exporters does.
     """
 
     def files(self, extraction: Extraction) -> Sequence[str]:

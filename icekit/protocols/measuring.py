@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from icekit.protocols.values import Region
@@ -57,6 +57,17 @@ class Dataset(Protocol):
 
     A data set's class may have a ``preset``, the name of a registered preset with settings that suit it: it lies above
     the backbone's own, and below one that the user chooses.
+
+    A data set may have ``published``, the ``Path`` of a TOML file of figures that others published on it, or None. They
+    stand below the measured rows, in those columns that are measured, and are marked as published::
+
+        images = 96                        # of how many pictures they are
+        notes = ["What a reader must know to compare them."]
+
+        [[rows]]
+        name = "ICE"
+        source = "Cendra and Han, CVPR 2025"
+        values.sim_i = 0.738
     """
 
     @property
@@ -133,6 +144,11 @@ class Outcome(Protocol):
         """Names of the attributes among ``parts``."""
         ...
 
+    @property
+    def vocabularies(self) -> Mapping[str, Sequence[str]]:
+        """Name of each of the ``attributes`` -> the words that its token can be named with."""
+        ...
+
     def generate(self, prompt: str) -> list[Image.Image]:
         """Images for a prompt of plain words and the concepts' tokens: as many as ``bench.images`` says.
 
@@ -142,12 +158,26 @@ class Outcome(Protocol):
         ...
 
 
+ATTRIBUTE_PLACE = "{attribute}"
+"""In the name of a column: one for every attribute."""
+
+
 @dataclass(frozen=True)
 class Column:
     """A number that a metric gives: what it says, in one line, and whether more is better."""
 
     meaning: str
     higher_is_better: bool = True
+
+
+def columns_of(columns: Mapping[str, Column], attributes: Iterable[str]) -> dict[str, Column]:
+    """A metric's columns, those with ``{attribute}`` in their name and meaning once for every attribute."""
+    made: dict[str, Column] = {}
+    for name, column in columns.items():
+        for attribute in attributes if ATTRIBUTE_PLACE in name else ("",):
+            meaning = column.meaning.replace(ATTRIBUTE_PLACE, attribute)
+            made[name.replace(ATTRIBUTE_PLACE, attribute)] = replace(column, meaning=meaning)
+    return made
 
 
 @dataclass(frozen=True)
@@ -166,7 +196,11 @@ class Metric(Protocol):
     """
 
     columns: Mapping[str, Column]
-    """The numbers it gives, by name; a name is used by one metric alone."""
+    """The numbers it gives, by name; a name is used by one metric alone.
+
+    One with ``{attribute}`` in its name stands for a column of every attribute that is learned: ``"words_{attribute}"``
+    for ``words_colour``, ``words_material`` and so on.
+    """
     needs: Collection[str]
     """What of the truth it cannot do without: ``"masks"``, ``"words"``, names of attributes."""
 

@@ -16,6 +16,8 @@ class Report:
 
     Settings = ReportSettings
 
+    shows_attention = True
+
     def __init__(self, settings: ReportSettings) -> None:
         self.settings = settings
 

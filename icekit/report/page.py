@@ -162,6 +162,8 @@ def render_report(run_dir: Path, manifest: Manifest, place: Path | None = None, 
         ),
         timings=timings,
         total_seconds=total,
+        evaluations=manifest.evaluations,
+        evaluated=sum(one.forward for one in manifest.evaluations.values()),
         snippets=_snippets(run, place or run_dir, concepts, manifest.backbone),
     )
     return html.encode("utf-8", "backslashreplace").decode()  # a path may hold what is no UTF-8
@@ -383,9 +385,10 @@ def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: 
     """
     pipeline, source = backbone.pipeline_class or "", backbone.pipeline_source
     places = {name: backbone.pipeline_encoders.get(name) for name in backbone.rows}
-    if not pipeline.isidentifier() or not source:
+    loads, several = backbone.pipeline_loads_tokens, len(places) > 1
+    if not all(name.isidentifier() for name in (pipeline, *backbone.pipeline_without)) or not source:
         return ""
-    if len(places) > 1 and not all(
+    if (several or not loads) and not all(
         parts and len(parts) == 2 and all(part.isidentifier() for part in parts) for parts in places.values()
     ):
         return ""
@@ -394,6 +397,7 @@ def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: 
         return json.dumps(text, ensure_ascii=False)  # a JSON string is a Python string, too
 
     names, tuned = [pipeline], ""
+    without = "".join(f", {part}=None" for part in backbone.pipeline_without)
     for folder in WEIGHTS_FOLDERS:
         kind = str(run.weights_config(folder).get("_class_name", ""))
         if kind.isidentifier():
@@ -402,22 +406,34 @@ def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: 
     if run.files.find("lora.safetensors"):
         tuned += f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n'
     more, loading = "", '    pipe.load_textual_inversion(str(file), token=f"<{file.stem}>")\n'
-    if len(places) > 1:
+    pairs = ", ".join(f"(pipe.{tokenizer}, pipe.{encoder})" for tokenizer, encoder in filter(None, places.values()))
+    if several or not loads:
         more = "from safetensors.torch import load_file\n"
         loading = '    rows, token = load_file(file), f"<{file.stem}>"\n'
+    if not loads:
+        more += "from tokenizers import AddedToken\n"
+        rows = ", ".join(f"rows[{quoted(name)}]" for name in places) if several else "rows[token]"
+        loading += f"    for (tokenizer, encoder), row in zip([{pairs}], [{rows}]):\n"
+        spelled = "normalized=False" + ", lstrip=True" * backbone.pipeline_takes_space
+        loading += f"        tokenizer.add_tokens(AddedToken(token, {spelled}))\n"
+        loading += "        size = max(len(tokenizer), encoder.get_input_embeddings().num_embeddings)\n"
+        loading += "        table = encoder.resize_token_embeddings(size, mean_resizing=False)\n"
+        loading += "        table.weight.data[tokenizer.convert_tokens_to_ids(token)] = row\n"
+    elif several:
         for name, parts in places.items():
             tokenizer, encoder = parts or ("", "")
             to = f"tokenizer=pipe.{tokenizer}, text_encoder=pipe.{encoder}"
             loading += f"    pipe.load_textual_inversion(rows[{quoted(name)}], token=token, {to})\n"
-        pairs = ", ".join(f"(pipe.{tokenizer}, pipe.{encoder})" for tokenizer, encoder in filter(None, places.values()))
+    if several:
         loading += f"for tokenizer, encoder in ({pairs}):\n"
-        loading += '    if hasattr(getattr(encoder, "text_model", None), "eos_token_id"):\n'
-        loading += "        encoder.text_model.eos_token_id = tokenizer.eos_token_id  # pool a prompt at its end\n"
+        loading += '    model = getattr(encoder, "text_model", encoder)\n'
+        loading += '    if hasattr(model, "eos_token_id"):\n'
+        loading += "        model.eos_token_id = tokenizer.eos_token_id  # pool a prompt at its end\n"
     return f"""\
 from pathlib import Path
 from diffusers import {", ".join(names)}
 {more}
-pipe = {pipeline}.from_pretrained({quoted(source)})
+pipe = {pipeline}.from_pretrained({quoted(source)}{without})
 for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
 {loading}{tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
 """

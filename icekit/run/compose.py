@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import string
@@ -46,6 +47,8 @@ from icekit.run.ownership import (
     writing_into,
 )
 from icekit.settings import Settings, nearest
+
+log = logging.getLogger(__name__)
 
 MAX_IMAGES = 10_000
 RECORD = "prompt.json"
@@ -89,6 +92,7 @@ def compose(
     seed: int = 0,
     out: str | Path | None = None,
     device: str | None = None,
+    low_memory: bool = False,
     overwrite: bool = False,
     on_image: Callable[[int, int], None] | None = None,
     installed: Plugins | None = None,
@@ -96,7 +100,9 @@ def compose(
     """Generate images from a prompt that names concepts of earlier runs.
 
     ``{a}`` is the object bound to ``a`` (its instance and category tokens), ``{a.colour}`` its colour token,
-    ``{a.category}`` and ``{a.instance}`` those two alone; as far as its run's learner learned them.
+    ``{a.category}`` and ``{a.instance}`` those two alone; as far as its run's learner learned them. The model of the
+    first run draws, or that of the run with fine-tuned weights. Runs of other models can be mixed in whose text
+    encoders are the same and which are of its family, as a fine-tune and its base often are.
 
     Args:
         prompt: plain words and placeholders, as in ``"a cup, {b.material} {b.colour}"``.
@@ -105,6 +111,7 @@ def compose(
         seed: image i depends on it and i.
         out: folder for the images and ``prompt.json``; a new one in ``compositions/`` if None.
         device: as in the settings; that of the runs if None.
+        low_memory: hold only the part of the model that is in use on the device (its setting of this name).
         overwrite: replace the composition in ``out``.
         on_image: called after every image with the number done and the total.
         installed: the plugins to use; those of this Python environment if None.
@@ -117,11 +124,14 @@ def compose(
     bound = {name: bind(name, reference) for name, reference in concepts.items()}
     expanded = expand(prompt, {name: one.tokens for name, one in bound.items()})
     run = drawing_run(bound)
+    _say_who_draws(run, bound)
     with _output_folder(prompt, out, n, overwrite) as folder:
         found = installed or plugins.installed()
         check_origins(found, run.record.plugins, f"the run in {run.run_dir}", kinds=("backbone",))
         settings = _drawing_settings(run, found)
-        backbone = load_backbone(found, settings, resolve_device(device or settings.device))
+        if low_memory:
+            settings = settings.model_copy(update={"backbone": settings.values_of("backbone") | {"low_memory": "on"}})
+        backbone = load_backbone(found, settings, resolve_device(device or settings.device), learns=False)
         for name, one in bound.items():
             _check_fit(name, one, backbone)
 
@@ -164,6 +174,7 @@ def compose(
             },
             "seed": seed,
             "seeds": seeds,
+            "drawn_by": _describe(run),
             "images": names,
         }
         write_json_atomically(folder / NEXT / RECORD, record)
@@ -240,18 +251,15 @@ def drawing_run(bound: Mapping[str, Bound]) -> Extraction:
     """The run whose backbone draws: the one with fine-tuned weights if there is one, or else the first.
 
     Raises:
-        InputError: no concept is bound; two runs have different backbones, so that their tokens mean nothing to each
-            other; or weights of their own: there is one model.
+        InputError: no concept is bound; two runs have models of different families or text encoders, so that their
+            tokens mean nothing to each other; or weights of their own: there is one model.
     """
     if not bound:
         raise InputError("no concept given: bind one, as in a=RUN_DIR")
     (first_name, first), *others = bound.items()
     for name, other in others:
-        if not _of_one_model(first.run, other.run):
-            raise InputError(
-                f"{first_name} and {name} were learned with different backbones"
-                f" ({_describe(first.run)}, {_describe(other.run)}): their tokens cannot be mixed"
-            )
+        if why := _why_apart(first.run, other.run):
+            raise InputError(f"{first_name} and {name} were learned with {why}: their tokens cannot be mixed")
     runs = {one.run.run_dir.resolve(): one.run for one in bound.values()}
     tuned = {path: run for path, run in runs.items() if run.is_fine_tuned}
     if len(tuned) > 1:
@@ -259,11 +267,33 @@ def drawing_run(bound: Mapping[str, Bound]) -> Extraction:
     return next(iter(tuned.values()), first.run)
 
 
-def _of_one_model(one: Extraction, other: Extraction) -> bool:
-    """Whether tokens of one run mean the same to the other's backbone, wherever its files are."""
-    if one.identity is not None and other.identity is not None:
-        return one.identity == other.identity
-    return _describe(one) == _describe(other)  # all that a run of schema version 1 tells
+def _why_apart(one: Extraction, other: Extraction) -> str | None:
+    """Why tokens of one run mean nothing to the other's backbone, wherever its files are; None where they do."""
+    families = [run.record.backbone.pipeline_class for run in (one, other) if run.record.backbone]
+    of_one_family = len({family for family in families if family}) < 2
+    if one.identity is None or other.identity is None:  # a run of schema version 1 tells no more than the name
+        alike = _describe(one) == _describe(other)
+    else:
+        alike = one.identity == other.identity
+    if of_one_family and alike:
+        return None
+    names = _describe(one), _describe(other)
+    if names[0] == names[1]:
+        return f"two states of {names[0]}, whose files were changed in between"
+    return f"different backbones ({', '.join(names)})" + (
+        ", which are of one family but read tokens differently" if of_one_family else ""
+    )
+
+
+def _say_who_draws(run: Extraction, bound: Mapping[str, Bound]) -> None:
+    """Say which model draws where there are several with the same text encoders: a fine-tune and its base, say."""
+    drawing = _describe(run)
+    others = {name: _describe(one.run) for name, one in bound.items()}
+    for name, other in others.items():
+        if other != drawing:
+            log.warning(
+                "the images are drawn by %s; %s is of %s, whose text encoders are the same", drawing, name, other
+            )
 
 
 def _describe(run: Extraction) -> str:

@@ -1,15 +1,22 @@
-"""What becomes of a run when the machine's memory is at an end: one line that says in which stage, and the ways out."""
+"""A machine's memory: what a run will need of it, said before it starts, and what becomes of one that needs more."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from icekit.foreign import is_out_of_memory, said
 from icekit.plugins import Plugins
-from icekit.protocols import InputError, RunError
+from icekit.protocols import InputError, MemoryNeed, RunError
 from icekit.protocols.strict import least_memory
 from icekit.settings import ROLES, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
 
 
 class OutOfMemory(RunError):
@@ -44,6 +51,101 @@ def _ways_out(found: Plugins, settings: Settings) -> str:
             values = found.component_settings(role, name, settings.values_of(role))
             for key, least in least_memory(type(values)).items():
                 if getattr(values, key) != least:
-                    ways.append(f"--set {role}.{key}={least} (now {getattr(values, key)})")
+                    ways.append(f"--set {role}.{key}={_typed(least)} (now {_typed(getattr(values, key))})")
     others = "close other programs, or take a smaller model, another --device or a larger machine"
     return f"less is needed with {' or '.join(ways)}; or else {others}" if ways else others
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed in a setting."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# --- Before it starts ------------------------------------------------------------------------------------------------
+
+LOW_MEMORY = "--low-memory"
+SAVING: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
+    ("--set backbone.gradient_checkpointing=true", {"backbone": {"gradient_checkpointing": True}}),
+    (LOW_MEMORY, {"backbone": {"low_memory": "on"}}),
+    (f"{LOW_MEMORY} --set learner.max_batch=1", {"backbone": {"low_memory": "on"}, "learner": {"max_batch": 1}}),
+)
+"""Settings with which a run needs less memory, from the quickest to the slowest, as they are typed."""
+
+
+def free_memory(device: torch.device) -> int:
+    """The bytes that a device has free; of one that shares the machine's memory, what the machine has."""
+    import psutil
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free)
+
+
+def memory_needed(
+    found: Plugins, settings: Settings, device: torch.device, more: dict[str, dict[str, Any]] | None = None
+) -> MemoryNeed | None:
+    """What the settings' backbone says that it will need, see ``protocols.Backbone``; None where it does not say it.
+
+    more: settings over these, by role. One that a component does not have makes it None.
+    """
+    more = more or {}
+    name = settings.name_of("backbone")
+    says = getattr(found.component("backbone", name), "memory_needed", None)
+    if says is None:
+        return None
+    try:
+        values = {
+            role: found.component_settings(role, settings.name_of(role), settings.values_of(role) | more.get(role, {}))
+            for role in ("backbone", "learner")
+        }
+        pictures = min(int(getattr(values["learner"], "max_batch", 1)), settings.max_concepts)
+        need: MemoryNeed | None = says(values["backbone"], device, pictures)
+    except InputError:  # whoever loads the model says what is wrong
+        return None
+    return need
+
+
+def check_memory(found: Plugins, settings: Settings, device: torch.device, *, learns: bool = True) -> None:
+    """Say before a model is loaded that it will not fit, and with which setting it would.
+
+    learns: whether tokens are learned with it, or pictures drawn alone.
+
+    Raises:
+        InputError: not even its weights fit.
+    """
+
+    def whole(need: MemoryNeed) -> int:
+        return max(need.learning, need.drawing) if learns else need.drawing
+
+    need, free = memory_needed(found, settings, device), free_memory(device)
+    if need is None or whole(need) <= free:
+        return
+    saved = [(way, memory_needed(found, settings, device, more)) for way, more in SAVING]
+    ways = [(way, whole(one)) for way, one in saved if one is not None and whole(one) < whole(need)]
+    fitting = next((one for one in ways if one[1] <= free), min(ways, key=lambda one: one[1], default=None))
+    if fitting is None:
+        advice = "take a smaller model or picture (backbone.image_size), or another --device"
+    else:
+        way, less = fitting
+        advice = f"{way} needs about {_gib(less)}"
+        advice += "" if less <= free else ", which is too much as well: take a smaller model, or another --device"
+    model = settings.values_of("backbone").get("model")
+    what = f"backbone {settings.name_of('backbone')!r}" + (f" with backbone.model = {model!r}" if model else "")
+    if need.weights > free:
+        raise InputError(
+            f"{what}: its weights alone take {_gib(need.weights)}, and {device.type} has {_gib(free)} free: {advice}"
+        )
+    work = "learning takes" if learns else "drawing takes"
+    log.warning(
+        "warning: %s: %s about %s, and %s has %s free: %s",
+        what,
+        work,
+        _gib(whole(need)),
+        device.type,
+        _gib(free),
+        advice,
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -12,18 +12,22 @@ import torch
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError, ShapedBackbone
 from icekit.run.border import check_backbone
-from icekit.run.machine import enough_memory
+from icekit.run.machine import check_memory, enough_memory
 from icekit.settings import Role, Settings
 
 
-def load_backbone(found: Plugins, settings: Settings, device: torch.device) -> Backbone:
-    """The settings' backbone, loaded."""
+def load_backbone(found: Plugins, settings: Settings, device: torch.device, *, learns: bool = True) -> Backbone:
+    """The settings' backbone, loaded; it is said before if it will not fit.
+
+    learns: whether tokens are learned with it, or pictures drawn alone.
+    """
     name = settings.name_of("backbone")
     values = found.component_settings("backbone", name, settings.values_of("backbone"))
     with (
         enough_memory("load", found, lambda: settings),
         found.naming("load", [("backbone", name)], by=("backbone", name)),
     ):
+        check_memory(found, settings, device, learns=learns)
         backbone: Backbone = found.component("backbone", name)(values, device)
         check_backbone(("backbone", name), backbone)
     return backbone

@@ -11,6 +11,7 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from icekit.plugins import ComponentError, Observers, Plugins
 from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step
 from icekit.run import directory, images
 from icekit.run.atomic import CannotWrite
+from icekit.run.counting import counted
 from icekit.run.directory import Located, RunDirectory
+from icekit.run.evaluations import Counter
 from icekit.run.exporting import ExportError, write_export
 from icekit.run.extraction import Extraction
 from icekit.run.learning import learn, tokens_of
@@ -38,7 +41,7 @@ from icekit.run.origins import check_origins, origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
 from icekit.run.records import Started
 from icekit.run.showing import Sample, likeliest, planned_samples, prompts_of, show, words_alone
-from icekit.settings import ROLES, Role, Settings, flatten, merge, validate
+from icekit.settings import ROLES, Role, Settings, flatten, merge, of_run_before, validate
 
 ATTENTION_SIDE = 128
 """Shorter side of the saved attention maps, pixels."""
@@ -117,6 +120,7 @@ class _Run:
         self.loaded = backbone
         self.located = located
         self.timings: dict[str, float] = {}
+        self.counter = Counter()
         self.stage = "settings"
 
     def components(self) -> list[tuple[str, str]]:
@@ -153,11 +157,15 @@ class _Run:
             self._check_picture()
 
         self.timings = self.run.load_timings() if goes_on else {}
+        self.counter = Counter(self.run.load_evaluations() if goes_on else {})
         with self._stage("load"):
             self.backbone = self.loaded or load_backbone(self.plugins, self.settings, device)
             if self.settings.image.fit == "whole" and self.located is None:
                 self.backbone = in_shape_of(self.source.picture.size, self.plugins, self.settings, self.backbone)
-            check_words(self.settings.name_of("backbone"), self.backbone, self.attributes)
+            name = self.settings.name_of("backbone")
+            check_words(name, self.backbone, self.attributes)
+            own = self.plugins.component_settings("backbone", name, self.settings.values_of("backbone"))
+            self.backbone = counted(self.backbone, self.counter, own)
         if not goes_on:
             picture = self.source.fitted(self.backbone.image_size)
             if self.run is self.home:
@@ -228,8 +236,7 @@ class _Run:
                 f"the run in {self.home.path} was made by another version of icekit (schema version "
                 f"{started.schema_version}) and cannot go on: --overwrite starts it afresh"
             )
-        # A run of before there was a choice has cut its picture.
-        started = started.model_copy(update={"settings": {"image": {"fit": "square"}} | started.settings})
+        started = started.model_copy(update={"settings": of_run_before(started.settings)})
         check_origins(self.plugins, started.plugins, f"the run in {self.home.path}")
         changes = []
         if started.sha256 != self.source.sha256:
@@ -272,11 +279,13 @@ class _Run:
             yield
             failed = False
         finally:
+            self.counter.book(name)  # what no callback has told of
             key = f"{name}_s"
             self.timings[key] = round(self.timings.get(key, 0) + time.monotonic() - begun, 3)
             if self.begun:
                 with contextlib.suppress(*[CannotWrite] * failed):  # what it failed for is what is told
                     self.run.save_timings(self.timings)
+                    self.run.save_evaluations(self.counter.booked)
 
     # --- Stages ------------------------------------------------------------------------------------------------------
 
@@ -297,6 +306,7 @@ class _Run:
                     self.observers.tell("region_found", region=region)
 
         def keep(located: Located) -> None:
+            self.counter.book("localise")
             tell(located)
             self.run.save_located(located)
 
@@ -343,6 +353,7 @@ class _Run:
         with self.run.open_log() as steps:
 
             def on_step(step: Step) -> None:
+                self.counter.book(f"learn {step.phase}")
                 steps.write(step)
                 self.observers.tell("step_done", step=step)
 
@@ -375,6 +386,7 @@ class _Run:
         done = len(there)
 
         def keep_attention(index: int, part: str, weights: Tensor) -> None:
+            self.counter.book("attention maps")
             grey = (weights / weights.max().clamp_min(1e-12) * 255).round().byte().numpy()
             larger = max(1, round(ATTENTION_SIDE / min(grey.shape)))
             size = (grey.shape[1] * larger, grey.shape[0] * larger)
@@ -382,6 +394,7 @@ class _Run:
 
         def keep_sample(sample: Sample, picture: Image.Image) -> None:
             nonlocal done
+            self.counter.book("samples of the words alone" if sample.words_alone else "samples")
             self.run.save_sample(*_place(sample), picture, words_alone=sample.words_alone)
             done += 1
             self.observers.tell("image_generated", done=done, total=len(samples))
@@ -394,9 +407,15 @@ class _Run:
             self.settings,
             attributes=self.attributes,
             skip=there,
+            attention=self._shows_attention(),
             on_attention=keep_attention,
             on_sample=keep_sample,
         )
+
+    def _shows_attention(self) -> bool:
+        """Whether one of the run's exporters shows where tokens look."""
+        names = self.settings.exporters
+        return any(getattr(self.plugins.component("exporter", name), "shows_attention", False) for name in names)
 
     def _tokens(self, region: Region) -> dict[str, str]:
         """A concept's tokens by part: those that the learner learns."""
@@ -442,6 +461,7 @@ class _Run:
             "learning_steps": max((line.step for line in read_log(self.run.files)[0]), default=0),
             "plugins": [one.model_dump() for one in origins_of(self.plugins, self.settings)],
             "timings": self.timings,
+            "evaluations": {what: asdict(count) for what, count in self.counter.booked.items()},
         }
         failed = self._export(Extraction.of(self.run, manifest))
         if self.run is not self.home:
@@ -481,7 +501,10 @@ class _Run:
             return {}
         encoders = getattr(self.backbone, "pipeline_encoders", {})
         return {name: str(value) for name, value in said.items()} | {
-            "pipeline_encoders": {name: [str(part) for part in parts] for name, parts in encoders.items()}
+            "pipeline_encoders": {name: [str(part) for part in parts] for name, parts in encoders.items()},
+            "pipeline_loads_tokens": bool(getattr(self.backbone, "pipeline_loads_tokens", True)),
+            "pipeline_takes_space": bool(getattr(self.backbone, "pipeline_takes_space", False)),
+            "pipeline_without": [str(part) for part in getattr(self.backbone, "pipeline_without", ())],
         }
 
 

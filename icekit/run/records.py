@@ -101,6 +101,9 @@ class BackboneRecord(Record):
     pipeline_class: Name | None = None
     pipeline_source: Text | None = None
     pipeline_encoders: dict[Name, list[Name]] = {}
+    pipeline_loads_tokens: bool = True
+    pipeline_takes_space: bool = False
+    pipeline_without: list[Name] = []
 
 
 class ConceptRecord(Record):
@@ -118,6 +121,19 @@ class ConceptRecord(Record):
     words_alone: dict[Name, Text] = {}
 
 
+class EvaluationsRecord(Record):
+    """How often the noise predictor was evaluated for something: see ``counting.Evaluations``."""
+
+    forward: Count
+    backward: Count
+
+
+class CountsRecord(Record):
+    """``checkpoint/evaluations.json``: evaluations by what they were for."""
+
+    evaluations: dict[Name, EvaluationsRecord]
+
+
 class Manifest(Header):
     """``manifest.json``: what a complete run found and made."""
 
@@ -131,6 +147,7 @@ class Manifest(Header):
     learning_steps: Count | None = None
     plugins: list[OriginRecord] = []
     timings: dict[Name, Seconds] = {}
+    evaluations: dict[Name, EvaluationsRecord] = {}
 
     @model_validator(mode="after")
     def _tells_concepts_apart(self) -> Manifest:

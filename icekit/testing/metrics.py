@@ -23,6 +23,7 @@ from icekit.protocols import (
     Score,
     token_names,
 )
+from icekit.protocols.measuring import ATTRIBUTE_PLACE, columns_of
 from icekit.randomness import seeded_generator
 from icekit.testing import components
 from icekit.testing.asserting import (
@@ -60,6 +61,12 @@ class DrawnOutcome:
         return [part for part in self.parts if part not in ("category", "instance")]
 
     @property
+    def vocabularies(self) -> Mapping[str, Sequence[str]]:
+        """See ``protocols.Outcome``: the words that the found concepts have, and one more."""
+        words = {name: [word for one in self.found for word in one.words.get(name, ())] for name in self.attributes}
+        return {name: tuple(dict.fromkeys([*of_it, "other"])) for name, of_it in words.items()}
+
+    @property
     def matches(self) -> Sequence[Match]:
         """See ``protocols.Outcome``."""
         return matches_of(self.image, self.found)
@@ -84,8 +91,9 @@ def check_columns(subject: MetricUnderTest) -> None:
     columns, needs = subject.component.columns, subject.component.needs  # type: ignore[attr-defined]
     assert isinstance(columns, Mapping) and columns, f"columns is {kind_of(columns)}; it should be a mapping, not empty"
     for name, column in columns.items():
-        assert isinstance(name, str) and re.fullmatch(r"\w+", name), (
-            f"a column is called {name!r}; it should be letters, digits and _"
+        assert isinstance(name, str) and re.fullmatch(r"\w+", name.replace(ATTRIBUTE_PLACE, "colour")), (
+            f"a column is called {name!r}; it should be letters, digits and _, and {ATTRIBUTE_PLACE} where it is one "
+            "of every attribute"
         )
         assert isinstance(column, Column), f"the column {name!r} is {kind_of(column)}, no icekit.protocols.Column"
         assert_text(f"the meaning of the column {name!r}", column.meaning)
@@ -217,10 +225,9 @@ def _measured(
     metric.prepare([image, other])
     scores = metric.measure(outcome)
     assert isinstance(scores, Mapping), f"measure gives {kind_of(scores)}; it should be a mapping of columns"
+    columns = columns_of(metric.columns, outcome.attributes)
     for name, score in scores.items():
-        assert name in metric.columns, (
-            f"measure gives {name!r}, which is none of its columns: {', '.join(metric.columns)}"
-        )
+        assert name in columns, f"measure gives {name!r}, which is none of its columns: {', '.join(columns)}"
         assert isinstance(score, Score), f"{name!r} is {kind_of(score)}, no icekit.protocols.Score"
         if score.value is not None:
             assert_number(f"the score {name!r}", score.value)

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL import Image
+    from torch import Tensor
 
     from icekit.protocols import Attribute, Backbone, ComponentSettings
     from icekit.testing.scenes import Scene
@@ -204,6 +207,8 @@ class BackboneUnderTest:
     guidance_scale: how strongly the prompt is followed in them.
     encoders: name of a text encoder -> the pipeline's names of its tokenizer and its model.
     call: further arguments of the pipeline's call.
+    unguided: the pipeline's ``guidance_scale`` that turns guidance off.
+    takes_space: whether the space before a token is part of it: ``AddedToken(..., lstrip=True)``.
     """
 
     kind: ClassVar[Kind] = "backbone"
@@ -216,6 +221,8 @@ class BackboneUnderTest:
     guidance_scale: float = 5.0
     encoders: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
+    unguided: float = 1.0
+    takes_space: bool = False
 
     def __post_init__(self) -> None:
         if not self.encoders and len(self.backbone.rows) == 1:
@@ -234,6 +241,52 @@ class BackboneUnderTest:
     def share_of(self, timestep: float) -> float:
         """The share of the schedule at which the pipeline tells its noise predictor this time."""
         return timestep / self.reference.scheduler.config.num_train_timesteps
+
+    def call_of(self, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Tensor, float]:
+        """What the pipeline hands to its noise predictor: noisy latents as the backbone has them, and the time."""
+        import torch
+
+        noisy = arguments[0] if arguments else named.get("hidden_states", named.get("sample"))
+        timestep = arguments[1] if len(arguments) > 1 else named["timestep"]
+        return self.latents_of(noisy), float(torch.as_tensor(timestep).flatten()[0])
+
+    def latents_of(self, latents: Any) -> Tensor:
+        """The pipeline's latents ``[B, ...]`` as the backbone has them, ``[B, C, h, w]``: its may be packed."""
+        import torch
+
+        return torch.as_tensor(latents)
+
+    def output_of(self, returned: Any) -> Tensor:
+        """What the noise predictor returns to the pipeline, as the backbone's prediction ``[B, C, h, w]``."""
+        return self.latents_of(returned[0])
+
+    def returned(self, prediction: Tensor) -> Any:
+        """What the noise predictor would return to the pipeline: ``output_of`` the other way round."""
+        return (prediction,)
+
+    def load_token(self, name: str, file: Path) -> None:
+        """Load a token's file, as a run directory has it, into the reference: as a user of the pipeline does."""
+        from safetensors.torch import load_file
+
+        if len(self.backbone.rows) == 1 and hasattr(self.reference, "load_textual_inversion"):
+            self.reference.load_textual_inversion(str(file))
+            return
+        rows = load_file(file)
+        if len(self.backbone.rows) == 1:  # a lone row is kept by the token's name
+            rows = dict(zip(self.backbone.rows, rows.values(), strict=True))
+        for encoder, row in rows.items():
+            self.add_row(name, encoder, row)
+
+    def add_row(self, name: str, encoder: str, row: Tensor) -> None:
+        """What diffusers' ``load_textual_inversion`` does with a row, for a pipeline that does not have it."""
+        from tokenizers import AddedToken
+
+        assert encoder in self.encoders, f"BackboneUnderTest.encoders does not say where {encoder} is"
+        tokenizer, model = (getattr(self.reference, part) for part in self.encoders[encoder])
+        tokenizer.add_tokens(AddedToken(name, normalized=False, lstrip=self.takes_space))
+        place = tokenizer.convert_tokens_to_ids(name)
+        model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+        model.get_input_embeddings().weight.data[place] = row
 
     def reference_picture(self, prompt: str, seed: int, **others: Any) -> Image.Image:
         """The picture that the pipeline makes by itself; others: arguments of its call that are to be different."""

@@ -3,11 +3,14 @@
 They have the layer structure of Stable Diffusion 1.x, 2.x and XL and of an open_clip model, but are narrow and
 untrained: good for checking what code does with a model, never for what the model draws. The same call makes the same
 weights. ``tiny_backbone`` is the smallest: what components are checked on.
+
+``python -m icekit.testing.tiny FOLDER`` writes those that are folders, for a try of a command without any download.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -312,3 +315,38 @@ def write_clip(folder: Path, *, seed: int = 0) -> Path:
         json.dumps({"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}, indent=2)
     )
     return folder
+
+
+def write_dino(folder: Path, *, seed: int = 0) -> Path:
+    """Write a tiny vision transformer to ``folder`` in transformers' format, with its image processor."""
+    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ViTModel(
+            ViTConfig(
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+                image_size=32,
+                patch_size=16,
+            )
+        )
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def write_all(folder: Path) -> None:
+    """Write ``sd`` and ``sdxl``, a model of each family, and ``clip`` and ``dino``, which look at pictures."""
+    write_stable_diffusion(folder / "sd")
+    write_stable_diffusion_xl(folder / "sdxl")
+    write_clip(folder / "clip")
+    write_dino(folder / "dino")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("python -m icekit.testing.tiny FOLDER writes tiny models with random weights into FOLDER")
+    write_all(Path(sys.argv[1]))

@@ -172,7 +172,8 @@ def test_which_settings_change_no_result() -> None:
 
     assert changes_no_result(Own) == {"workers"}
     assert changes_no_result(Settings) == {"device", "exporter", "exporters"}
-    assert changes_no_result(StableDiffusion.Settings) == {"images_at_once", "local_files_only"}
+    saving = {"gradient_checkpointing", "low_memory"}
+    assert changes_no_result(StableDiffusion.Settings) == {"images_at_once", "local_files_only"} | saving
     assert changes_no_result(TrainingSettings) == {"max_batch", "checkpoint_every"}
 
 

@@ -43,11 +43,12 @@ def pictures_of(backbone: Backbone, count: int) -> Tensor:
 
 
 def token_of(backbone: Backbone, seed: int, *, requires_grad: bool = False) -> dict[str, Tensor]:
-    """A token of random rows, as large as a word's."""
+    """A token of random rows, as large as a word's; where a word's is zero, of length one."""
     generator = generator_of(seed)
     rows = {}
     for name, row in backbone.word_rows("a").items():
-        rows[name] = (row.std() * torch.randn(len(row), generator=generator)).requires_grad_(requires_grad)
+        size = row.std() if row.any() else len(row) ** -0.5
+        rows[name] = (size * torch.randn(len(row), generator=generator)).requires_grad_(requires_grad)
     return rows
 
 
@@ -81,14 +82,6 @@ def mixture_at(backbone: Backbone, share: float) -> tuple[float, float]:
     return parts_of_both(backbone.add_noise, latents_of(backbone, 1)[0], share)
 
 
-def input_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Tensor, float]:
-    """The noisy latents and the time that a pipeline hands to its noise predictor."""
-    noisy = arguments[0] if arguments else named.get("hidden_states", named.get("sample"))
-    timestep = arguments[1] if len(arguments) > 1 else named["timestep"]
-    assert isinstance(noisy, Tensor) and len(noisy) == 1, "the pipeline hands over more than one picture's latents"
-    return noisy, float(torch.as_tensor(timestep).flatten()[0])
-
-
 def assert_predicts_as_the_pipeline(subject: BackboneUnderTest, prompt: str, tokens: Tokens) -> None:
     """That each prediction is the one of the pipeline while it makes a picture without guidance."""
     with torch.no_grad():
@@ -105,12 +98,13 @@ def _calls(subject: BackboneUnderTest, prompt: str) -> list[tuple[Tensor, float,
     calls: list[tuple[Tensor, float, Tensor]] = []
 
     def record(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
-        noisy, timestep = input_of(arguments, named)
-        calls.append((noisy.clone(), timestep, output[0].clone()))
+        noisy, timestep = subject.call_of(arguments, named)
+        assert len(noisy) == 1, "the pipeline hands over more than one picture's latents"
+        calls.append((noisy.clone(), timestep, subject.output_of(output).clone()))
 
     handle = subject.denoiser.register_forward_hook(record, with_kwargs=True)
     try:
-        subject.reference_picture(prompt, 0, guidance_scale=1.0, output_type="latent")
+        subject.reference_picture(prompt, 0, guidance_scale=subject.unguided, output_type="latent")
     finally:
         handle.remove()
     assert calls, "the pipeline made a picture without its noise predictor"

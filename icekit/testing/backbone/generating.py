@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from icekit.protocols import Learned
 from icekit.testing.asserting import assert_differ, assert_same_picture
@@ -65,7 +63,7 @@ def pictures_are_made(subject: BackboneUnderTest) -> None:
 def the_picture_is_the_pipelines(subject: BackboneUnderTest) -> None:
     """The picture of a plain prompt is the pipeline's from the same seed, steps and guidance, which can be off."""
     needs_reference(subject)
-    for guidance in (subject.guidance_scale, 1.0):
+    for guidance in (subject.guidance_scale, subject.unguided):
         [picture] = subject.backbone.generate([subject.prompt], seeds=[5], steps=subject.steps, guidance_scale=guidance)
         expected = subject.reference_picture(subject.prompt, 5, guidance_scale=guidance)
         assert_same_picture(f"the picture with guidance {guidance:g}, against the pipeline's", picture, expected)
@@ -76,24 +74,16 @@ def saved_tokens_are_loaded_by_the_pipeline(subject: BackboneUnderTest) -> None:
     predictions and the picture are the same.
     """
     needs_reference(subject)
-    from safetensors.torch import load_file
-
     from icekit.run.directory import RunDirectory
 
-    backbone, pipeline = subject.backbone, subject.reference
+    backbone = subject.backbone
     name = f"<check-file-{next(_fresh)}>"
     token, other = token_of(backbone, 7), token_of(backbone, 8)
     prompt = f"a photo of {name} on a {subject.words[1]}"
     with tempfile.TemporaryDirectory() as folder:
         RunDirectory(Path(folder)).save_learned(Learned({name: token}))
         file = Path(folder) / "embeddings" / f"{name.strip('<>')}.safetensors"
-        if len(backbone.rows) == 1 and hasattr(pipeline, "load_textual_inversion"):
-            pipeline.load_textual_inversion(str(file))
-        else:
-            for encoder, row in load_file(file).items():
-                assert encoder in subject.encoders, f"BackboneUnderTest.encoders does not say where {encoder} is"
-                tokenizer, model = (getattr(pipeline, part) for part in subject.encoders[encoder])
-                _add_row(tokenizer, model, name, row)
+        subject.load_token(name, file)
     assert_predicts_as_the_pipeline(subject, prompt, {name: token})
     with torch.no_grad():
         predicted = predicted_by(subject, prompt, {name: token}).output
@@ -123,13 +113,3 @@ def calls_leave_nothing_behind(subject: BackboneUnderTest) -> None:
     after = predicted_by(subject).output
     assert torch.equal(after, before), "the prediction is another than it was before"
     assert not after.requires_grad, "the prediction under a plain prompt requires a gradient: weights are not frozen"
-
-
-def _add_row(tokenizer: Any, model: Any, name: str, row: Tensor) -> None:
-    """What diffusers' ``load_textual_inversion`` does, for a pipeline that does not have it."""
-    from tokenizers import AddedToken
-
-    tokenizer.add_tokens(AddedToken(name, normalized=False))
-    place = tokenizer.convert_tokens_to_ids(name)
-    model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
-    model.get_input_embeddings().weight.data[place] = row

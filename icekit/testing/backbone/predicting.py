@@ -15,7 +15,6 @@ from icekit.testing.backbone.common import (
     TOKEN,
     all_grids,
     assert_predicts_as_the_pipeline,
-    input_of,
     latents_of,
     mixture_at,
     needs,
@@ -137,20 +136,20 @@ def a_perfect_prediction_is_the_picture(subject: BackboneUnderTest) -> None:
     backbone = subject.backbone
     latents = latents_of(backbone, 1)[0]
 
-    def perfect(*arguments: Any, **named: Any) -> tuple[Tensor]:
-        noisy, timestep = input_of(arguments, named)
+    def perfect(*arguments: Any, **named: Any) -> Any:
+        noisy, timestep = subject.call_of(arguments, named)
         share = subject.share_of(timestep)
         signal, amount = mixture_at(backbone, share)
         noise = (noisy - signal * latents) / amount
-        return (backbone.training_target(latents, noise, torch.tensor([share])),)
+        return subject.returned(backbone.training_target(latents, noise, torch.tensor([share])))
 
     forward = subject.denoiser.forward
     subject.denoiser.forward = perfect
     try:
-        ended = subject.reference_picture(subject.prompt, 0, guidance_scale=1.0, output_type="latent")
+        ended: Any = subject.reference_picture(subject.prompt, 0, guidance_scale=subject.unguided, output_type="latent")
     finally:
         subject.denoiser.forward = forward
-    off = float((torch.as_tensor(ended) - latents[0]).std() / latents.std())
+    off = float((subject.latents_of(ended[None]) - latents).std() / latents.std())
     assert off < 0.1, f"the pipeline ends {off:.2f} standard deviations away from the latents"
 
 
