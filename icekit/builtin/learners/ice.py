@@ -20,6 +20,7 @@ is zero.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -52,6 +53,8 @@ from icekit.protocols import (
 )
 from icekit.randomness import seeded_generator
 
+log = logging.getLogger(__name__)
+
 REFINE_LEARNING_RATES: dict[Trained, float] = {"lora": 1e-4, "all": 2e-6}
 """AdamW's learning rate of refinement by what is fine-tuned, where none is set."""
 LEAST_HINT = 1e-3
@@ -78,6 +81,8 @@ class IceLearner(TaskLearner[IceSettings]):
 
     def teach(self, task: Task) -> Learned:
         """See ``TaskLearner``."""
+        if advice := getattr(self.backbone, "advice_on_rows", ""):
+            log.warning("%s", advice)
         return IceLesson(self.settings, self.backbone, task).run()
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from icekit.attention import AttentionSegmentor, flat, normalise_over_space, on_grid, upsample
+from icekit.attention import AttentionSegmentor, flat, normalise_over_space, on_grid, otsu, upsample
 from icekit.builtin.segmentors.settings import Competition, CrossAttentionSettings
 from icekit.protocols import View
 
@@ -98,10 +98,3 @@ def compete(maps: Tensor, how: Competition, temperature: float) -> Tensor:
     if how == "ratio":  # c^(1/tau) = exp(log(c) / tau); a log of zero is kept finite, for 0 / 0 has no share at all
         scores = maps.clamp_min(1e-12).log() / temperature
     return own * scores.softmax(dim=0)[0]
-
-
-def otsu(soft: Tensor, visible: Tensor) -> float:
-    """Otsu's threshold of the visible part of a soft map ``[H, W]``: the least variance within both of its sides."""
-    from skimage.filters import threshold_otsu
-
-    return float(threshold_otsu(soft[visible].numpy()))
