@@ -6,6 +6,7 @@
     python benchmarks/held_out_scenes.py --scenes 50 --given words --given masks  # what is left is stage two
     python benchmarks/held_out_scenes.py --retriever splice --segmentor diffseg
     python benchmarks/held_out_scenes.py --split train --seed 1000                # scenes to choose settings on
+    python benchmarks/held_out_scenes.py --two-of-a-kind                          # each has two objects of one shape
 
 What a stage loses is the difference between two of these. Every object of every scene counts: one that was not found
 has IoU 0 and is named wrong. The last line is what chance would reach.
@@ -21,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from icekit_tabletop import Scene
+from icekit_tabletop import Scene, render_scene
 from icekit_tabletop.dataset import distinct_scene
 from icekit_tabletop.world import COLOURS, MATERIALS, Split
 from PIL import Image
@@ -35,9 +36,20 @@ FIRST_SEED = 2_000_000_000
 """Scenes of this benchmark start here: beyond the training's seeds and the models' own evaluation."""
 
 
-def scene_of(seed: int, size: int, split: Split = "held-out") -> Scene:
-    """A scene of 1 to 3 objects, all of held-out combinations (or none, ``train``), no two of the same shape."""
-    return distinct_scene([seed], (FIRST_SEED, 2**31), 1 + seed % 3, size, split)
+def scene_of(seed: int, size: int, split: Split = "held-out", two_of_a_kind: bool = False) -> Scene:
+    """A scene of 1 to 3 objects, all of held-out combinations (or none, ``train``), no two of the same shape.
+
+    With ``two_of_a_kind`` it has 2 or 3 objects, and two of them are of one shape.
+    """
+    if not two_of_a_kind:
+        return distinct_scene([seed], (FIRST_SEED, 2**31), 1 + seed % 3, size, split)
+    objects, attempt = 2 + seed % 2, 0
+    while True:
+        rng = np.random.default_rng([seed, attempt])
+        scene = render_scene(int(rng.integers(FIRST_SEED, 2**31)), n_objects=objects, size=size, split=split)
+        if len({spec.shape for spec in scene.objects}) == objects - 1:
+            return scene
+        attempt += 1
 
 
 def settings_for(scene: Scene, given: tuple[str, ...], assignments: dict[str, Any], folder: Path) -> Settings:
@@ -97,6 +109,7 @@ def share(rows: list[dict[str, Any]], key: str) -> str:
 @click.option("--retriever", help="In place of the default.")
 @click.option("--segmentor", help="In place of the default.")
 @click.option("--split", default="held-out", show_default=True, type=click.Choice(["held-out", "train"]))
+@click.option("--two-of-a-kind", is_flag=True, help="Scenes of which each has two objects of one shape.")
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting of icekit run.")
 @click.option("--json", "out", type=click.Path(path_type=Path), help="Write every object's row here.")
 def main(
@@ -106,6 +119,7 @@ def main(
     retriever: str | None,
     segmentor: str | None,
     split: Split,
+    two_of_a_kind: bool,
     assignments: tuple[str, ...],
     out: Path | None,
 ) -> None:
@@ -121,7 +135,7 @@ def main(
     extra = 0
     seconds: list[float] = []
     for number in tqdm(range(seed, seed + scenes), unit="scene"):
-        scene = scene_of(number, size=64, split=split)
+        scene = scene_of(number, size=64, split=split, two_of_a_kind=two_of_a_kind)
         with tempfile.TemporaryDirectory() as folder:
             masks = Path(folder) / "masks"
             masks.mkdir()
@@ -136,7 +150,8 @@ def main(
             judged = judge(scene, found)
             extra += max(0, len(found.concepts) - len(judged)) if found else 0
         rows += [{"scene": number, **row} for row in judged]
-    click.echo(f"{scenes} {split} scenes, {len(rows)} objects; given: {', '.join(given) or 'nothing'}")
+    kind = ", two of a kind in each" if two_of_a_kind else ""
+    click.echo(f"{scenes} {split} scenes{kind}, {len(rows)} objects; given: {', '.join(given) or 'nothing'}")
     for key, label in {
         "found": "found, right word, IoU >= 0.5",
         "word": "right word on the best mask",

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from icekit.cache import cached, digest_of
 from icekit.model_files import (
     Hub,
     check_counts,
@@ -41,6 +42,9 @@ WAYS_OUT = (
 TEXT_BATCH = 256
 """Prompts encoded at once."""
 
+CACHED_FROM = 1000
+"""So many prompts are read once, and their embeddings kept; fewer are read in a second."""
+
 CROP_MARGIN = 0.1
 """A crop is wider than the visible part by this share of its side, on every side."""
 
@@ -68,20 +72,34 @@ class ClipModel:
         """What cosines are multiplied by before the softmax: the inverse of the learned temperature."""
         return float(self._model.logit_scale.exp())
 
-    @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts -> ``[N, D]``."""
-        batches = [texts[start : start + TEXT_BATCH] for start in range(0, len(texts), TEXT_BATCH)]
-        embedded = [
-            self._model.encode_text(self._tokenizer(list(batch)).to(self._device))
-            for batch in told(batches, f"CLIP reads {len(texts)} texts, {TEXT_BATCH} at once")
-        ]
-        return F.normalize(torch.cat(embedded).float(), dim=-1).cpu()
+        return self._embed(self._tokenizer(list(texts)))
 
     def embed_words(self, words: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Words -> ``[N, D]``: the mean of each word's embeddings in these prompts."""
-        embeddings = self.embed_texts([template.format(word) for word in words for template in templates])
-        return F.normalize(embeddings.unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
+        """Words -> ``[N, D]``: the mean of each word's embeddings in these prompts.
+
+        A vocabulary is read once by a model: its embeddings are kept in icekit's cache.
+        """
+        ids = self._tokenizer([template.format(word) for word in words for template in templates])
+
+        def embedded() -> Tensor:
+            return F.normalize(self._embed(ids).unflatten(0, (-1, len(templates))).mean(dim=1), dim=-1)
+
+        if len(ids) < CACHED_FROM:
+            return embedded()
+        weights = {name: value for name, value in self._model.state_dict().items() if not name.startswith("visual.")}
+        follows_from = [ids, str(len(templates)), type(self._model).__name__, self._device.type]
+        digest = digest_of([*follows_from, *(part for one in weights.items() for part in one)])
+        return cached("words", digest, len(words), embedded)
+
+    @torch.no_grad()
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Token ids ``[N, L]`` -> ``[N, D]``."""
+        batches = list(ids.split(TEXT_BATCH))
+        asked = told(batches, f"CLIP reads {len(ids)} texts, {TEXT_BATCH} at once")
+        embedded = [encode_text(self._model, batch.to(self._device)) for batch in asked]
+        return F.normalize(torch.cat(embedded).float(), dim=-1).cpu()
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[Tensor]) -> Tensor:
@@ -100,6 +118,27 @@ class ClipModel:
             if height * width < crop_below * view.visible.numel():
                 images.append(view.pixels[:, top : top + height, left : left + width])
         return F.normalize(self.embed_images(images).mean(dim=0), dim=-1)
+
+
+def encode_text(model: Any, ids: Tensor) -> Tensor:
+    """Token ids ``[N, L]`` -> ``[N, D]``, as the model's own ``encode_text``, up to rounding.
+
+    In CLIP a position sees those before it alone, and a text is read at its end: what is behind the longest text of a
+    batch changes nothing, and is cut off. Most prompts are a sixth of CLIP's 77 positions.
+    """
+    import open_clip
+
+    used = int((ids != 0).any(dim=0).nonzero().max()) + 1
+    mask = getattr(model, "attn_mask", None)
+    ahead = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).triu(1)
+    causal = mask is not None and torch.equal(mask.isneginf(), ahead)
+    if mask is None or not (type(model) is open_clip.CLIP and causal and model.text_pool_type in ("argmax", "eos")):
+        encoded: Tensor = model.encode_text(ids)
+        return encoded
+    shorter = {"positional_embedding": model.positional_embedding[:used], "attn_mask": mask[:used, :used]}
+    found = torch.func.functional_call(model, shorter, (), {"text": ids[:, :used]})
+    features: Tensor = found["text_features"] if isinstance(found, dict) else found[1]
+    return features
 
 
 def visible_window(visible: Tensor, margin: float) -> tuple[int, int, int, int]:

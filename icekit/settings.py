@@ -88,15 +88,12 @@ class Settings(StrictSettings):
         0.10, ge=0, lt=1, description="stop looking when this share of the image or less is not yet part of a concept"
     )
     min_area: float = Field(0.01, ge=0, lt=1, description="a region smaller than this share of the image is not taken")
-    apart: bool = Field(
-        False,
-        description="if a word's mask has several parts that do not touch, not even at a corner, each of at least "
-        "min_area is a concept of its own (published)",
-    )
-    reuse: Literal["never", "later"] = Field(
-        "never",
-        description="whether a word, or one like it, may be found again: never, or later, when another word was found "
-        "in between (published)",
+    same_word: Literal["apart", "parts", "once"] = Field(
+        "apart",
+        description="when a word is several concepts, as two dogs are. apart: the parts of its mask that lie apart, by "
+        "a quarter of the smaller one's side or more, each of at least min_area; and the word may come again for "
+        "another of its kind. parts: each part of its mask that does not touch another, not even at a corner, and the "
+        "word may come again when another was found in between (published). once: never",
     )
     naming: Literal["retrieved", "alone", "described"] = Field(
         "described",
@@ -110,7 +107,7 @@ class Settings(StrictSettings):
         description="what retrievers and segmentors see in the place of a concept that was found: a continuation of "
         "its surroundings, black, or the mean colour of the rest",
     )
-    samples: int = Field(2, ge=0, le=10_000, description="images generated for each concept and each of its attributes")
+    samples: int = Field(1, ge=0, le=10_000, description="images generated for each concept and each of its attributes")
     words_alone: bool = Field(
         True,
         description="beside each sample, generate one from plain words and the same noise, to show what learning added",
@@ -172,6 +169,12 @@ class Settings(StrictSettings):
                 f"there is no setting {keys} any more: set naming to retrieved (a region keeps its first word), "
                 "alone (named anew and divided, looking at it alone) or described (and its attributes' words sought)"
             )
+        if isinstance(values, Mapping) and (gone := [key for key in ("apart", "reuse") if key in values]):
+            raise ValueError(
+                f"there is no setting {' and '.join(map(repr, gone))} any more: set same_word to apart (parts of a "
+                "word's mask that lie apart are concepts), parts (all parts are, and words come again; published) or "
+                "once (a word is one concept)"
+            )
         return values
 
     def name_of(self, role: Role) -> str:
@@ -189,6 +192,18 @@ class Settings(StrictSettings):
     def to_toml(self) -> str:
         """The settings as a settings file."""
         return tomli_w.dumps(_spelled_out(self.model_dump(mode="json")))
+
+
+def of_run_before(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run as its directory has them, in today's words.
+
+    Before ``same_word`` there were two: ``apart``, by which each part of a mask was a concept, and ``reuse``. Before
+    ``image.fit`` each picture was cut.
+    """
+    today: dict[str, Any] = {"image": {"fit": "square"}, **values}
+    if "apart" in today:
+        today["same_word"] = "parts" if today["apart"] else "once"
+    return {key: value for key, value in today.items() if key not in ("apart", "reuse")}
 
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -41,13 +41,13 @@ WordList = Annotated[tuple[str, ...], BeforeValidator(split_commas)]
 
 
 def read_vocabulary(vocabulary: str | Sequence[str] | None) -> list[str]:
-    """The words of a list, of a text file (one a line, ``#`` begins a comment), or the built-in nouns; each once.
+    """The words of a list, of a text file (one a line, ``#`` begins a comment), or icekit's own; each once.
 
     Raises:
         InputError: no such file, not text, or no word in it.
     """
     if vocabulary is None:
-        lines = files("icekit").joinpath("vocabulary", "nouns.txt").read_text(encoding="utf-8").splitlines()
+        lines = files("icekit").joinpath("vocabulary", "things.txt").read_text(encoding="utf-8").splitlines()
     elif isinstance(vocabulary, str):
         file = setting_path(vocabulary, "retriever.vocabulary")
         try:

@@ -230,7 +230,7 @@ def test_an_attribute_of_unknown_words_is_refused_before_anything(run: Call, tmp
 def test_show_says_which_words_a_model_knows(run: Call) -> None:
     status, out, err = run("plugins", "show", "color", "--backbone", "plain")
     assert status == 0, err
-    assert "backbone plain knows 21 of 22: red, " in out and out.rstrip().endswith("; it does not know maroon")
+    assert "backbone plain knows 49 of 50: red, " in out and out.rstrip().endswith("; it does not know maroon")
     status, out, _ = run("plugins", "show", "material", "--backbone", "plain", "--json")
     assert status == 0 and '"known": [' in out
     assert "backbone plain knows all of them" in run("plugins", "show", "material", "--backbone", "plain")[1]

@@ -1,6 +1,7 @@
 """The run directory: whose it is, what is in it, and that nothing is ever half written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import plain_components as plain
@@ -62,6 +63,16 @@ def test_what_is_not_a_complete_run(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "new" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"schema version 3 \(icekit 9.9\); this icekit reads up to version 2: .*new"):
         Extraction.open(tmp_path / "new")
+
+
+def test_the_settings_of_a_run_of_before_are_read(run_dir: Path, tmp_path: Path) -> None:
+    """It had a flag for parts of a mask that lie apart, and its picture was cut."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    text = (run / "settings.toml").read_text().replace('same_word = "apart"', 'apart = true\nreuse = "later"')
+    (run / "settings.toml").write_text(text.replace('[image]\nfit = "whole"\n', ""))
+    settings = Extraction.open(run).settings()
+    assert (settings.same_word, settings.image.fit) == ("parts", "square")
 
 
 def usable(folder: Path, *, resume: bool = False, overwrite: bool = False) -> str:

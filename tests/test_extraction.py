@@ -59,7 +59,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert manifest == run.manifest
     assert list(manifest) == [
         "schema_version", "icekit_version", "image", "presets", "components", "backbone", "attributes", "seed",
-        "concepts", "learning_steps", "plugins", "timings", "files",
+        "concepts", "learning_steps", "plugins", "timings", "evaluations", "files",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)
@@ -258,7 +258,7 @@ def test_a_region_is_cut_where_two_words_fit_better_than_one(naming: Any, whole:
             return [Candidate(*said[there])] if there in said and said[there][0] not in used else []
 
     parts = KnowsThem(plain.PlainRetriever.Settings(), backbone), FindsBoth(plain.PlainSegmentor.Settings(), backbone)
-    last = locate(torch.rand(3, 32, 32), *parts, Settings(naming=naming))
+    last = locate(torch.rand(3, 32, 32), *parts, Settings(naming=naming, same_word="once"))
     assert [region.word for region in last.regions] == words
     if len(words) == 2:
         assert [torch.equal(last.regions[i].mask, mask) for i, mask in enumerate((left, right))] == [True, True]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from icekit import Candidate, Region, RunError, Segmentation, View
+from icekit.protocols import token_names
 from icekit.run.directory import Located, RunDirectory
 from icekit.run.locating import locate
 from icekit.settings import Settings
@@ -42,6 +43,8 @@ class Scripted:
         self.used: list[list[str]] = []
         self.tried: list[str] = []
 
+    sees = False  # whether a word that is said again says anything
+
     def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
         self.visible.append(share(view.visible))
         self.used.append(list(used))
@@ -65,11 +68,16 @@ def share(mask: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("apart", "expected"), [(False, [LEFT | RIGHT | SPECK | CORNER]), (True, [LEFT | CORNER, RIGHT])]
+    ("same_word", "expected"),
+    [
+        ("once", [LEFT | RIGHT | SPECK | CORNER]),
+        ("parts", [LEFT | CORNER, RIGHT]),
+        ("apart", [LEFT | CORNER, RIGHT]),
+    ],
 )
-def test_each_connected_part_is_a_region_if_it_is_large_enough(apart: bool, expected: list[torch.Tensor]) -> None:
+def test_parts_of_a_mask_are_regions_if_they_are_large_enough(same_word: str, expected: list[torch.Tensor]) -> None:
     scripted = Scripted(["cup", "ball"], {"cup": LEFT | RIGHT | SPECK | CORNER})
-    first, *_, last = scripted.locate(apart=apart, min_area=0.025)
+    first, *_, last = scripted.locate(same_word=same_word, min_area=0.025, max_rounds=2)
     assert [region.word for region in last.regions] == ["cup"] * len(expected)
     assert [region.index for region in last.regions] == list(range(len(expected)))
     assert all(torch.equal(region.mask, mask) for region, mask in zip(last.regions, expected, strict=True))
@@ -77,32 +85,115 @@ def test_each_connected_part_is_a_region_if_it_is_large_enough(apart: bool, expe
     assert scripted.visible[1] == share(~torch.stack(expected).any(dim=0))  # what is no region was not erased
 
 
-def test_parts_are_no_more_than_there_is_room_for_and_are_named_alone() -> None:
+@pytest.mark.parametrize("same_word", ["parts", "apart"])
+def test_parts_are_no_more_than_there_is_room_for_and_keep_one_word_between_them(same_word: str) -> None:
     both = {"cup": LEFT | RIGHT}
-    assert len(Scripted(["cup"], both).locate(apart=True, max_concepts=1)[-1].regions) == 1
-    [*_, last] = Scripted(["cup", "mug", "pot"], both).locate(apart=True, naming="alone")
-    assert len({region.word for region in last.regions}) == 2
+    assert len(Scripted(["cup"], both).locate(same_word=same_word, max_concepts=1)[-1].regions) == 1
+    [*_, last] = Scripted(["cup", "mug", "pot"], both).locate(same_word=same_word, naming="alone", max_rounds=1)
+    assert [region.label for region in last.regions] == ["cup", "cup"]
+    names = [token_names(region, ()) for region in last.regions]
+    assert [name["category"] for name in names] == ["<cup-0>", "<cup-1>"]
+
+
+NEAR = box(slice(8, 18), slice(14, 24))
+"""Two pixels beside ``LEFT``, whose side is ten: a gap of a fifth."""
+
+
+@pytest.mark.parametrize(("second", "count"), [(RIGHT, 2), (NEAR, 1)])
+def test_only_what_lies_apart_is_another_of_its_kind(second: torch.Tensor, count: int) -> None:
+    [*_, last] = Scripted(["cup"], {"cup": LEFT | second}).locate(same_word="apart")
+    assert len(last.regions) == count
+    assert torch.equal(torch.stack([region.mask for region in last.regions]).any(dim=0), LEFT | second)
+
+
+class Moving(Scripted):
+    """A retriever that sees, and a segmentor that finds one place a word and time. places: in turn."""
+
+    sees = True
+
+    def __init__(self, words: Sequence[str], places: Sequence[torch.Tensor]) -> None:
+        super().__init__(words, {})
+        self.places = places
+
+    def segment(self, view: View, word: str, generator: torch.Generator) -> torch.Tensor:
+        self.tried.append(word)
+        return self.places[len(self.tried) - 1] if len(self.tried) <= len(self.places) else NOWHERE
+
+
+def test_a_word_comes_again_for_another_of_its_kind() -> None:
+    scripted = Moving(["cup", "ball"], [LEFT, RIGHT, FLOOR])
+    [*_, last] = scripted.locate(same_word="apart", min_visible=0.55)
+    assert scripted.tried == ["cup", "cup", "cup"]
+    assert [(region.index, region.word) for region in last.regions] == [(0, "cup"), (1, "cup"), (2, "cup")]
+    once = Moving(["cup", "ball"], [LEFT, RIGHT, FLOOR])
+    assert [region.word for region in once.locate(same_word="once")[-1].regions] == ["cup", "ball"]
+
+
+def test_a_word_does_not_come_again_for_the_rest_of_the_thing_that_it_was_found_for() -> None:
+    scripted = Moving(["cup", "ball"], [LEFT, NEAR, RIGHT])
+    [*_, last] = scripted.locate(same_word="apart")
+    assert scripted.tried[:3] == ["cup", "cup", "ball"]
+    assert [region.word for region in last.regions] == ["cup", "ball"]
+    assert last.refused[0] == "cup"  # it led nowhere the second time, and does not come a third
+
+
+def test_words_that_are_given_are_not_looked_for_again() -> None:
+    scripted = Moving(["cup", "ball"], [LEFT, RIGHT])
+    scripted.sees = False
+    assert [region.word for region in scripted.locate(same_word="apart")[-1].regions] == ["cup", "ball"]
+
+
+def test_the_two_ends_of_a_thing_behind_another_are_one() -> None:
+    """Whether what is before it was found first or last."""
+    bar = box(slice(0, 32), slice(12, 20))
+    first = Scripted(["post", "dog"], {"post": bar, "dog": LEFT | RIGHT}).locate(same_word="apart")[-1]
+    last = Moving(["dog", "post"], [LEFT, RIGHT, NOWHERE, bar])
+    last_found = last.locate(same_word="apart")[-1]
+    assert last.tried[:4] == ["dog", "dog", "dog", "post"]
+    for found in (first, last_found):
+        [dog] = [region for region in found.regions if region.word == "dog"]
+        assert torch.equal(dog.mask, LEFT | RIGHT)
+        assert [region.index for region in found.regions] == [0, 1]
+
+
+def test_another_of_its_kind_must_be_seen_alone() -> None:
+    """A second place that the retriever has no word for is none."""
+
+    class Blind(Moving):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            return [] if torch.equal(view.visible, RIGHT) else super().retrieve(view, used)
+
+    assert len(Blind(["cup"], [LEFT | RIGHT]).locate(same_word="apart", naming="alone")[-1].regions) == 1
+    assert len(Moving(["cup"], [LEFT | RIGHT]).locate(same_word="apart", naming="alone")[-1].regions) == 2
+
+
+def test_two_of_a_kind_are_not_named_by_words_that_are_only_alike() -> None:
+    """A retriever drops words that are like a used one: of two dogs none is a puppy."""
+
+    class Alike(Moving):
+        def retrieve(self, view: View, used: Sequence[str]) -> list[Candidate]:
+            like = {"dog", "puppy"} if {"dog", "puppy"} & set(used) else set()
+            words = ["puppy", "dog", "cat"] if torch.equal(view.visible, RIGHT) else ["dog", "puppy", "cat"]
+            return [Candidate(word, 1 / (1 + place)) for place, word in enumerate(words) if word not in like]
+
+    [*_, last] = Alike([], [LEFT, RIGHT]).locate(same_word="apart", naming="alone")
+    assert [region.word for region in last.regions] == ["dog", "dog"]
 
 
 def test_a_word_may_come_again_after_another_one() -> None:
-    class Moving(Scripted):
-        """Three cups and balls by turns."""
-
-        def segment(self, view: View, word: str, generator: torch.Generator) -> torch.Tensor:
-            self.tried.append(word)
-            return [LEFT, RIGHT, FLOOR][len(self.tried) - 1]
-
-    never, later = Moving(["cup", "ball"], {}), Moving(["cup", "ball"], {})
-    assert [region.word for region in never.locate(reuse="never")[-1].regions] == ["cup", "ball"]
+    """As published: whatever the word's place is."""
+    never, later = Moving(["cup", "ball"], [LEFT, RIGHT, FLOOR]), Moving(["cup", "ball"], [LEFT, RIGHT, FLOOR])
+    assert [region.word for region in never.locate(same_word="once")[-1].regions] == ["cup", "ball"]
     assert never.used == [[], ["cup"], ["cup", "ball"]]
-    assert [region.word for region in later.locate(reuse="later", max_rounds=3)[-1].regions] == ["cup", "ball", "cup"]
+    found = later.locate(same_word="parts", max_rounds=3)[-1]
+    assert [region.word for region in found.regions] == ["cup", "ball", "cup"]
     assert later.used == [[], ["cup"], ["ball"]]
 
 
 def test_a_renamed_region_keeps_its_word_from_coming_again_at_once() -> None:
     """The word before is the one that was looked for, and it may be the region's new name, too."""
     scripted = Scripted(["cup", "ball"], {"cup": LEFT, "ball": RIGHT})
-    [*_, last] = scripted.locate(reuse="later", naming="alone", max_rounds=2)
+    [*_, last] = scripted.locate(same_word="parts", naming="alone", max_rounds=2)
     assert scripted.tried == ["cup", "ball"]
     assert sorted(region.word for region in last.regions) == ["ball", "cup"]
 
@@ -145,7 +236,7 @@ def test_what_goes_with_a_word_is_erased_and_is_no_region() -> None:
 @pytest.mark.parametrize("known", [1, 2])
 def test_going_on_from_disk_with_the_published_rules(known: int, tmp_path: Path) -> None:
     masks = {"cup": Segmentation(LEFT | RIGHT | SPECK, LEFT | RIGHT | SPECK), "ball": FLOOR}
-    rules: dict[str, Any] = {"apart": True, "reuse": "later", "max_rounds": 3, "min_area": 0.025}
+    rules: dict[str, Any] = {"same_word": "parts", "max_rounds": 3, "min_area": 0.025}
     whole = Scripted(["cup", "ball"], masks).locate(**rules)
     run = RunDirectory(tmp_path / "run")
     run.save_located(whole[known - 1])

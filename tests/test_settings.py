@@ -7,7 +7,7 @@ from pydantic import Field
 
 from icekit.plugins import Origin, Plugins
 from icekit.protocols import Attribute, ComponentSettings, InputError
-from icekit.settings import Settings, flatten, load_settings, parse_assignment
+from icekit.settings import Settings, flatten, load_settings, of_run_before, parse_assignment
 
 
 def component(**methods: object) -> type:
@@ -160,6 +160,23 @@ def test_the_flags_that_became_naming(tmp_path: Path, key: str) -> None:
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["apart", "reuse"])
+def test_the_flags_that_became_same_word(key: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_settings(None, [f"{key}=true"])
+    assert f"there is no setting '{key}' any more: set same_word to apart (" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("apart", "now"), [(False, "once"), (True, "parts")])
+def test_the_settings_of_a_run_of_before_are_read(apart: bool, now: str) -> None:
+    values = of_run_before({"apart": apart, "reuse": "never", "seed": 3})
+    assert values == {"image": {"fit": "square"}, "same_word": now, "seed": 3}
+    assert Settings.model_validate(values).same_word == now
+    today = Settings(same_word="apart").model_dump(mode="json")
+    assert of_run_before(today) == today
+
+
 # --- What a backbone lacks -------------------------------------------------------------------------------------------
 
 
@@ -216,7 +233,7 @@ def test_malformed_assignment(text: str) -> None:
     [
         ("min_visble=0.2", "did you mean 'min_visible'"),
         ("components.learnr=ice", "did you mean 'components.learner'"),
-        ("zzz=1", "choose from apart, attribute, attributes"),
+        ("zzz=1", "choose from attribute, attributes, backbone"),
         ("min_visible=2", "less than 1"),
         ("device=tpu", "'auto', 'cpu', 'cuda' or 'mps'"),
         ("seed=abc", "integer"),

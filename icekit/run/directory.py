@@ -15,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from icekit.run.atomic import (
     write_tensors_atomically,
     writing,
 )
+from icekit.run.evaluations import Evaluations
 from icekit.run.exports import Exports, is_exported
 from icekit.run.ownership import (
     EXPORTS,
@@ -49,7 +50,7 @@ from icekit.run.ownership import (
     remove_next,
 )
 from icekit.run.reading import DamagedError, Files, decode_picture, listed, parse_json
-from icekit.run.records import Begun, LocatedRecord, OriginRecord, Started, Timings
+from icekit.run.records import Begun, CountsRecord, LocatedRecord, OriginRecord, Started, Timings
 from icekit.settings import Settings
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ _CHECKPOINT = (
     "checkpoint/learner.safetensors",
     "checkpoint/regions.json",
     "checkpoint/timings.json",
+    "checkpoint/evaluations.json",
     _RECORD,
     _STARTED,
 )
@@ -562,6 +564,17 @@ class RunDirectory:
         """The seconds spent so far. Raises DamagedError."""
         record = self.files.record("checkpoint/timings.json", Timings)
         return {} if record is None else record.model_dump()
+
+    def save_evaluations(self, evaluations: Mapping[str, Evaluations]) -> None:
+        """Keep how often the noise predictor was evaluated so far, over all sittings, by what for."""
+        record = {what: asdict(count) for what, count in evaluations.items()}
+        self._write_json("checkpoint/evaluations.json", {"evaluations": record})
+
+    def load_evaluations(self) -> dict[str, Evaluations]:
+        """Evaluations so far, by what they were for. Raises DamagedError."""
+        record = self.files.record("checkpoint/evaluations.json", CountsRecord)
+        found = record.evaluations if record else {}
+        return {what: Evaluations(**count.model_dump()) for what, count in found.items()}
 
     def finish(self, manifest: Mapping[str, Any]) -> None:
         """Write the manifest, with the names of all ``files``: the run is complete, and its checkpoint goes."""

@@ -16,7 +16,7 @@ from icekit.protocols.errors import printable
 from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, RunDirectory
 from icekit.run.reading import Files
 from icekit.run.records import Header, Manifest
-from icekit.settings import Settings, read_settings_file, validate
+from icekit.settings import Settings, of_run_before, read_settings_file, validate
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,7 +147,7 @@ class Extraction:
         if path is None:
             raise files.damaged(name, "it is missing")
         try:
-            values = read_settings_file(path)
+            values = of_run_before(read_settings_file(path))
             if self.schema_version < SCHEMA_VERSION:
                 values = {key: value for key, value in values.items() if key in Settings.model_fields}
             return validate(Settings, values)

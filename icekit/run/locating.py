@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -28,7 +29,7 @@ from icekit.protocols import (
 from icekit.randomness import seeded_generator
 from icekit.run import border
 from icekit.run.directory import Located
-from icekit.run.division import divisions
+from icekit.run.division import divisions, things
 from icekit.settings import Settings
 
 CANDIDATES_TRIED = 5
@@ -58,6 +59,11 @@ def locate(
     the image or less is left, when the retriever has no word, or when nothing is erased for any of its first words. The
     masks of a ``Proposer`` are all the regions; where one has no word, the retriever names it, looking at that mask
     alone.
+
+    ``settings.same_word`` says when a word is several concepts. With ``"apart"`` the parts of its mask that lie apart
+    are (``division.things``), and a word comes again where the retriever still puts it above all new ones and the
+    segmentor finds it apart from where it was; parts that turn out to be one thing behind another concept are joined in
+    the end.
 
     With ``settings.naming`` other than ``"retrieved"`` the retriever looks at each region alone: it is cut in two where
     two words fit better than one, and in the end the words are given to the regions that they fit best.
@@ -113,6 +119,8 @@ class _StageOne:
                 if torch.equal(self._visible(located), visible):
                     break
                 on_change(located)
+            if self.settings.same_word == "apart":
+                located = dataclasses.replace(located, regions=self._joined(located.regions))
             if self.looks_alone and located.regions:
                 located = dataclasses.replace(located, regions=self._named_together(located.regions))
         located = dataclasses.replace(located, regions=self._described(located.regions, attributes), finished=True)
@@ -137,16 +145,25 @@ class _StageOne:
         return visible if located.erased is None else visible & ~located.erased
 
     def _used(self, located: Located) -> list[str]:
-        """The words that are not to come again."""
-        if self.settings.reuse == "later":
+        """The words that are not to come again, or with ``same_word = "apart"`` for another of their kind alone."""
+        if self.settings.same_word == "parts":
             return [] if located.last is None else [located.last]
         return [*(region.word for region in located.regions), *located.refused]
+
+    def _again(self, located: Located) -> list[str]:
+        """The words found so far that may come again: another of their kind may be there, for all that is known."""
+        if self.settings.same_word != "apart":
+            return []
+        refused = {word.casefold() for word in located.refused}
+        return [region.word for region in located.regions if region.word.casefold() not in refused]
 
     def _after_a_word(self, located: Located, segmentor: Segmentor) -> Located:
         """Try the retriever's words for what is visible, up to the first for which something is erased."""
         visible = self._visible(located)
         view = View(self.image, erase(self.image, visible, self.settings.erase), visible)
-        for candidate in self._words_for(view, self._used(located))[:CANDIDATES_TRIED]:
+        again = self._again(located) if getattr(self.retriever, "sees", True) else []
+        candidates = self._words_for(view, self._used(located), again)
+        for candidate in candidates[:CANDIDATES_TRIED]:
             if located.rounds == self.settings.max_rounds:
                 break
             generator = seeded_generator(self.settings.seed, "segment", len(located.regions), candidate.word)
@@ -155,8 +172,8 @@ class _StageOne:
             border.check_segmented(self._segmentor, found, self.image.shape[1:])
             mask = found.mask if isinstance(found, Segmentation) else found
             before = len(located.regions)
-            for part in self._parts(mask & visible):
-                located = self._with_region(located, part, candidate)
+            for part in self._parts(mask & visible, candidate.word, located):
+                located = self._with_region(located, part, candidate, first=len(located.regions) == before)
             located = dataclasses.replace(located, rounds=located.rounds + 1, last=candidate.word)
             if len(located.regions) == before:
                 located = dataclasses.replace(located, refused=(*located.refused, candidate.word))
@@ -167,22 +184,53 @@ class _StageOne:
                 break
         return located
 
-    def _parts(self, mask: Tensor) -> list[Tensor]:
-        """The mask, or each of its 8-connected parts, from the top down."""
-        if not self.settings.apart:
+    def _parts(self, mask: Tensor, word: str, located: Located) -> list[Tensor]:
+        """What of a word's mask are concepts of their own: bool ``[H, W]`` each."""
+        if self.settings.same_word == "once":
             return [mask]
-        labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
-        return [torch.from_numpy(labels == number) for number in range(1, count + 1)]
+        if self.settings.same_word == "parts":  # from the top down
+            labels, count = ndimage.label(mask.numpy(), structure=np.ones((3, 3)))
+            return [torch.from_numpy(labels == number) for number in range(1, count + 1)]
+        hidden, own = torch.zeros_like(mask), torch.zeros_like(mask)
+        for region in located.regions:
+            place = own if region.word.casefold() == word.casefold() else hidden
+            place |= region.mask
+        found = things(mask | own, hidden, self.settings.min_area)
+        return [thing for thing in found if not bool((thing & own).any())]
 
-    def _with_region(self, located: Located, mask: Tensor, candidate: Candidate) -> Located:
-        """With the region of this mask, if it is large enough and there is room for it."""
+    def _joined(self, regions: Sequence[Region]) -> tuple[Region, ...]:
+        """The regions, those of one word that are one thing behind another concept as one."""
+        kept: list[Region] = []
+        for word in dict.fromkeys(region.word for region in regions):
+            same = [region for region in regions if region.word == word]
+            own = torch.stack([region.mask for region in same]).any(dim=0)
+            hidden = torch.zeros_like(own)
+            for region in regions:
+                if region.word != word:
+                    hidden |= region.mask
+            for thing in things(own, hidden, self.settings.min_area) if len(same) > 1 else [own]:
+                parts = [region for region in same if bool((region.mask & thing).any())]
+                mask = torch.stack([part.mask for part in parts]).any(dim=0)
+                kept.append(dataclasses.replace(parts[0], mask=mask))
+        kept.sort(key=lambda region: region.index)
+        return tuple(dataclasses.replace(region, index=index) for index, region in enumerate(kept))
+
+    def _with_region(self, located: Located, mask: Tensor, candidate: Candidate, first: bool) -> Located:
+        """With the region of this mask, if it is large enough and there is room for it.
+
+        first: of those that this word was tried for. With ``same_word = "apart"`` a further one, or one of a word that
+        was found before, is taken only if the retriever, looking at it alone, has a word for it.
+        """
         used = self._used(located)
+        again = [word for word in self._again(located) if word.casefold() == candidate.word.casefold()]
         if self.looks_alone:
             mask = self._one_thing(mask, used)
         area = float(mask.float().mean())
         if len(located.regions) == self.settings.max_concepts or area == 0 or area < self.settings.min_area:
             return located
-        fitting = self._words_alone(mask, used) if self.looks_alone else []
+        fitting = self._words_alone(mask, used, again) if self.looks_alone else []
+        if self.looks_alone and self.settings.same_word == "apart" and not fitting and (again or not first):
+            return located
         named = fitting[0] if fitting else candidate
         region = Region(len(located.regions), named.word, named.score, mask)
         return dataclasses.replace(located, regions=(*located.regions, region))
@@ -197,17 +245,31 @@ class _StageOne:
 
     # --- Words -------------------------------------------------------------------------------------------------------
 
-    def _words_for(self, view: View, used: Sequence[str]) -> list[Candidate]:
-        """The retriever's words for a view, best first, none of them used."""
+    def _words_for(self, view: View, used: Sequence[str], again: Sequence[str] = ()) -> list[Candidate]:
+        """The retriever's words for a view, best first, none of them used, nor like one that is.
+
+        again: of the words used those that may come, as themselves: still none that is only like them.
+        """
+        new = self._asked(view, used)
+        if not again:
+            return new
+        may = {word.casefold() for word in again}
+        allowed = may | {one.word.casefold() for one in new}
+        found = self._asked(view, [word for word in used if word.casefold() not in may])
+        best = [one for one in found if one.word.casefold() in allowed]
+        there = {one.word.casefold() for one in best}
+        return best + [one for one in new if one.word.casefold() not in there]
+
+    def _asked(self, view: View, used: Sequence[str]) -> list[Candidate]:
         taken = {word.casefold() for word in used}
         with border.view_unchanged(self._retriever, view):
             candidates = self.retriever.retrieve(view, used)
         border.check_candidates(self._retriever, candidates)
         return [one for one in candidates if one.word.casefold() not in taken]
 
-    def _words_alone(self, mask: Tensor, used: Sequence[str] = ()) -> list[Candidate]:
-        """Words not used yet for what a mask shows, all else hidden; best first."""
-        return self._words_for(View(self.image, isolate(self.image, mask), mask), used)
+    def _words_alone(self, mask: Tensor, used: Sequence[str] = (), again: Sequence[str] = ()) -> list[Candidate]:
+        """Words not used yet for what a mask shows, all else hidden; best first. again: see ``_words_for``."""
+        return self._words_for(View(self.image, isolate(self.image, mask), mask), used, again)
 
     def _word_of(self, proposal: Proposal) -> Candidate:
         if proposal.word is not None:
@@ -237,13 +299,19 @@ class _StageOne:
         return kept
 
     def _named_together(self, regions: Sequence[Region]) -> tuple[Region, ...]:
-        """The regions with the words that fit all of them best: the assignment of the largest total score, each once.
+        """The regions with the words that fit all of them best: the assignment of the largest total score.
 
-        One by one, the first region may take the word that the next one fits better. A region that the retriever has no
-        word for keeps its own.
+        One by one, the first region may take the word that the next one fits better. Each word is given as often as it
+        was found: once, or for each of its kind. A region that the retriever has no word for keeps its own.
         """
-        found = [{one.word: one.score for one in self._words_alone(region.mask)} for region in regions]
-        words = list(dict.fromkeys([region.word for region in regions] + [word for row in found for word in row]))
+        counts = Counter(region.word for region in regions)
+        found = [
+            {one.word: one.score for one in self._words_alone(region.mask, *self._of_a_kind(region, counts))}
+            for region in regions
+        ]
+        words = list(counts.elements()) + [
+            word for word in dict.fromkeys(word for row in found for word in row) if word not in counts
+        ]
 
         def fit(row: int, word: str) -> float:
             kept = word == regions[row].word
@@ -256,6 +324,14 @@ class _StageOne:
             if word in found[row]:
                 named[row] = dataclasses.replace(regions[row], word=word, score=found[row][word])
         return tuple(named)
+
+    def _of_a_kind(self, region: Region, counts: Counter[str]) -> tuple[list[str], list[str]]:
+        """The words that are used and that may come again where there are several of a region's kind: its own.
+
+        Words that are only like it would name one of two dogs a puppy.
+        """
+        of_a_kind = self.settings.same_word == "apart" and counts[region.word] > 1
+        return ([region.word], [region.word]) if of_a_kind else ([], [])
 
     def _described(self, regions: Sequence[Region], attributes: Sequence[Attribute]) -> tuple[Region, ...]:
         """The regions with hints, if the retriever can give some and is to: it looks at each alone."""

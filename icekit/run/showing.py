@@ -58,6 +58,7 @@ def show(
     *,
     attributes: Sequence[Attribute] = (),
     skip: Collection[Sample] = (),
+    attention: bool = True,
     on_attention: Callable[[int, str, Tensor], None] = lambda index, part, weights: None,
     on_sample: Callable[[Sample, Image.Image], None] = lambda sample, image: None,
 ) -> Shown:
@@ -74,11 +75,12 @@ def show(
         settings: the number of samples, how they are made, and the seed.
         attributes: those that were asked for.
         skip: samples that are there already; the others are the same images with and without them.
+        attention: whether it is to be shown where tokens look.
         on_attention: called with the concept's index, the part and its map.
         on_sample: called after every sample.
     """
     shown = Shown()
-    for region in regions:
+    for region in regions if attention else ():
         generator = seeded_generator(settings.seed, "attention", region.index)
         names = learned_tokens(region, attributes, learned.tokens)
         for part, weights in attention_maps(backbone, image, names, learned.tokens, generator).items():

@@ -17,6 +17,8 @@ class WordsRetriever:
 
     Settings = WordsSettings
 
+    sees = False
+
     def __init__(self, settings: WordsSettings, backbone: Backbone) -> None:
         words = [word.strip() for word in settings.words if word.strip()]
         if not words:

@@ -90,9 +90,9 @@ class GroundingDinoSettings(ComponentSettings):
         DETECTOR, min_length=1, description=f"Grounding DINO (GroundingDinoForObjectDetection): {MODEL}"
     )
     vocabulary: Annotated[str | tuple[str, ...] | None, PLACE] = Field(
-        None,
-        description="words to look for: a list, or a text file with one a line; none: the built-in nouns. Without a "
-        "GPU give a short one: every view is searched for all of them",
+        "package:icekit/vocabulary/nouns.txt",
+        description="words to look for: a list, or a text file with one a line; by default 1,695 nouns; none: icekit's "
+        "9,150 names of things. Without a GPU give a short one: every view is searched for all of them",
     )
     template: Phrase = Field("a {}", description="what the detector is asked for, {} being the word")
     words_at_once: int = Field(
