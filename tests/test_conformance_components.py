@@ -11,7 +11,6 @@ from typing import Any
 import icekit_neighbours
 import icekit_texture
 import pytest
-import torch
 from icekit_tabletop import plugin as tabletop_plugin
 from icekit_tabletop.dataset import TabletopDataset
 from icekit_tabletop.world import SHAPES
@@ -60,15 +59,9 @@ def clip() -> str:
 
 @functools.cache
 def dino() -> str:
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+    from icekit.testing.tiny import write_dino
 
-    config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16
-    )
-    torch.manual_seed(0)
-    ViTModel(config).save_pretrained(folder() / "dino")
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder() / "dino")
-    return str(folder() / "dino")
+    return str(write_dino(folder() / "dino"))
 
 
 def with_clip(**values: Any) -> Callable[[Scene], Mapping[str, Any]]:
@@ -134,16 +127,20 @@ BUILTINS: list[Any] = [
     LearnerUnderTest(LEARNERS["words"], {}, "words"),
     LearnerUnderTest(LEARNERS["described"], {}, "described"),
     LearnerUnderTest(LEARNERS["random"], {}, "random"),
-    *(MetricUnderTest(METRICS[name], {}, name) for name in ("miou", "recall", "word_accuracy")),
+    *(
+        MetricUnderTest(METRICS[name], {}, name)
+        for name in ("miou", "mask_recall", "mask_precision", "recall", "word_accuracy")
+    ),
     *(
         MetricUnderTest(METRICS[name], lambda scene: {"clip": clip()}, name)
-        for name in ("sim_i", "sim_c", "acc1", "acc3")
+        for name in ("sim_i", "sim_c", "acc1", "acc3", "attribute_clip")
     ),
     *(
         MetricUnderTest(METRICS[name], lambda scene: {"dino": dino()}, name)
         for name in ("sim_i_dino", "sim_c_dino", "acc1_dino", "acc3_dino")
     ),
     DatasetUnderTest(DATASETS["folder"], pictures_in_a_folder, "folder"),
+    DatasetUnderTest(DATASETS["uce"], pictures_in_a_folder, "uce"),
     ExporterUnderTest(registered(builtin, "exporter")["report"], {"image_side": 300}, "report"),
 ]
 PLUGINS: list[Any] = [

@@ -307,6 +307,7 @@ def check_bench(values: dict[str, Any], settings: dict[str, Any], found: Plugins
     """Whether what a bench is of is there."""
     chosen: dict[str, Sequence[str]] = {role: values[f"{role}s"] for role in ("retriever", "segmentor", "learner")}
     chosen |= {"metric": values["metrics"], "dataset": [values["dataset"]]}
+    chosen["backbone"] = [values["backbone"] or found.chosen(Settings(), values["dataset"]).backbone]
     for role, names in chosen.items():
         for name in names:
             found.component(role, name)

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 
 from icekit import InputError, Region
-from icekit.builtin.metrics import image_encoders, mask_metrics, similarity
+from icekit.builtin.metrics import attributes, image_encoders, mask_metrics, similarity
 from icekit.builtin.metrics.image_encoders import ImageEncoder
-from icekit.protocols import BenchImage, FoundConcept, Match, TrueConcept
+from icekit.protocols import BenchImage, Column, FoundConcept, Match, TrueConcept
+from icekit.protocols.measuring import columns_of
+from icekit.testing import tiny
 
 CPU = SimpleNamespace(device=torch.device("cpu"))
 
@@ -38,6 +40,7 @@ class FakeOutcome:
     matches: list[Match] = field(default_factory=list)
     attributes: tuple[str, ...] = ()
     pictures: dict[str, list[Image.Image]] = field(default_factory=dict)
+    vocabularies: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def generate(self, prompt: str) -> list[Image.Image]:
         return self.pictures[prompt]
@@ -66,6 +69,79 @@ def test_masks_and_words() -> None:
     assert value(mask_metrics.Recall) == 2 / 4  # 0.5 is enough
     assert value(mask_metrics.WordAccuracy) == 1 / 4  # the ball is called vase, the vase has too little overlap
     assert mask_metrics.MeanIou(mask_metrics.MeanIou.Settings(), CPU).measure(FakeOutcome(BLANK))["miou"].value is None
+
+
+def test_pixels_of_masks() -> None:
+    true = TrueConcept(mask(0, 1, 2, 3), "cup")
+    found = FoundConcept(Region(0, "cup", 1.0, mask(2, 3, 4, 5, 6)), {}, {})
+    outcome = FakeOutcome(BLANK, matches=[Match(true.mask, true, found, 2 / 7), Match(true.mask, true, None, 0.0)])
+    settings = mask_metrics.MeanIou.Settings()
+    [recall] = mask_metrics.MaskRecall(settings, CPU).measure(outcome).values()
+    [precision] = mask_metrics.MaskPrecision(settings, CPU).measure(outcome).values()
+    assert recall.value == pytest.approx((2 / 4 + 0) / 2)
+    assert precision.value == pytest.approx((2 / 5 + 0) / 2)
+
+
+def test_columns_of_every_attribute() -> None:
+    columns = {"plain": Column("x"), "of_{attribute}": Column("{attribute} tokens", higher_is_better=False)}
+    assert columns_of(columns, ["colour", "shine"]) == {
+        "plain": Column("x"),
+        "of_colour": Column("colour tokens", higher_is_better=False),
+        "of_shine": Column("shine tokens", higher_is_better=False),
+    }
+    assert list(columns_of(columns, [])) == ["plain"]
+
+
+def test_word_ranked_first_by_hand() -> None:
+    words = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    images = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.6, 0.8]])
+    # Similarities: (1, 0, .6), (.8, .6, .96), (0, 1, .8), (.6, .8, 1).
+    assert attributes.share_ranked_first(images, words, own=0) == 1 / 4
+    assert attributes.share_ranked_first(images, words, own=1) == 1 / 4
+    assert attributes.share_ranked_first(images, words, own=2) == 2 / 4
+    twins = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert attributes.share_ranked_first(images[:1], twins, own=1) == 1  # none is nearer
+
+
+class FakeClip:
+    """Colours are seen as they are; "red cup" is the colour red."""
+
+    def embed_words(self, phrases: list[str], templates: tuple[str, ...]) -> torch.Tensor:
+        self.asked = [template.format(phrase) for template in templates for phrase in phrases]
+        colours = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+        return torch.tensor([colours[phrase.split()[0]] for phrase in phrases])
+
+
+def test_what_images_of_an_attribute_show(outcome: FakeOutcome, monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = FakeClip()
+    monkeypatch.setattr(image_encoders, "clip_model", lambda *arguments: clip)
+    cup, ball = outcome.found
+    cup = dataclasses.replace(cup, tokens=cup.tokens | {"colour": "<cup-0-colour>"}, words={"colour": ["red", "blue"]})
+    ball = dataclasses.replace(ball, tokens={"colour": "<ball-1-colour>"}, words={"colour": ["green"]})
+    outcome.matches = [
+        dataclasses.replace(outcome.matches[0], found=cup),
+        dataclasses.replace(outcome.matches[1], found=ball),
+    ]
+    outcome.attributes, outcome.vocabularies = ("colour",), {"colour": ("red", "green", "blue")}
+    outcome.pictures |= {
+        "a photo of a <cup-0> <cup-0-colour>": [paint(RED), paint(GREEN)],
+        "a photo of a ball <ball-1-colour>": [paint(GREEN), paint(GREEN)],  # the category has no token
+        "a photo of a red cup": [paint(RED), paint(RED)],
+        "a photo of a green ball": [paint(GREEN), paint(RED)],
+    }
+    built = attributes.AttributeClip(attributes.AttributeClip.Settings(), CPU)
+    built.prepare([outcome.image])
+    scores = built.measure(outcome)
+    assert {name: score.value for name, score in scores.items()} == {
+        "clip_colour": (0.5 + 1) / 2,
+        "clip_colour_word": (1 + 0.5) / 2,
+    }
+    assert scores["clip_colour"].prompts == ["a photo of a <cup-0> <cup-0-colour>", "a photo of a ball <ball-1-colour>"]
+    assert clip.asked == ["a photo of a red ball", "a photo of a green ball", "a photo of a blue ball"]
+    outcome.matches = [Match(outcome.matches[0].mask, None, None, 0.0)]
+    assert built.measure(outcome)["clip_colour"].value is None
+    with pytest.raises(ValueError, match=r"has no single \{\} for the word"):
+        attributes.AttributeClip.Settings(templates=("a photo",))
 
 
 def test_accuracy_by_hand() -> None:
@@ -225,14 +301,10 @@ def test_clip_folder(clip_folder: Path) -> None:
 
 
 def test_dino_folder(tmp_path: Path) -> None:
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
+    from transformers import ViTModel
 
-    torch.manual_seed(0)
-    config = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=16)  # fmt: skip  # noqa: E501
-    model = ViTModel(config).eval()
-    model.save_pretrained(tmp_path)
-    processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    processor.save_pretrained(tmp_path)
+    tiny.write_dino(tmp_path)
+    model = ViTModel.from_pretrained(tmp_path).eval()
     picture = torch.rand(3, 32, 32)
     embedded = similarity.DinoSettings(dino=str(tmp_path)).encoder(torch.device("cpu")).embed([picture])
     with torch.no_grad():

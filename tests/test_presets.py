@@ -346,7 +346,7 @@ def test_a_broken_preset_is_named_and_left_out(tmp_path: Path, text: str, reason
 
     found = builtins()
     found.add(Origin("odd", "odd", "1"), Plugin)
-    assert list(found.offered("preset")) == ["published", "paper", "weighed"]
+    assert list(found.offered("preset")) == ["published", "paper", "weighed", "uce"]
     assert reason in str(found.broken[0])
 
 

@@ -28,6 +28,7 @@ from icekit import plugins
 from icekit.bench import page, results
 from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
 from icekit.bench.outcome import PLAIN, MeasuredOutcome, found_concepts
+from icekit.bench.published import Published, read_published
 from icekit.bench.results import CEILING, FLOOR
 from icekit.bench.rows import Row, read_rows, stage_one_key, stage_one_name
 from icekit.hookspecs import hookimpl
@@ -48,6 +49,7 @@ from icekit.protocols import (
     Step,
     parts_of,
 )
+from icekit.protocols.measuring import columns_of
 from icekit.protocols.strict import CHANGES_NO_RESULT, StrictSettings, as_stored, changes_no_result
 from icekit.randomness import seeded_generator
 from icekit.run import border, images
@@ -204,6 +206,7 @@ class _Bench:
         self.dataset_settings = found.component_settings("dataset", dataset, own_values["dataset"])
         with self._naming("dataset", dataset, "load"):
             self.dataset: Dataset = found.component("dataset", dataset)(self.dataset_settings)
+            self.published: Published | None = read_published(getattr(self.dataset, "published", None), dataset)
 
         self.given, self.typed = merge(given, {"seed": seed}), components
         self.rows = read_rows(own_values["rows"], (FLOOR, CEILING, PLAIN))
@@ -440,7 +443,10 @@ class _Bench:
         for name in self.metric_names:
             with self._naming("metric", name, "load"):
                 self.metrics[name] = self.plugins.component("metric", name)(self.metric_settings[name], self.backbone)
-        _check_columns(self.metrics)
+                for column, what in self.metrics[name].columns.items():
+                    if not isinstance(what, Column):
+                        raise RunError(f"metric {name!r}: its column {column!r} is {what!r} and no icekit Column")
+        _check_columns(self.columns)
         self.directory.begin(self._record(), resume=resume, may_change=self._may_change())
         for image in self.images:
             folder = self.directory.data(image.name)
@@ -452,6 +458,11 @@ class _Bench:
         for name, metric in self.metrics.items():
             with self._naming("metric", name, "prepare"):
                 metric.prepare(self.images)
+
+    @property
+    def columns(self) -> dict[str, dict[str, Column]]:
+        """Metric -> its columns, for the attributes of all rows."""
+        return {name: columns_of(metric.columns, self._attributes()) for name, metric in self.metrics.items()}
 
     def to_the_end(
         self, command: str, on_progress: Callable[[Progress], None], part: tuple[int, int]
@@ -473,12 +484,13 @@ class _Bench:
                 on_progress(Progress(done, total, image.name, combination.name, measured.get("error")))
         made = results.summarise(
             values=values,
-            columns={name: dict(metric.columns) for name, metric in self.metrics.items()},
+            columns=self.columns,
             images=[image.name for image in images],
             components={one.name: one.settings.components.model_dump() for one in self.combinations},
             overrides={one.name: one.overrides for one in self.combinations if one.overrides is not None},
             seed=self.seed,
             against=self.bench.against,
+            published=self.published,
             record=self._record()
             | {
                 "command": command,
@@ -527,6 +539,7 @@ class _Bench:
                 self.plugins.component("learner", combination.settings.name_of("learner")),
                 combination.settings.attributes,
             ),
+            words={one.name: one.vocabulary for one in self.plugins.attributes(combination.settings)},
         )
         kept |= {"error": None if run else error}
         if run:
@@ -535,7 +548,7 @@ class _Bench:
         for name in missing:
             with self._naming("metric", name, "measure"):
                 scores = self.metrics[name].measure(outcome)
-                border.check_scores(("metric", name), scores, self.metrics[name].columns)
+                border.check_scores(("metric", name), scores, self.columns[name])
             kept["metrics"][name] = {
                 column: {
                     "value": score.value if score.value is not None and math.isfinite(score.value) else None,
@@ -765,12 +778,10 @@ def _check_keys(role: str, table: Any, fields: Mapping[str, Collection[str]]) ->
             )
 
 
-def _check_columns(metrics: Mapping[str, Metric]) -> None:
+def _check_columns(columns: Mapping[str, Mapping[str, Column]]) -> None:
     owners: dict[str, str] = {}
-    for name, metric in metrics.items():
-        for column, what in metric.columns.items():
-            if not isinstance(what, Column):
-                raise RunError(f"metric {name!r}: its column {column!r} is {what!r} and no icekit Column")
+    for name, own in columns.items():
+        for column in own:
             if column in owners:
                 raise InputError(f"metrics {owners[column]!r} and {name!r} both give {column!r}: choose one of them")
             owners[column] = name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ class MeasuredOutcome:
     run: None where nothing was found.
     count: images for each prompt.
     parts: see ``protocols.Outcome``.
+    words: attribute's name -> its vocabulary.
     """
 
     image: BenchImage
@@ -40,12 +41,18 @@ class MeasuredOutcome:
     run: Extraction | None
     count: int
     parts: Sequence[str]
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
     _images: dict[str, list[Image.Image]] = field(default_factory=dict)
 
     @property
     def attributes(self) -> Sequence[str]:
         """See ``protocols.Outcome``."""
         return [part for part in self.parts if part not in ("category", "instance")]
+
+    @property
+    def vocabularies(self) -> Mapping[str, Sequence[str]]:
+        """See ``protocols.Outcome``."""
+        return {name: self.words.get(name, ()) for name in self.attributes}
 
     @property
     def matches(self) -> Sequence[Match]:

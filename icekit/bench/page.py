@@ -50,7 +50,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Bar:
-    """One row in a column's chart: the interval and the mean as shares of the chart's width, percent."""
+    """One row in a column's chart: the interval and the mean as shares of the chart's width, percent.
+
+    kind: measured, end (floor and ceiling) or published, which has no interval: low and high are the mean then.
+    """
 
     row: str
     kind: str
@@ -77,6 +80,8 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
     environment.filters["duration"] = duration
     environment.filters["cell"] = results.cell
     environment.filters["difference"] = results.difference
+    environment.filters["published_name"] = results.published_name
+    environment.filters["published_cell"] = results.published_cell
     environment.filters["settings"] = _settings
     folder = Path(__file__).parents[1] / "report" / "templates"
     style = Markup("\n".join((folder / name).read_text(encoding="utf-8") for name in ("report.css", "bench.css")))
@@ -90,7 +95,7 @@ def render_page(directory: BenchDirectory, made: Mapping[str, Any]) -> str:
         for name, what in made["columns"].items()
     ]
     return environment.get_template("bench.html.jinja").render(
-        style=style, made=made, columns=columns, notes=results.notes(made)
+        style=style, made=made, columns=columns, published=results.published_rows(made), notes=results.notes(made)
     )
 
 
@@ -101,8 +106,9 @@ def _settings(nested: Mapping[str, Any]) -> str:
 
 def _bars(made: Mapping[str, Any], column: str) -> list[Bar]:
     rows = [(row, row["values"][column]) for row in made["rows"] if column in row["values"]]
-    start = min(0.0, *(value["low"] for _, value in rows))
-    end = max(1.0, *(value["high"] for _, value in rows))
+    of_others = [(row, row["values"][column]) for row in results.published_rows(made) if column in row["values"]]
+    start = min(0.0, *(value["low"] for _, value in rows), *(value for _, value in of_others))
+    end = max(1.0, *(value["high"] for _, value in rows), *(value for _, value in of_others))
 
     def place(value: float) -> float:
         return round(100 * (value - start) / (end - start), 2)
@@ -117,6 +123,16 @@ def _bars(made: Mapping[str, Any], column: str) -> list[Bar]:
             place(value["high"]),
         )
         for row, value in rows
+    ] + [
+        Bar(
+            results.published_name(row),
+            "published",
+            results.published_cell(value),
+            place(value),
+            place(value),
+            place(value),
+        )
+        for row, value in of_others
     ]
 
 

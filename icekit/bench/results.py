@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from icekit.bench.bootstrap import bootstrap
+from icekit.bench.published import Published
 from icekit.protocols import Column
 
 FLOOR, CEILING = "floor", "ceiling"
@@ -44,6 +45,7 @@ def summarise(
     record: Mapping[str, Any],
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     against: str | None = None,
+    published: Published | None = None,
 ) -> dict[str, Any]:
     """Put everything that was measured together, as in ``results.json``.
 
@@ -56,6 +58,7 @@ def summarise(
         record: what was measured and how; comes first.
         overrides: named row -> its own settings, nested.
         against: the row that every other is held against.
+        published: figures of others on this data set.
 
     Returns:
         ``record`` with ``columns`` (name -> metric, meaning, higher_is_better, says_nothing) and ``rows``: name,
@@ -63,7 +66,8 @@ def summarise(
         ``values`` (column -> mean, low, high, n), ``images`` (image -> column
         -> value), ``errors`` (image -> why its run failed) and ``seconds`` (means over images). Columns that nobody has
         a value for are left out. With ``against`` every other row has ``differences``, too: as ``values``, of its value
-        less that row's in the images in which both have one.
+        less that row's in the images in which both have one. With ``published`` figures in any of the columns there are
+        those, too: ``images``, ``notes`` and ``rows`` of name, source and ``values`` (column -> number).
     """
     rows: list[dict[str, Any]] = []
     for name, by_image in values.items():
@@ -103,7 +107,9 @@ def summarise(
                     "higher_is_better": what.higher_is_better,
                     "says_nothing": says_nothing(by_name, column, what.higher_is_better),
                 }
-    return {"schema_version": SCHEMA_VERSION, **record, "columns": described, "rows": rows}
+    made = {"schema_version": SCHEMA_VERSION, **record, "columns": described, "rows": rows}
+    of_others = published.of_columns(described) if published else {}
+    return made | ({"published": of_others} if of_others.get("rows") else {})
 
 
 def estimate_of(numbers: Sequence[float], seed: int) -> dict[str, float]:
@@ -148,6 +154,22 @@ def cell(estimate: Mapping[str, float] | None) -> str:
     return f"{estimate['mean']:.2f} [{estimate['low']:.2f}, {estimate['high']:.2f}]"
 
 
+def published_rows(made: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The rows of others' figures: name, source, values."""
+    rows: list[dict[str, Any]] = made.get("published", {}).get("rows", [])
+    return rows
+
+
+def published_name(row: Mapping[str, Any]) -> str:
+    """What a row of others' figures is called wherever it stands beside measured ones."""
+    return f"{row['name']} (published)"
+
+
+def published_cell(value: float | None) -> str:
+    """``0.738``, with the decimals that publications have; a dash where nothing was published."""
+    return "–" if value is None else f"{value:.3f}"
+
+
 def difference(estimate: Mapping[str, float] | None) -> str:
     """``+0.06 [+0.02, +0.10]``; a dash where nothing was measured."""
     if estimate is None:
@@ -176,19 +198,36 @@ def notes(made: Mapping[str, Any]) -> list[str]:
             lines.append(
                 f"{row['name']}: nothing came of {len(row['errors'])} of {made['n']} images ({first[0]}: {first[1]})"
             )
+    if of_others := made.get("published"):
+        if of_others["images"] != made["n"]:
+            lines.append(
+                f"published figures are of {of_others['images']} images and these of {made['n']}: no comparison"
+            )
+        lines += [f"{published_name(row)}: {row['source']}" for row in of_others["rows"]]
+        lines += of_others["notes"]
     return lines
 
 
 def to_csv(made: Mapping[str, Any]) -> str:
-    """One line a row: its name, its components, and mean, low, high and n of every column."""
+    """One line a row: its name, its components, and mean, low, high and n of every column.
+
+    Others' figures come last, as means alone, with their source in a last column of their own.
+    """
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     roles = ["backbone", "retriever", "segmentor", "learner"]
     parts = ("mean", "low", "high", "n")
-    writer.writerow(["row", *roles, *(f"{column}_{part}" for column in made["columns"] for part in parts)])
+    of_others = published_rows(made)
+    last = [["published_in"], [""]] if of_others else [[], []]
+    writer.writerow(["row", *roles, *(f"{column}_{part}" for column in made["columns"] for part in parts), *last[0]])
     for row in made["rows"]:
         cells = [row["values"].get(column, {}).get(part, "") for column in made["columns"] for part in parts]
-        writer.writerow([row["name"], *((row["components"] or {}).get(role, "") for role in roles), *cells])
+        writer.writerow([row["name"], *((row["components"] or {}).get(role, "") for role in roles), *cells, *last[1]])
+    for row in of_others:
+        cells = [
+            row["values"].get(column, "") if part == "mean" else "" for column in made["columns"] for part in parts
+        ]
+        writer.writerow([published_name(row), *("" for _ in roles), *cells, row["source"]])
     return file.getvalue()
 
 

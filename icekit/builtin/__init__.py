@@ -121,31 +121,38 @@ def register_learners(register: Register) -> None:
 
 @hookimpl
 def register_attributes(register: Callable[[Attribute], None]) -> None:
-    """Colour and material."""
-    from icekit.builtin.attributes import COLOUR, MATERIAL
+    """Colour, material and pattern."""
+    from icekit.builtin.attributes import COLOUR, MATERIAL, PATTERN
 
     register(COLOUR)
     register(MATERIAL)
+    register(PATTERN)
 
 
 @hookimpl
 def register_presets(register: Callable[[str, Path], None]) -> None:
-    """ICE as it was published: as its code does it, and as its paper says; and what made it learn on the tabletop."""
+    """ICE as it was published: as its code does it, and as its paper says; what made it learn on the tabletop; UCE."""
     folder = Path(__file__).parents[1] / "presets"
-    for name in ("published", "paper", "weighed"):
+    for name in ("published", "paper", "weighed", "uce"):
         register(name, folder / f"{name}.toml")
 
 
 @hookimpl
 def register_datasets(register: Register) -> None:
-    """The user's own pictures."""
-    from icekit.builtin.datasets.settings import FolderSettings
+    """The user's own pictures, and those of the UCE benchmark."""
+    from icekit.builtin.datasets.settings import FolderSettings, UceSettings
 
     register(
         "folder",
         f"{HERE}.datasets.folder:FolderDataset",
         settings=FolderSettings,
         summary="The user's own pictures from a folder, with their masks where there are some.",
+    )
+    register(
+        "uce",
+        f"{HERE}.datasets.uce:UceDataset",
+        settings=UceSettings,
+        summary="The UCE benchmark (ConceptExpress, ECCV 2024): photographs with masks, beside published figures.",
     )
 
 
@@ -166,7 +173,7 @@ def register_exporters(register: Register) -> None:
 def register_metrics(register: Register) -> None:
     """The UCE protocol's metrics, with CLIP and with DINO, and those of masks and words."""
     from icekit.builtin.metrics import mask_metrics
-    from icekit.builtin.metrics.settings import ClipSettings, DinoSettings
+    from icekit.builtin.metrics.settings import AttributeClipSettings, ClipSettings, DinoSettings
 
     of_pictures = {
         "sim_i": ("Identity", "SIM^I: cosine of images made with a concept's tokens to the source image masked to it"),
@@ -179,6 +186,14 @@ def register_metrics(register: Register) -> None:
         register(name, f"{place}:{component}", settings=ClipSettings, summary=f"{summary} (CLIP).")
     for name, (component, summary) in of_pictures.items():
         register(f"{name}_dino", f"{place}:Dino{component}", settings=DinoSettings, summary=f"{summary} (DINO).")
+    register(
+        "attribute_clip",
+        f"{HERE}.metrics.attributes:AttributeClip",
+        settings=AttributeClipSettings,
+        summary="Share of an attribute's images in which CLIP ranks the word it was named with first; needs no truth.",
+    )
     register("miou", mask_metrics.MeanIou)
+    register("mask_recall", mask_metrics.MaskRecall)
+    register("mask_precision", mask_metrics.MaskPrecision)
     register("recall", mask_metrics.Recall)
     register("word_accuracy", mask_metrics.WordAccuracy)

@@ -13,7 +13,16 @@ from typing import Any
 import click
 
 from icekit import plugins
-from icekit.cli.common import Invocation, preset_option, print_json, print_table, table_of, with_resume
+from icekit.cli.common import (
+    LOW_MEMORY,
+    Invocation,
+    low_memory_option,
+    preset_option,
+    print_json,
+    print_table,
+    table_of,
+    with_resume,
+)
 from icekit.cli.completion import DEVICES, complete_setting, names
 from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
@@ -51,10 +60,11 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
 )
 @click.option("--config", type=UserPath(), metavar="FILE", help="Settings file (TOML); a table "
               "[rows.NAME] in it is a row of its own, with settings over the others")  # fmt: skip
-@click.option("--path", type=UserPath(), metavar="FOLDER", help="The pictures, for the data set folder")
+@click.option("--path", type=UserPath(), metavar="FOLDER", help="The pictures, for the data sets folder and uce")
 @click.option(
     "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the models run [default: auto]"
 )
+@low_memory_option
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
               shell_complete=complete_setting, help="One setting, as in learner.steps=400 "
               "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
@@ -80,6 +90,7 @@ def run_bench(
     config: Path | None,
     path: Path | None,
     device: str | None,
+    low_memory: bool,
     assignments: Sequence[str],
     resume: bool,
     overwrite: bool,
@@ -89,8 +100,8 @@ def run_bench(
     """Measure every combination of the components given on DATASET, a floor and a ceiling.
 
     Prints a table of means with their 95 % bootstrap intervals over images, and writes results.json, results.csv and
-    bench.html into DIR. What was measured is kept: --resume goes on where a bench was interrupted, and measures
-    learners, metrics or images that were added.
+    bench.html into DIR. Figures that others published on DATASET stand below. What was measured is kept: --resume goes
+    on where a bench was interrupted, and measures learners, metrics or images that were added.
 
     icekit bench tabletop --n 8 --learner ice --learner textual-inversion --out runs/bench
     """
@@ -99,6 +110,8 @@ def run_bench(
         settings = merge(settings, parse_assignment(assignment))
     options = {"preset": preset, "attributes": list(attributes), "device": device}
     settings = merge(settings, {key: value for key, value in options.items() if value})
+    if low_memory:
+        settings = merge(settings, {"backbone": LOW_MEMORY})
     if path is not None:
         settings = merge(settings, {"dataset": {"path": str(path)}})
     components = {"retriever": retrievers, "segmentor": segmentors, "learner": learners}
@@ -108,7 +121,15 @@ def run_bench(
     if isinstance(context.find_root().obj, Invocation):
         context.find_root().obj.resume = with_resume(sys.argv[1:])
     from icekit.bench import bench
-    from icekit.bench.results import cell, difference, heading, notes
+    from icekit.bench.results import (
+        cell,
+        difference,
+        heading,
+        notes,
+        published_cell,
+        published_name,
+        published_rows,
+    )
     from icekit.cli.progress import BenchProgress
 
     found = plugins.installed()
@@ -141,6 +162,8 @@ def run_bench(
         table = table_of("", *(heading(column, made["columns"][column]) for column in shown))
         for row in made["rows"]:
             table.add_row(row["name"], *(cell(row["values"].get(column)) for column in shown))
+        for row in published_rows(made):
+            table.add_row(published_name(row), *(published_cell(row["values"].get(column)) for column in shown))
         print_table(table)
     against = made["settings"]["bench"]["against"]
     if against is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ from icekit.builtin.datasets.settings import FolderSettings
 from icekit.builtin.segmentors.masks import SUFFIXES, fit_mask, image_files, natural_order, read_mask
 from icekit.files import is_hidden, read_bytes
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
+from icekit.pixels import cover
 from icekit.protocols import BenchPicture, InputError, TrueConcept
 from icekit.protocols.values import bounded
 from icekit.waiting import told
+
+log = logging.getLogger(__name__)
 
 MAX_NAME_BYTES = 100
 """Of a picture's name, by which files of a bench are called."""
@@ -52,7 +56,7 @@ class FolderDataset:
         names = safe_names([name for name, _, _ in entries])
         chosen = list(zip(names, entries, strict=True))[:count]
         return [
-            BenchPicture(name, picture, _concepts(picture, masks, size))
+            BenchPicture(name, picture, concepts_of(picture, masks, size))
             for name, (_, picture, masks) in told(chosen, f"reading the pictures of {self._path}")
         ]
 
@@ -97,11 +101,13 @@ def _image_files(folder: Path) -> list[Path]:
     return image_files(folder) if folder.is_dir() else []
 
 
-def _concepts(picture: Path, files: Sequence[Path], size: tuple[int, int]) -> tuple[TrueConcept, ...]:
+def concepts_of(picture: Path, files: Sequence[Path], size: tuple[int, int]) -> tuple[TrueConcept, ...]:
     """A picture's concepts from its mask files, (height, width) ``size``.
 
+    An object outside the middle of the picture, which is what a bench shows of it, is left out.
+
     Raises:
-        InputError: a file cannot be read, or a mask has not the picture's proportions.
+        InputError: a file cannot be read; a mask is empty, or has not the picture's proportions; all are outside.
     """
     if not files:
         return ()
@@ -118,7 +124,12 @@ def _concepts(picture: Path, files: Sequence[Path], size: tuple[int, int]) -> tu
                 f"mask {file} is {width} x {height}, {picture} is {whole[0]} x {whole[1]}: a mask must have the "
                 "proportions of its picture, turned upright"
             )
+        if mask.any() and not bool(cover(mask, size).any()):
+            log.warning("%s is left out: it is outside the middle of %s, which is what the model sees", file, picture)
+            continue
         concepts.append(TrueConcept(fit_mask(mask, size, file), word_of(file)))
+    if not concepts:
+        raise InputError(f"{picture}: none of its masks is within its middle, which is what the model sees")
     return tuple(concepts)
 
 

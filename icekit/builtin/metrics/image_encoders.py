@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from icekit.clip import load_clip, preprocess
+from icekit.clip import ClipModel
 from icekit.model_files import (
     HUB_ID,
     Hub,
@@ -56,25 +56,25 @@ class ImageEncoder:
 
 
 @functools.lru_cache(maxsize=4)
-def clip_encoder(model: str, pretrained: str, device: torch.device) -> ImageEncoder:
-    """CLIP's image encoder (Radford et al., 2021), loaded once for all metrics.
+def clip_model(model: str, pretrained: str, device: torch.device) -> ClipModel:
+    """A CLIP model (Radford et al., 2021), loaded once for all metrics.
 
     Raises:
         InputError: no such model, weights or folder.
         RunError: the weights cannot be fetched.
     """
     try:
-        clip, _ = load_clip(model, pretrained, device)
+        return ClipModel(model, pretrained, device)
     except InputError as error:  # the retriever calls these settings by other names
         message = str(error).replace("retriever.model", "metric.clip")
         raise InputError(message.replace("retriever.pretrained", "metric.pretrained")) from error
 
-    def encode(images: Tensor) -> Tensor:
-        batch = torch.stack([preprocess(image, clip) for image in images])
-        embedded: Tensor = clip.encode_image(batch.to(device))
-        return embedded
 
-    return ImageEncoder(encode)
+@functools.lru_cache(maxsize=4)
+def clip_encoder(model: str, pretrained: str, device: torch.device) -> ImageEncoder:
+    """Its image encoder. Raises as ``clip_model``."""
+    clip = clip_model(model, pretrained, device)
+    return ImageEncoder(lambda images: clip.embed_images(list(images)))
 
 
 @functools.lru_cache(maxsize=4)

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from icekit.protocols import Backbone, BenchImage, Column, ComponentSettings, Match, Outcome, Score
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FOUND_IOU = 0.5
 """From this IoU on an object counts as found."""
+
+
+def share_of(mask: Tensor, other: Tensor | None) -> float:
+    """The share of a mask's pixels that another covers, in [0, 1]; 0 without another.
+
+    mask, other: bool ``[H, W]``, the first not empty.
+    """
+    return 0.0 if other is None else float((mask & other).sum() / mask.sum())
 
 
 class MeanIou:
@@ -44,6 +56,26 @@ class Recall(MeanIou):
     def value(self, match: Match) -> float:
         """Whether it was found."""
         return float(match.iou >= FOUND_IOU)
+
+
+class MaskRecall(MeanIou):
+    """Share of a true mask's pixels that the mask matched to it covers, mean over true objects; 0 for a missed one."""
+
+    columns: Mapping[str, Column] = {"mask_recall": Column("pixels of a true mask that the found one covers")}
+
+    def value(self, match: Match) -> float:
+        """One true object's number."""
+        return share_of(match.mask, None if match.found is None else match.found.region.mask)
+
+
+class MaskPrecision(MeanIou):
+    """Share of a found mask's pixels that are of its true object, mean over true objects; 0 for a missed one."""
+
+    columns: Mapping[str, Column] = {"mask_precision": Column("pixels of a found mask that are of its object")}
+
+    def value(self, match: Match) -> float:
+        """One true object's number."""
+        return 0.0 if match.found is None else share_of(match.found.region.mask, match.mask)
 
 
 class WordAccuracy(MeanIou):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from icekit.clip_names import ClipName, ClipWeights
 from icekit.paths import PLACE
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from icekit.builtin.metrics.image_encoders import ImageEncoder
+    from icekit.clip import ClipModel
 
 PromptedBy = Literal["instance", "attributes"]
 _PROMPT = (
@@ -23,8 +24,8 @@ _PROMPT = (
 _BACKGROUND = "what is around a concept when the source image is masked to it: black, or the mean colour"
 
 
-class ClipSettings(ComponentSettings):
-    """What the pictures are compared with."""
+class ClipModelSettings(ComponentSettings):
+    """Which CLIP model looks at the pictures."""
 
     clip: ClipName = Field(
         "ViT-B-32",
@@ -32,14 +33,43 @@ class ClipSettings(ComponentSettings):
         "(local-dir:PATH)",
     )
     pretrained: ClipWeights = Field("openai", description="open_clip's name of the weights; not for folders")
-    background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
-    prompt: PromptedBy = Field("instance", description=_PROMPT)
 
     def encoder(self, device: torch.device) -> ImageEncoder:
-        """The encoder, loaded."""
+        """Its image encoder, loaded."""
         from icekit.builtin.metrics.image_encoders import clip_encoder
 
         return clip_encoder(self.clip, self.pretrained, device)
+
+
+class ClipSettings(ClipModelSettings):
+    """What the pictures are compared with."""
+
+    background: Literal["black", "mean"] = Field("black", description=_BACKGROUND)
+    prompt: PromptedBy = Field("instance", description=_PROMPT)
+
+
+class AttributeClipSettings(ClipModelSettings):
+    """What reads the pictures, and how words are put to it."""
+
+    templates: tuple[str, ...] = Field(
+        ("a photo of a {}",),
+        min_length=1,
+        description='prompts in which CLIP is asked for a word, {} is "red cup"; their embeddings are averaged',
+    )
+
+    @field_validator("templates")
+    @classmethod
+    def _has_a_place(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") != 1 or {"{", "}"} & set(template.replace("{}", "")):
+                raise ValueError(f"{template!r} has no single {{}} for the word")
+        return templates
+
+    def loaded(self, device: torch.device) -> ClipModel:
+        """The whole model, for words, too."""
+        from icekit.builtin.metrics.image_encoders import clip_model
+
+        return clip_model(self.clip, self.pretrained, device)
 
 
 class DinoSettings(ComponentSettings):
