@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
@@ -49,47 +48,15 @@ def kept_prior(
     prompts, seeds = prior_prompts(settings, regions, seeded_generator(trainer.seed, "prior"))
     latents = trainer.saved.get("prior")
     if latents is None:
-        latents = _latest.of(backbone, settings, prompts, seeds)
+        parts = [torch.empty(0, *backbone.latent_shape, device=backbone.device)]
+        for start in range(0, len(prompts), settings.max_batch):
+            part = slice(start, start + settings.max_batch)
+            images = draw_prior(backbone, settings, prompts[part], seeds[part])
+            pixels = torch.stack([to_tensor(image) for image in images]).to(backbone.device)
+            parts.append(backbone.encode_images(pixels).float())
+        latents = torch.cat(parts)
     trainer.kept["prior"] = latents
     return latents.to(backbone.device), prompts
-
-
-def _prior_latents(backbone: Backbone, settings: PriorSettings, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    parts = [torch.empty(0, *backbone.latent_shape, device=backbone.device)]
-    for start in range(0, len(prompts), settings.max_batch):
-        part = slice(start, start + settings.max_batch)
-        images = draw_prior(backbone, settings, prompts[part], seeds[part])
-        pixels = torch.stack([to_tensor(image) for image in images]).to(backbone.device)
-        parts.append(backbone.encode_images(pixels).float())
-    return torch.cat(parts)
-
-
-class _Latest:
-    """The prior images that were drawn last: the runs of a bench that have one prompt share them, and one seed.
-
-    Their latents wait on the CPU, and not longer than their backbone lives.
-    """
-
-    def __init__(self) -> None:
-        self._backbone: Callable[[], object] = lambda: None
-        self._how: object = None
-        self._latents: Tensor | None = None
-
-    def of(self, backbone: Backbone, settings: PriorSettings, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        """Latents ``[N, c, h, w]``, drawn now unless the same ones were drawn last."""
-        how = (list(prompts), list(seeds), settings.prior_steps, settings.prior_guidance, settings.max_batch)
-        if self._latents is None or self._backbone() is not backbone or self._how != how:
-            latents = _prior_latents(backbone, settings, prompts, seeds)
-            self._how, self._latents = how, latents.cpu()
-            self._backbone = weakref.ref(backbone, lambda gone: self._forget(gone))
-        return self._latents.to(backbone.device)
-
-    def _forget(self, gone: Callable[[], object]) -> None:
-        if gone is self._backbone:
-            self._latents = None
-
-
-_latest = _Latest()
 
 
 def prior_loss(backbone: Backbone, latents: Tensor, prompts: Sequence[str], shares: Tensor, noise: Tensor) -> Tensor:

@@ -112,7 +112,7 @@ def test_in_sampling_and_compositions(
         half.generate(["a cup"], seeds=[0])
     whole = load(sd_folder, dtype="float32")
     run(plugins, photo, photo.parent / "whole", sd_folder, whole)
-    monkeypatch.setattr("icekit.run.compose.load_backbone", lambda *given: half)
+    monkeypatch.setattr("icekit.run.compose.load_backbone", lambda *_given, **_named: half)
     with pytest.raises(RunError, match=HALF):
         compose("{a}", {"a": photo.parent / "whole"}, n=1, out=photo.parent / "composed", installed=plugins)
     assert not list((photo.parent / "composed").glob("*.png"))
