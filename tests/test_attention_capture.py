@@ -217,6 +217,19 @@ def test_gradient_flows_through_the_maps(unet, inputs):
     assert context.grad[1].abs().sum() == 0
 
 
+def test_weights_kept_and_computed_twice_have_the_same_gradient(unet, inputs, monkeypatch):
+    def gradient(kept: int) -> Tensor:
+        monkeypatch.setattr("icekit.backbones.attention_capture.KEPT_WEIGHTS", kept)
+        context = inputs["encoder_hidden_states"].clone().requires_grad_()
+        with capture_attention(unet, layers_of(unet, GRIDS, GRIDS)) as maps:
+            sample = unet(**inputs | {"encoder_hidden_states": context}).sample
+        seen = maps.means()
+        loss = sample.square().sum() + sum(each.square().sum() for each in (*seen.words, *seen.pixels))
+        return torch.autograd.grad(loss, context)[0]
+
+    assert torch.equal(gradient(0), gradient(2**30))
+
+
 def held_by(run) -> int:
     """Bytes of the tensors that a graph keeps for its gradient, each once."""
     held: dict[int, int] = {}
@@ -238,8 +251,9 @@ def graph_of(unet, inputs, layers):
     return output, maps.means()
 
 
-def test_a_graph_holds_no_weights_but_their_mean(unet, inputs):
-    """Beside what it holds without: the maps, and the sums that they are made of."""
+def test_a_graph_holds_no_weights_but_their_mean(unet, inputs, monkeypatch):
+    """Of layers that are not small: beside what it holds without, the maps, and the sums that they are made of."""
+    monkeypatch.setattr("icekit.backbones.attention_capture.KEPT_WEIGHTS", 0)
     layers = layers_of(unet, cross=[(8, 12)])
     plain = held_by(lambda: graph_of(unet, inputs, []))
     captured = held_by(lambda: graph_of(unet, inputs, layers))

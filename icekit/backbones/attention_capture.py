@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Kind = Literal["self", "cross"]
 MOST_WEIGHTS = 2**26
 """Most attention weights that are computed at once: 256 MB in float32."""
+KEPT_WEIGHTS = 2**20
+"""Most attention weights of a layer that are kept for their gradient, 4 MB; of more they are computed twice."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ class Maps:
 class CapturingProcessor:
     """A diffusers attention processor: what ``AttnProcessor2_0`` computes, by the same kernel, with its weights told.
 
-    The weights are computed beside the output, in the open, and once more for their gradient: a step of learning holds
-    none but the mean over heads, and of the layer itself no more than without.
+    The weights are computed beside the output, in the open. Of a large layer they are computed once more for their
+    gradient: a step of learning holds none but the mean over heads, and of the layer itself no more than without.
     """
 
     def __init__(self, tell: Callable[[Tensor], None]) -> None:
@@ -174,7 +176,7 @@ class CapturingProcessor:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, positions, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and query.shape[:3].numel() * key.shape[2] > KEPT_WEIGHTS:
             weights = checkpoint(
                 mean_weights, query, key, attn.scale, attention_mask, use_reentrant=False, preserve_rng_state=False
             )
