@@ -297,7 +297,7 @@ def test_timesteps_mix_noisy_and_clear_and_rates_rise_and_fall() -> None:
     # 0.85 of them 1000 u^0.7, mean 588; 0.15 uniform below 450, mean 225; together 534, and 0.42 of them below 450
     assert float(steps.float().mean()) == pytest.approx(534, abs=15)
     assert float((steps < 450).float().mean()) == pytest.approx(0.422, abs=0.03)
-    assert learning_rate(0.0, 0) < learning_rate(0.5, 10_000) > learning_rate(0.99, 10_000) > 0
+    assert learning_rate(1.0, 0.0, 0) < learning_rate(1.0, 0.5, 10_000) > learning_rate(1.0, 0.99, 10_000) > 0
 
 
 def test_time_caps(tmp_path: Path) -> None:

@@ -52,12 +52,13 @@ def test_wrong_captions_are_worded_as_the_right_ones_and_not_true() -> None:
     rng, rows = random.Random(1), np.arange(200)
     pairs = [draw_caption(scenes.words[row], rng, 0.4) for row in rows]
     chosen = choose_contrasts(pairs, torch.full((200,), 600), scenes, rows)
-    assert len(chosen) == CONTRASTED
+    assert 60 < len(chosen) <= CONTRASTED * len(rows)
     assert choose_contrasts(pairs, torch.full((200,), 100), scenes, rows) == {}
     for place, text in chosen.items():
         right, wrong = pairs[place]
         assert wrong is not None and wrong.text == text
-        assert len(right.text.split()) == len(wrong.text.split())
+        if [claim[3] for claim in right.claims] == [claim[3] for claim in wrong.claims]:  # "plain" is left unsaid
+            assert len(right.text.split()) == len(wrong.text.split())
         assert not caption_truth([wrong], scenes, rows[[place]])[0, 0]
         assert caption_truth([right], scenes, rows[[place]])[0, 0]
 

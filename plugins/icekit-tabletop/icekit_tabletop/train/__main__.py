@@ -55,6 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--vae-images", type=int, default=defaults.vae_images, help="samples vae sees")
     parser.add_argument("--decoder-images", type=int, default=defaults.decoder_images, help="samples decoder sees")
     parser.add_argument("--unet-images", type=int, default=defaults.unet_images, help="samples unet sees")
+    parser.add_argument("--unet-batch", type=int, default=defaults.unet_batch, help="samples a step of unet")
+    parser.add_argument("--unet-rate", type=float, default=defaults.unet_rate, help="learning rate of unet")
+    parser.add_argument("--unet-workers", type=int, default=defaults.unet_workers, help="processes that draw for unet")
     parser.add_argument(
         "--region-scenes", type=int, default=defaults.region_scenes, help="scenes whose objects regions finds"
     )

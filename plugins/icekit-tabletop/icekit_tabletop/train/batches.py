@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from icekit_tabletop.captions import Caption, caption_scene
+from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
 from icekit_tabletop.train.contrast import mistake
-from icekit_tabletop.train.data import SceneWords, TrainingScenes, caption_truth
-
-BATCH = 24  # few samples are affordable on a processor: more, smaller steps learn more from them
+from icekit_tabletop.train.data import SceneWords, TrainingScenes, caption_truth, mirror
 
 CAPTION_DROPOUT = 0.15
 """Share of samples trained with the empty prompt, for classifier-free guidance."""
 
-SINGLES_SHARE = 0.3
-"""Share of the training, at its start, that sees hardly more than one object a picture."""
+SINGLES_SAMPLES = 90_000
+"""Samples, at the start of the training, that show hardly more than one object a picture."""
 
-GROUP_SHARES = (0.02, 0.46, 0.36, 0.13, 0.03)
+EASY_SAMPLES = 60_000
+"""Samples, at the start of the training, whose captions leave little out."""
+
+GROUP_SHARES = (0.02, 0.40, 0.40, 0.14, 0.04)
 """Shares of pictures with 0 to 4 objects from then on."""
 
 ONE_OF_MANY = 0.1
 """Share of the pictures with several objects whose caption names one of them alone: its words must find their own. When
 it is larger, pictures painted of one object's name hold several."""
 
-CONTRASTED = 12
-"""How many pictures of a batch, at most, are denoised under a wrong caption, too."""
+CONTRASTED = 0.5
+"""Share of a batch's pictures that are denoised under a wrong caption, too, at most."""
+
+WORDS_ONLY = 0.8
+"""Share of batches whose end token and padding are hidden from the UNet; see `unet.audible`."""
 
 CONTRASTED_FROM = 250
 """Timestep from which on. Where a picture can be seen, its words change nothing that a denoiser should do."""
@@ -70,7 +76,7 @@ def choose_contrasts(
     """Places of the batch whose wrong caption says something that is not true of the scene, with that caption."""
     chosen: dict[int, str] = {}
     for place, (caption, wrong) in enumerate(pairs):
-        if len(chosen) == CONTRASTED:
+        if len(chosen) >= CONTRASTED * len(pairs):
             break
         if wrong is None or wrong.text == caption.text or timesteps[place] < CONTRASTED_FROM:
             continue
@@ -83,45 +89,71 @@ def choose_contrasts(
 class Batch:
     """B pictures to denoise, some of them a second time under a wrong caption.
 
-    `rows`: int64 [B], their scenes. `mirrored`: int64 [B], 1 where the picture is seen in a mirror. `captions`: B right
-    ones, then the wrong ones, of the pictures at the places `doubled`. `timesteps`: int64 [B]. `clean` and `noise`:
-    float32 [B, 4, 16, 16].
+    `rows`: int64 [B], their scenes. `pixels`: uint8 [B, 3, 64, 64]. `ids`: int64 [B + D, L], tokens of the B right
+    captions, then of the wrong ones, of the pictures at the D places `doubled`. `words_only`: whether the end and the
+    padding of these are hidden. `timesteps`: int64 [B]. `clean` and `noise`: float32 [B, 4, 16, 16].
     """
 
     rows: np.ndarray
-    mirrored: np.ndarray
-    captions: list[str]
+    pixels: Tensor
+    ids: Tensor
+    words_only: bool
     doubled: list[int]
     timesteps: Tensor
     clean: Tensor
     noise: Tensor
 
 
-class Batches:
-    """Draws batches. What is drawn follows from `seed`, `step`, the number that training starts at, and the draws."""
+class Batches(IterableDataset[Batch]):
+    """An endless row of batches of `size` pictures.
 
-    def __init__(self, scenes: TrainingScenes, latents: np.ndarray, seed: int, step: int) -> None:
-        self.scenes, self.latents = scenes, latents
-        self._rng = np.random.default_rng([seed, step, 3])
-        self.words = random.Random(int(self._rng.integers(2**32)))
-        self.generator = torch.Generator().manual_seed(int(self._rng.integers(2**32)))
+    What is drawn follows from `seed`, `step`, the number that training starts at, and the number of the process that
+    draws. `seen`: samples that were trained on before.
+    """
 
-    def draw(self, fraction: float) -> Batch:
-        """The next one. `fraction`: share of the training that is done, 0 to 1."""
-        shares = (0.02, 0.85, 0.13, 0.0, 0.0) if fraction < SINGLES_SHARE else GROUP_SHARES
-        rows = self.scenes.sample_indices(self._rng, BATCH, shares)
-        drop = 0.15 if fraction < 0.2 else 0.4
-        pairs = [draw_caption(self.scenes.words[row], self.words, drop) for row in rows]
-        timesteps = draw_timesteps(BATCH, self.generator)
-        wrong = choose_contrasts(pairs, timesteps, self.scenes, rows)
-        mirrored = self._rng.integers(2, size=BATCH)
-        clean = torch.from_numpy(self.latents[mirrored, rows].astype(np.float32))
-        return Batch(
-            rows=rows,
-            mirrored=mirrored,
-            captions=[*(caption.text for caption, _ in pairs), *wrong.values()],
-            doubled=list(wrong),
-            timesteps=timesteps,
-            clean=clean,
-            noise=torch.randn(clean.shape, generator=self.generator),
+    def __init__(
+        self, scenes: TrainingScenes, latents: np.ndarray, size: int, seed: int, step: int = 0, seen: int = 0
+    ) -> None:
+        super().__init__()
+        self.scenes, self.latents, self.size = scenes, latents, size
+        self.seed, self.step, self.seen = seed, step, seen
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        rng = np.random.default_rng([self.seed, self.step, number, 3])
+        words = random.Random(int(rng.integers(2**32)))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**32)))
+        tokenizer = build_tokenizer()
+        seen = self.seen
+        while True:
+            shares = (0.02, 0.85, 0.13, 0.0, 0.0) if seen < SINGLES_SAMPLES else GROUP_SHARES
+            rows = self.scenes.sample_indices(rng, self.size, shares)
+            drop = 0.15 if seen < EASY_SAMPLES else 0.4
+            pairs = [draw_caption(self.scenes.words[row], words, drop) for row in rows]
+            timesteps = draw_timesteps(self.size, generator)
+            wrong = choose_contrasts(pairs, timesteps, self.scenes, rows)
+            mirrored = rng.integers(2, size=self.size)
+            clean = torch.from_numpy(self.latents[mirrored, rows].astype(np.float32))
+            captions = [*(caption.text for caption, _ in pairs), *wrong.values()]
+            tokens = tokenizer(
+                captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
+            )
+            yield Batch(
+                rows=rows,
+                pixels=torch.from_numpy(mirror(self.scenes.images[rows], mirrored == 1)),
+                ids=tokens["input_ids"],
+                words_only=words.random() < WORDS_ONLY,
+                doubled=list(wrong),
+                timesteps=timesteps,
+                clean=clean,
+                noise=torch.randn(clean.shape, generator=generator),
+            )
+            seen += self.size * workers
+
+    def load(self, workers: int) -> Iterator[Batch]:
+        """The batches, drawn by so many processes beside this one; 0: by this one."""
+        loader: DataLoader[Batch] = DataLoader(
+            self, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
         )
+        return iter(loader)

@@ -9,7 +9,6 @@ Collobert 2015, "From image-level to pixel-level labeling"). It needs no masks, 
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,12 +72,11 @@ class WordBank:
 
     def present(self, codes: np.ndarray) -> Tensor:
         """Which words are true of some object: bool [B, W], of scenes' codes [B, 4 objects, 4 attributes]."""
-        true = torch.zeros(len(codes), len(self.words), dtype=torch.bool)
-        for attribute, family in enumerate(self.families):
-            for row, place in itertools.product(range(codes.shape[0]), range(codes.shape[1])):
-                if codes[row, place, attribute] >= 0:
-                    true[row, family.start + int(codes[row, place, attribute])] = True
-        return true
+        true = torch.zeros(len(codes), len(self.words) + 1, dtype=torch.bool)  # the last column: no object, no value
+        starts = np.array([family.start for family in self.families])
+        columns = np.where(codes >= 0, codes + starts, len(self.words)).reshape(len(codes), -1)
+        true.scatter_(1, torch.from_numpy(columns.astype(np.int64)), True)
+        return true[:, :-1]
 
 
 def _phrase(attribute: str, word: str, rng: random.Random) -> str:

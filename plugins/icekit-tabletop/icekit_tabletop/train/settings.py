@@ -19,7 +19,8 @@ IMAGE_SIZE = 64
 @dataclass(frozen=True)
 class Settings:
     """`work`: folder of data, checkpoints and log. The `*_images` are counts of training samples, repeats included,
-    `images` the number of scenes rendered. `minutes`, `until` (UTC, "HH:MM"): optional caps on a stage's time.
+    `images` the number of scenes rendered. `unet_batch`, `unet_rate`, `unet_workers`: of the `unet` stage, samples a
+    step, learning rate, and processes that draw. `minutes`, `until` (UTC, "HH:MM"): optional caps on a stage's time.
     """
 
     work: Path
@@ -34,6 +35,9 @@ class Settings:
     vae_images: int = 30_000
     decoder_images: int = 30_000
     unet_images: int = 300_000
+    unet_batch: int = 24  # few samples are affordable on a processor: more, smaller steps learn more from them
+    unet_rate: float = 3e-4
+    unet_workers: int = 0
     region_scenes: int = 4_000
     clip_region_images: int = 100_000
     minutes: float | None = None

@@ -22,20 +22,19 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from icekit_tabletop.tokenizer import MAX_LENGTH, build_tokenizer
+from icekit_tabletop.tokenizer import build_tokenizer
 from icekit_tabletop.train.alignment import Middle, alignment_loss, build_eyes
-from icekit_tabletop.train.batches import BATCH, Batch, Batches
+from icekit_tabletop.train.batches import Batch, Batches
 from icekit_tabletop.train.checkpoint import Run, load_state
 from icekit_tabletop.train.contrast import contrast_loss
-from icekit_tabletop.train.data import TrainingScenes, load_scenes, mirror
+from icekit_tabletop.train.data import TrainingScenes, load_scenes
 from icekit_tabletop.train.grounding import Phrases, Queries, build_word_bank, grounding_loss
 from icekit_tabletop.train.perceptual import ImageFeatures
 from icekit_tabletop.train.settings import Settings, autocast
 from icekit_tabletop.train.text_tower import build_text_encoder
 
-PEAK_RATE = 3e-4
 WARMUP_STEPS = 200
-DECAY_SHARE = 0.15
+DECAY_SHARE = 0.4
 """Share of the training, at its end, over which the learning rate falls to nearly zero."""
 
 TEXT_RATE = 0.3
@@ -45,9 +44,6 @@ WEIGHTS = {"denoising": 1.0, "contrast": 2e-3, "grounding": 0.02, "alignment": 0
 """Weight of each loss. The denoising loss is a mean over the 1024 numbers of a picture, the contrast's are sums;
 `moved` is the distance of the end token's states from CLIP's.
 """
-
-WORDS_ONLY = 0.8
-"""Share of batches whose end token and padding are hidden from the UNet; see `audible`."""
 
 GROUNDED_BELOW = 500
 """Timesteps at which a picture can be seen well enough for its words to be judged."""
@@ -79,10 +75,10 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def learning_rate(fraction: float, step: int) -> float:
+def learning_rate(peak: float, fraction: float, step: int) -> float:
     """Warm-up, then constant, then a linear fall at the end: thanks to the moving average it can stop anytime."""
     fall = min(1.0, (1.0 - fraction) / DECAY_SHARE)
-    return PEAK_RATE * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, fall)
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * max(0.02, fall)
 
 
 def audible(ids: Tensor, words_only: bool) -> Tensor:
@@ -149,37 +145,31 @@ class Lesson:
         self.middle.__exit__(kind, error, trace)
         self.queries.__exit__(kind, error, trace)
 
-    def losses(self, batch: Batch, words_only: bool, phrases: Phrases) -> dict[str, Tensor]:
-        """As in `WEIGHTS`. `words_only`: hide the prompts' end and padding, see `audible`. `phrases`: around all words
-        that attention is judged by.
-        """
+    def losses(self, batch: Batch, phrases: Phrases) -> dict[str, Tensor]:
+        """As in `WEIGHTS`. `phrases`: around all words that attention is judged by."""
         device, size = self.device, len(batch.rows)
-        ids = self.tokenizer(
-            batch.captions, padding="max_length", truncation=True, max_length=MAX_LENGTH, return_tensors="pt"
-        )["input_ids"].to(device)
-        ids = without_padding(ids) if words_only else ids
+        ids = (without_padding(batch.ids) if batch.words_only else batch.ids).to(device)
         every = [*range(size), *batch.doubled]
         timesteps = batch.timesteps.to(device)
         noisy = self.scheduler.add_noise(batch.clean, batch.noise, batch.timesteps)[every]
         target = self.scheduler.get_velocity(batch.clean, batch.noise, batch.timesteps).to(device)
-        pixels = torch.from_numpy(mirror(self.scenes.images[batch.rows], batch.mirrored == 1)).to(device)
-        seen = (timesteps < GROUNDED_BELOW).nonzero()[:, 0]
+        visible = (batch.timesteps < GROUNDED_BELOW).nonzero()[:, 0]
         with autocast(device):
             text = self.encoder(ids).last_hidden_state
             short = self.encoder(phrases.ids).last_hidden_state
             with torch.no_grad():
                 ends = [end_states(self.clip_text(each).last_hidden_state, each) for each in (ids, phrases.ids)]
-                looks = self.features(pixels.float() / 127.5 - 1)[-1]
+                looks = self.features(batch.pixels.to(device).float() / 127.5 - 1)[-1]
             predicted = self.unet(
                 noisy.to(device, memory_format=torch.channels_last),
                 timesteps[every],
                 encoder_hidden_states=text,
-                encoder_attention_mask=audible(ids, words_only),
+                encoder_attention_mask=audible(ids, batch.words_only),
             ).sample.float()
-            shares = self.queries.shares(phrases.states(short.detach()), self.bank.families, seen)
+            shares = self.queries.shares(phrases.states(short.detach()), self.bank.families, visible.to(device))
             sights = self.eyes(self.middle.places[:size])
         predicted, contradicted = predicted.split([size, len(batch.doubled)])
-        present = self.bank.present(self.scenes.codes[batch.rows]).to(device)[seen]
+        present = self.bank.present(self.scenes.codes[batch.rows[visible.numpy()]]).to(device)
         return {
             "denoising": F.mse_loss(predicted, target),
             "contrast": contrast_loss(predicted[batch.doubled], contradicted, target[batch.doubled]),
@@ -212,23 +202,27 @@ def train_unet(settings: Settings) -> None:
         {"params": [*unet.parameters(), *painter["eyes"].parameters()]},
         {"params": [each for each in encoder.parameters() if each.requires_grad], "scale": TEXT_RATE},
     ]
-    optimiser = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.99), weight_decay=0.01)
+    optimiser = torch.optim.AdamW(groups, lr=settings.unet_rate, betas=(0.9, 0.99), weight_decay=0.01)
     with (
         Run(settings, "unet", painter, optimiser, settings.unet_images, 0.999) as run,
         Lesson(painter, scenes, settings) as lesson,
     ):
-        batches = Batches(scenes, latents, settings.seed, run.step)
+        generator = torch.Generator().manual_seed(int(np.random.default_rng([settings.seed, run.step]).integers(2**32)))
+        batches = Batches(scenes, latents, settings.unet_batch, settings.seed, run.step, run.seen)
         painter.train()
-        while not run.finished:
-            run.set_rate(learning_rate(run.fraction, run.step))
-            batch = batches.draw(run.fraction)
-            words_only = batches.words.random() < WORDS_ONLY
-            losses = lesson.losses(batch, words_only, lesson.bank.draw(batches.generator))
+        for batch in batches.load(settings.unet_workers):
+            if run.finished:
+                break
+            run.set_rate(learning_rate(settings.unet_rate, run.fraction, run.step))
+            losses = lesson.losses(batch, lesson.bank.draw(generator))
             loss = torch.stack([WEIGHTS[name] * value for name, value in losses.items()]).sum()
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             losses["gradient"] = torch.nn.utils.clip_grad_norm_(painter.parameters(), 1.0)
             optimiser.step()
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(f"the UNet's loss is {loss.item()} at step {run.step}")
-            run.advance(BATCH, {name: value.item() for name, value in losses.items()})
+            values = dict(
+                zip(losses, torch.stack([value.detach().float() for value in losses.values()]).tolist(), strict=True)
+            )
+            if not all(map(math.isfinite, values.values())):
+                raise FloatingPointError(f"the UNet's losses are {values} at step {run.step}")
+            run.advance(settings.unet_batch, values)
