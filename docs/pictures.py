@@ -86,7 +86,7 @@ def main(demo: Path, texture: Path, composition: Path) -> None:
     shown = ("object", "colour", "material")
     save(tiled([samples(demo, 0, shown)]), "walk-samples.jpg")
     save(tiled([samples(demo, 0, shown, words=True)]), "walk-words.jpg")
-    made = sorted(composition.glob("*.png"))
+    made = sorted(one for one in composition.glob("*.png") if one.stem != "sheet")
     save(tiled([[(Image.open(one), "a cup, {a.colour}") for one in made]]), "walk-cups.jpg")
 
     look = looked_at(Image.open(texture / "image.png"), Image.open(texture / "attention/0-texture.png"))

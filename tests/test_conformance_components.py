@@ -94,6 +94,7 @@ SEGMENTORS = registered(builtin, "segmentor")
 LEARNERS = registered(builtin, "learner")
 METRICS = registered(builtin, "metric")
 DATASETS = registered(builtin, "dataset")
+EXPORTERS = registered(builtin, "exporter")
 NEIGHBOURS = registered(icekit_neighbours, "learner")
 QUICK = {"draws": 1}
 SPLIT = {"steps": 3, "split_share": 0.5, "split_tokens": 2}
@@ -141,7 +142,8 @@ BUILTINS: list[Any] = [
     ),
     DatasetUnderTest(DATASETS["folder"], pictures_in_a_folder, "folder"),
     DatasetUnderTest(DATASETS["uce"], pictures_in_a_folder, "uce"),
-    ExporterUnderTest(registered(builtin, "exporter")["report"], {"image_side": 300}, "report"),
+    ExporterUnderTest(EXPORTERS["report"], {"image_side": 300}, "report"),
+    *(ExporterUnderTest(EXPORTERS[name], {}, name) for name in ("diffusers", "a1111", "comfyui", "invokeai")),
 ]
 PLUGINS: list[Any] = [
     *registered(icekit_texture, "attribute").values(),

@@ -110,7 +110,10 @@ def test_an_exporter_of_another_distribution(tmp_path: Path, site: Path) -> None
 
     # Without the plugin: who was it?
     done = in_a_process(["export", "run", "--format", "tokens"], tmp_path, plain_plugin(tmp_path / "without"))
-    assert (done.returncode, done.stderr) == (2, "icekit: no exporter 'tokens': choose from plain, report\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "icekit: no exporter 'tokens': choose from a1111, comfyui, diffusers, invokeai, plain, report\n",
+    )
 
 
 # --- In this process --------------------------------------------------------------------------------------------------
@@ -490,3 +493,41 @@ def test_a_run_of_an_earlier_version(icekit: Icekit, place: Path) -> None:
     assert icekit(*RUN, "--out", "run", "--resume")[0] == 0
     assert icekit(*RUN, "--out", "run", "--max-concepts", "1", "--overwrite", "--set", "exporters=[]")[0] == 0
     assert not (place / "run" / "report.html").exists()
+
+
+# --- For other programs -----------------------------------------------------------------------------------------------
+
+
+def test_files_for_other_programs(icekit: Icekit, place: Path) -> None:
+    """In a run directory in a folder of their own, in any other folder right there, several runs together."""
+    both = ["--set", 'exporters=["comfyui"]', "--set", "exporter.comfyui.prefix=a"]
+    assert icekit(*RUN, "--out", "run", "--max-concepts", "1", *both)[0] == 0
+    files = ["a-cup-0.safetensors", "a-cup-0-instance.safetensors", "a-cup-0-colour.safetensors",
+             "a-cup-0-material.safetensors"]  # fmt: skip
+    assert {one for one in names(place / "run") if one.startswith("comfyui/")} == {
+        *(f"comfyui/embeddings/{file}" for file in files),
+        "comfyui/a-prompts.txt",
+    }
+    for program in ("a1111", "invokeai", "diffusers"):
+        status, out, err = icekit("export", "run", "--format", program)
+        assert status == 0, err
+        assert out.splitlines()[0] == f"run/{program}/embeddings/run-cup-0.safetensors"
+    assert len(Extraction.open("run").concepts) == 1
+    status, out, err = icekit("export", "run", "--format", "comfyui", "--out", "models", "--set", "prefix=none")
+    assert (status, out.splitlines()[-1]) == (0, "models/run-prompts.txt"), err
+    assert icekit(*RUN, "--out", "more", "--max-concepts", "1")[0] == 0
+    assert icekit("export", "more", "--format", "comfyui", "--out", "models")[0] == 0
+    assert {one.split("-")[0] for one in names(place / "models")} == {
+        "embeddings/run",
+        "embeddings/more",
+        "run",
+        "more",
+    }
+    refused(
+        icekit("export", "run", "--format", "comfyui", "--set", "prefix=my photo"),
+        "exporter.comfyui.prefix",
+        "my photo",
+    )
+    # A new run in its place takes all of them away.
+    assert icekit(*RUN, "--out", "run", "--max-concepts", "1", "--overwrite", "--set", "exporters=[]")[0] == 0
+    assert not any((place / "run" / name).exists() for name in ("comfyui", "a1111", "invokeai", "diffusers"))

@@ -158,7 +158,8 @@ def register_datasets(register: Register) -> None:
 
 @hookimpl
 def register_exporters(register: Register) -> None:
-    """The report."""
+    """The report, and files for other programs."""
+    from icekit.builtin.exporters.settings import TokenFilesSettings
     from icekit.report.settings import ReportSettings
 
     register(
@@ -167,6 +168,18 @@ def register_exporters(register: Register) -> None:
         settings=ReportSettings,
         summary="A page for people, report.html: a run's concepts, samples and attention maps, and what to type next.",
     )
+    for name, component, whom in (
+        ("diffusers", "Diffusers", "diffusers: load_textual_inversion, load_lora_weights"),
+        ("a1111", "A1111", "AUTOMATIC1111's web UI and Forge (SD 1, 2, XL)"),
+        ("comfyui", "ComfyUI", "ComfyUI (SD 1, 2, XL, 3, FLUX.1, Z-Image)"),
+        ("invokeai", "InvokeAI", "InvokeAI (SD 1, 2, XL)"),
+    ):
+        register(
+            name,
+            f"{HERE}.exporters.programs:{component}",
+            settings=TokenFilesSettings,
+            summary=f"A file a token, a run's LoRA adapter and prompts to paste, for {whom}.",
+        )
 
 
 @hookimpl

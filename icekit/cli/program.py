@@ -22,6 +22,7 @@ from icekit.cli.common import CommandGroup, Invocation, choice_in, common_option
 from icekit.cli.compose import compose
 from icekit.cli.doctor import doctor
 from icekit.cli.export import export
+from icekit.cli.import_ import import_files
 from icekit.cli.plugins import plugins_group
 from icekit.cli.report import report
 from icekit.cli.run import run
@@ -47,7 +48,7 @@ def cli() -> None:
     """
 
 
-for command in (run, compose, run_bench, export, report, plugins_group, doctor):
+for command in (run, compose, run_bench, export, import_files, report, plugins_group, doctor):
     cli.add_command(command)
 
 

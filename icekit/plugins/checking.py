@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from icekit import hookspecs, protocols
-from icekit.protocols import Attribute, Capability, ComponentSettings
+from icekit.protocols import Attribute, Capability, ComponentSettings, is_instance
 from icekit.protocols.values import MAX_ATTRIBUTE_BYTES
 from icekit.settings import ROLES, nearest
 
@@ -222,7 +222,7 @@ def check_attribute(attribute: object) -> None:
     if (
         not isinstance(attribute.name, str)
         or not attribute.name.isidentifier()
-        or (_spelling(attribute.name) in RESERVED_TOKENS)
+        or (_spelling(attribute.name) in RESERVED_TOKENS or is_instance(_spelling(attribute.name)))
     ):
         raise PluginError(f"{attribute.name!r} cannot be an attribute's name: one word, none of {RESERVED_TOKENS}")
     if len(attribute.name.encode()) > MAX_ATTRIBUTE_BYTES:

@@ -22,13 +22,16 @@ class Exporter(Protocol):
 
     An exporter that shows a run's attention maps (``attention/``) says so in a class attribute ``shows_attention =
     True``: a run makes them if one of its exporters does.
+    An exporter whose files are for another program, to be copied there, says ``own_folder = True``: in a run directory
+    they lie in a folder of the exporter's name, in any other folder right in it.
     """
 
     def files(self, extraction: Extraction) -> Sequence[str]:
         """The files that ``export`` writes for this run, relative to the folder, with ``/`` between folders.
 
         Each name once, and the same for the same run; they may depend on its concepts, as in ``cut-outs/cup-0.png``.
-        In a run directory they cannot be names that the run's own files have, such as ``masks/...``.
+        In a run directory they cannot be names that the run's own files have, such as ``masks/...``, unless they lie
+        in a folder of the exporter's.
         """
         ...
 

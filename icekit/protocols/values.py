@@ -129,12 +129,21 @@ def parts_of(learner: type, attributes: Sequence[str]) -> tuple[str, ...]:
     return own + (tuple(attributes) if ATTRIBUTES in parts else ())
 
 
+def is_instance(part: str) -> bool:
+    """Whether a part is what makes a concept this one: ``instance``, or a further row of it, ``instance2`` and so on.
+
+    An embedding that another program has learned often has several rows; each is a token here.
+    """
+    return re.fullmatch(r"instance\d*", part) is not None
+
+
 def object_tokens(tokens: Mapping[str, str]) -> str:
     """What stands for a whole concept in a prompt: its instance and its category, as far as it has both.
 
     tokens: part -> token.
     """
-    return " ".join(tokens[part] for part in ("instance", "category") if part in tokens)
+    instance = [token for part, token in tokens.items() if is_instance(part)]
+    return " ".join([*instance, *(tokens[part] for part in ("category",) if part in tokens)])
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -22,9 +21,10 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from icekit.protocols import object_tokens
+from icekit.protocols import is_instance, object_tokens
 from icekit.report import loss_chart
-from icekit.run.directory import WEIGHTS_FOLDERS, WORDS_ALONE, RunDirectory
+from icekit.run.directory import WORDS_ALONE, RunDirectory
+from icekit.run.in_diffusers import python_code
 from icekit.run.log import read_log
 from icekit.run.reading import Files
 from icekit.run.records import BackboneRecord, ConceptRecord, Manifest
@@ -323,7 +323,7 @@ def _concept(
         parts=[
             Part(
                 name=part,
-                meaning=MEANINGS.get(part, f"its {part}"),
+                meaning=MEANINGS.get("instance" if is_instance(part) else part, f"its {part}"),
                 token=token,
                 words=entry.words.get(part, []),
                 attention=attention(part),
@@ -348,7 +348,7 @@ def _snippets(
         return {}
     place = _from_here(to_be)
     first = concepts[0]
-    attributes = [part.name for part in first.parts if part.name not in MEANINGS]
+    attributes = [part.name for part in first.parts if part.name not in MEANINGS and not is_instance(part.name)]
     second = concepts[1] if len(concepts) > 1 else first
 
     def compose(prompt: str, **runs: Concept) -> str:
@@ -362,8 +362,9 @@ def _snippets(
         if second is not first:
             lines.append(compose(f"{{a}}, {{b.{attributes[-1]}}}", a=first, b=second))
     snippets = {"compose": "\n".join(lines)}
-    if backbone and (code := _diffusers(run, place, backbone, first.prompt)):
-        snippets["diffusers"] = code
+    if backbone and (source := backbone.pipeline_source):
+        code = python_code(run, place, source, backbone, f"a photo of a {first.prompt}")
+        snippets |= {"diffusers": code} if code else {}
     return snippets
 
 
@@ -375,65 +376,3 @@ def _from_here(path: Path) -> str:
     except OSError:
         return str(full)
     return str(full.relative_to(here) if full.is_relative_to(here) else full)
-
-
-def _diffusers(run: RunDirectory, place: str, backbone: BackboneRecord, prompt: str) -> str:
-    """Python code that generates an image with the run's tokens, and with what was made of the noise predictor.
-
-    Empty where it is not known which pipeline loads the model. What a run directory says becomes part of the code as a
-    string or as an identifier alone.
-    """
-    pipeline, source = backbone.pipeline_class or "", backbone.pipeline_source
-    places = {name: backbone.pipeline_encoders.get(name) for name in backbone.rows}
-    loads, several = backbone.pipeline_loads_tokens, len(places) > 1
-    if not all(name.isidentifier() for name in (pipeline, *backbone.pipeline_without)) or not source:
-        return ""
-    if (several or not loads) and not all(
-        parts and len(parts) == 2 and all(part.isidentifier() for part in parts) for parts in places.values()
-    ):
-        return ""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)  # a JSON string is a Python string, too
-
-    names, tuned = [pipeline], ""
-    without = "".join(f", {part}=None" for part in backbone.pipeline_without)
-    for folder in WEIGHTS_FOLDERS:
-        kind = str(run.weights_config(folder).get("_class_name", ""))
-        if kind.isidentifier():
-            names.append(kind)
-            tuned += f"pipe.{folder} = {kind}.from_pretrained({quoted(f'{place}/{folder}')})\n"
-    if run.files.find("lora.safetensors"):
-        tuned += f'pipe.load_lora_weights({quoted(place)}, weight_name="lora.safetensors")\n'
-    more, loading = "", '    pipe.load_textual_inversion(str(file), token=f"<{file.stem}>")\n'
-    pairs = ", ".join(f"(pipe.{tokenizer}, pipe.{encoder})" for tokenizer, encoder in filter(None, places.values()))
-    if several or not loads:
-        more = "from safetensors.torch import load_file\n"
-        loading = '    rows, token = load_file(file), f"<{file.stem}>"\n'
-    if not loads:
-        more += "from tokenizers import AddedToken\n"
-        rows = ", ".join(f"rows[{quoted(name)}]" for name in places) if several else "rows[token]"
-        loading += f"    for (tokenizer, encoder), row in zip([{pairs}], [{rows}]):\n"
-        spelled = "normalized=False" + ", lstrip=True" * backbone.pipeline_takes_space
-        loading += f"        tokenizer.add_tokens(AddedToken(token, {spelled}))\n"
-        loading += "        size = max(len(tokenizer), encoder.get_input_embeddings().num_embeddings)\n"
-        loading += "        table = encoder.resize_token_embeddings(size, mean_resizing=False)\n"
-        loading += "        table.weight.data[tokenizer.convert_tokens_to_ids(token)] = row\n"
-    elif several:
-        for name, parts in places.items():
-            tokenizer, encoder = parts or ("", "")
-            to = f"tokenizer=pipe.{tokenizer}, text_encoder=pipe.{encoder}"
-            loading += f"    pipe.load_textual_inversion(rows[{quoted(name)}], token=token, {to})\n"
-    if several:
-        loading += f"for tokenizer, encoder in ({pairs}):\n"
-        loading += '    model = getattr(encoder, "text_model", encoder)\n'
-        loading += '    if hasattr(model, "eos_token_id"):\n'
-        loading += "        model.eos_token_id = tokenizer.eos_token_id  # pool a prompt at its end\n"
-    return f"""\
-from pathlib import Path
-from diffusers import {", ".join(names)}
-{more}
-pipe = {pipeline}.from_pretrained({quoted(source)}{without})
-for file in sorted(Path({quoted(place + "/embeddings")}).glob("*.safetensors")):
-{loading}{tuned}image = pipe({quoted(f"a photo of a {prompt}")}).images[0]
-"""

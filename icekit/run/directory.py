@@ -69,7 +69,9 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 _RECORD = "checkpoint/written.jsonl"
 _STARTED = "checkpoint/run.json"
-_IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors")
+CARD = "README.md"
+"""The model card, which hubs show of a directory; see ``card``."""
+_IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors", CARD)
 _CHECKPOINT = (
     "checkpoint/learner.safetensors",
     "checkpoint/regions.json",
@@ -296,7 +298,8 @@ class RunDirectory:
 
     def _names_by_pattern(self) -> set[str]:
         paths = [path for path in self._files_by_pattern() if not becomes(path)]
-        return {path.relative_to(self.path).as_posix() for path in paths}
+        # Versions that kept no record wrote no card: one that is there is the user's.
+        return {path.relative_to(self.path).as_posix() for path in paths if path.name != CARD}
 
     def _files_by_pattern(self) -> list[Path]:
         """Files whose names icekit gives, half-written ones among them, and folders of such."""
@@ -509,8 +512,15 @@ class RunDirectory:
     @property
     def is_fine_tuned(self) -> bool:
         """Whether there are trained weights of the noise predictor, an adapter or all of them. Raises DamagedError."""
-        names = ("lora.safetensors", *(f"{folder}/{WEIGHTS_FILE}" for folder in WEIGHTS_FOLDERS))
-        return any(self.files.find(name) for name in names)
+        return bool(self.tuning_files())
+
+    def tuning_files(self) -> dict[str, Path]:
+        """The files of what was made of the noise predictor, by name. Raises DamagedError."""
+        names = ["lora.safetensors"]
+        for folder in WEIGHTS_FOLDERS:
+            if self.files.find(f"{folder}/{WEIGHTS_FILE}"):
+                names += [f"{folder}/config.json", f"{folder}/{WEIGHTS_FILE}"]
+        return {name: path for name in names if (path := self.files.find(name))}
 
     def load_tuning(self) -> FineTuning:
         """What was made of the noise predictor; nothing where it was not trained.
@@ -535,6 +545,10 @@ class RunDirectory:
         if config is not None and not isinstance(config, dict):
             raise self.files.damaged(f"{folder}/config.json", "it should be a JSON object")
         return config or {}
+
+    def save_card(self, text: str) -> None:
+        """Keep the model card; what no UTF-8 holds, of file names say, is written as an escape."""
+        self._write(CARD, text.encode("utf-8", "backslashreplace"))
 
     # --- What is made of it ------------------------------------------------------------------------------------------
 

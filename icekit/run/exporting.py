@@ -96,11 +96,12 @@ def write_export(
     component = found.component("exporter", name)
     settings = found.component_settings("exporter", name, values)
     exports, into_run = Exports(folder), folder == extraction.run_dir
+    within = f"{name}/" if into_run and getattr(component, "own_folder", False) else ""
     with found.naming("export", [("exporter", name)], by=("exporter", name)):
         exporter: Exporter = component(settings)
         declared = exporter.files(extraction)
     with _naming(found, name):
-        files = check_declared(declared)
+        files = [within + one for one in check_declared(declared)]
     if into_run and (taken := [one for one in files if _is_the_runs(one)]):
         raise InputError(
             f"exporter {name!r} writes {listed(taken)}, and a run directory has such files of its own: choose another "
@@ -116,7 +117,8 @@ def write_export(
     with exports.staging() as made:
         try:
             with found.naming("export", [("exporter", name)], by=("exporter", name)):
-                exporter.export(extraction, made)
+                (made / within).mkdir(exist_ok=True)
+                exporter.export(extraction, made / within)
         except OSError as error:
             raise _cannot_write(folder, files, made, error) from error
         with _naming(found, name):

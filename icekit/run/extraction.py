@@ -164,6 +164,17 @@ class Extraction:
         """What the learner made of the noise predictor."""
         return RunDirectory(self.run_dir).load_tuning()
 
+    def tuning_files(self) -> dict[str, Path]:
+        """The files of what the learner made of the noise predictor: name in the run directory -> where it is.
+
+        ``lora.safetensors``, or a folder in diffusers' format (``unet/``, ``transformer/``); none where it was not
+        trained.
+
+        Raises:
+            InputError: one is a link that leads out of the run, or no plain file.
+        """
+        return RunDirectory(self.run_dir).tuning_files()
+
     def concept(self, reference: str | int | None = None) -> Concept:
         """A concept by its index or label; the first one for None.
 

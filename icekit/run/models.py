@@ -44,6 +44,26 @@ def in_shape_of(picture: tuple[int, int], found: Plugins, settings: Settings, ba
     return shaped
 
 
+def pipeline_facts(backbone: Backbone) -> dict[str, Any]:
+    """How a backbone's model is loaded without icekit, where it says so, JSON-able: see ``protocols.Backbone``.
+
+    A model that was read from one file says its pipeline, and not what ``from_pretrained`` of it would take.
+    """
+    kind, source = getattr(backbone, "pipeline_class", None), getattr(backbone, "pipeline_source", None)
+    if not kind:
+        return {}
+    encoders = getattr(backbone, "pipeline_encoders", {})
+    facts = {
+        "pipeline_class": str(kind),
+        "pipeline_source": str(source) if source else None,
+        "pipeline_encoders": {name: [str(part) for part in parts] for name, parts in encoders.items()},
+        "pipeline_loads_tokens": bool(getattr(backbone, "pipeline_loads_tokens", True)),
+        "pipeline_takes_space": bool(getattr(backbone, "pipeline_takes_space", False)),
+        "pipeline_without": [str(part) for part in getattr(backbone, "pipeline_without", ())],
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
 # Any, for a retriever and a segmentor both: what a component must offer was checked at registration.
 def build_component(found: Plugins, settings: Settings, role: Role, backbone: Backbone) -> Any:
     """The settings' retriever, segmentor or learner on this backbone."""

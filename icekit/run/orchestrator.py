@@ -26,6 +26,7 @@ from icekit.plugins import ComponentError, Observers, Plugins
 from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step
 from icekit.run import directory, images
 from icekit.run.atomic import CannotWrite
+from icekit.run.card import model_card
 from icekit.run.counting import counted
 from icekit.run.directory import Located, RunDirectory
 from icekit.run.evaluations import Counter
@@ -35,7 +36,15 @@ from icekit.run.learning import learn, tokens_of
 from icekit.run.locating import UNNAMED, locate
 from icekit.run.log import read_log
 from icekit.run.machine import enough_memory
-from icekit.run.models import build_component, check_picture, in_shape_of, load_backbone, reproducible, resolve_device
+from icekit.run.models import (
+    build_component,
+    check_picture,
+    in_shape_of,
+    load_backbone,
+    pipeline_facts,
+    reproducible,
+    resolve_device,
+)
 from icekit.run.naming import check_words, name_attribute
 from icekit.run.origins import check_origins, origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
@@ -440,7 +449,8 @@ class _Run:
             },
             "presets": [preset.name for preset in self.plugins.presets_of(self.settings)],
             "components": self.settings.components.model_dump(),
-            "backbone": {"identity": self.backbone.identity, "rows": dict(self.backbone.rows)} | self._pipeline(),
+            "backbone": {"identity": self.backbone.identity, "rows": dict(self.backbone.rows)}
+            | pipeline_facts(self.backbone),
             "attributes": list(self.settings.attributes),
             "seed": self.settings.seed,
             "concepts": [
@@ -463,7 +473,9 @@ class _Run:
             "timings": self.timings,
             "evaluations": {what: asdict(count) for what, count in self.counter.booked.items()},
         }
-        failed = self._export(Extraction.of(self.run, manifest))
+        extraction = Extraction.of(self.run, manifest)
+        self.run.save_card(model_card(self.run, extraction.record, self.settings))
+        failed = self._export(extraction)
         if self.run is not self.home:
             self.home.check_replaceable(self.run)
         self.run.finish(manifest)
@@ -492,20 +504,6 @@ class _Run:
             why = f"exporter {name!r} of {self.plugins.offered('exporter')[name].origin}: {why}"
         again = shlex.join(["icekit", "export", str(self.home.path), "--format", name])
         return f"{why} (the run is complete; `{again}` writes what is missing)"
-
-    def _pipeline(self) -> dict[str, Any]:
-        """How the backbone's model is loaded without icekit, where it says so: see ``protocols.Backbone``."""
-        names = ("pipeline_class", "pipeline_source")
-        said = {name: getattr(self.backbone, name, None) for name in names}
-        if not all(said.values()):
-            return {}
-        encoders = getattr(self.backbone, "pipeline_encoders", {})
-        return {name: str(value) for name, value in said.items()} | {
-            "pipeline_encoders": {name: [str(part) for part in parts] for name, parts in encoders.items()},
-            "pipeline_loads_tokens": bool(getattr(self.backbone, "pipeline_loads_tokens", True)),
-            "pipeline_takes_space": bool(getattr(self.backbone, "pipeline_takes_space", False)),
-            "pipeline_without": [str(part) for part in getattr(self.backbone, "pipeline_without", ())],
-        }
 
 
 def _place(sample: Sample) -> tuple[int, str, int]:

@@ -134,10 +134,19 @@ class CountsRecord(Record):
     evaluations: dict[Name, EvaluationsRecord]
 
 
+class ImportedRecord(Record):
+    """A file that another program made, and how many rows it has: see ``importing``."""
+
+    file: Text
+    sha256: Name
+    rows: Count
+
+
 class Manifest(Header):
-    """``manifest.json``: what a complete run found and made."""
+    """``manifest.json``: what a complete run found and made. imported: a file a concept, where it learned nothing."""
 
     image: ImageRecord
+    imported: list[ImportedRecord] = []
     presets: list[Name] | None = None
     components: dict[Name, Name] = {}
     backbone: BackboneRecord | None = None

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from icekit import Settings, extract
 from icekit.plugins import installed
 from icekit.protocols import Learned
-from icekit.report.page import _diffusers
 from icekit.run.compose import compose
 from icekit.run.directory import RunDirectory
+from icekit.run.in_diffusers import python_code
 from icekit.run.records import BackboneRecord
 from icekit.settings import load_settings
 from icekit.testing.scenes import two_objects
@@ -120,13 +120,13 @@ def test_the_lines_for_diffusers(
     RunDirectory(tmp_path).save_learned(Learned(rows))
     facts = [name for name in BackboneRecord.model_fields if hasattr(backbone, name)]
     record = BackboneRecord.model_validate({name: _plain(getattr(backbone, name)) for name in facts})
-    prompt = "<cup-0-colour> <cup-0>"
-    code = _diffusers(RunDirectory(tmp_path), str(tmp_path), record, prompt)
+    prompt = "a photo of a <cup-0-colour> <cup-0>"
+    code = python_code(RunDirectory(tmp_path), str(tmp_path), record.pipeline_source or "", record, prompt)
     assert ("load_textual_inversion" in code) is (kind is Flux)
     scope: dict[str, Any] = {"torch": torch}
     how = "height=48, width=64, num_inference_steps=2, guidance_scale=3.0, generator=torch.Generator().manual_seed(1)"
     exec(re.sub(r"\)\.images\[0\]", f", {how}).images[0]", code), scope)
-    [own] = backbone.generate([f"a photo of a {prompt}"], seeds=[1], tokens=rows, steps=2, guidance_scale=3.0)
+    [own] = backbone.generate([prompt], seeds=[1], tokens=rows, steps=2, guidance_scale=3.0)
     assert np.abs(np.asarray(own, float) - np.asarray(scope["image"], float)).max() <= 1
 
 

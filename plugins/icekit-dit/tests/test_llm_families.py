@@ -25,9 +25,9 @@ from torch import Tensor
 from icekit import extract
 from icekit.backbones.common import quiet
 from icekit.protocols import InputError
-from icekit.report.page import _diffusers
 from icekit.run.compose import compose
 from icekit.run.directory import RunDirectory
+from icekit.run.in_diffusers import python_code
 from icekit.run.records import BackboneRecord
 from icekit.settings import load_settings
 from icekit.testing import BackboneUnderTest, parametrize_with_checks
@@ -176,7 +176,8 @@ def test_a_run_and_two_mixed(name: str, tmp_path: Path) -> None:
     with Image.open(made.images[0]) as picture:
         assert picture.size == (64, 64)
 
-    code = _diffusers(RunDirectory(tmp_path / "run"), str(tmp_path / "run"), record, "<cup-0-instance> <cup-0>")
+    place, prompt = tmp_path / "run", "a photo of a <cup-0-instance> <cup-0>"
+    code = python_code(RunDirectory(place), str(place), record.pipeline_source or "", record, prompt)
     how = "num_inference_steps=2, guidance_scale=3.0, height=64, width=64, generator=torch.Generator().manual_seed(1)"
     how += ", use_resolution_binning=False" * (name == "sana")
     scope: dict[str, Any] = {"torch": torch}
