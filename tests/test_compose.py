@@ -15,12 +15,16 @@ from safetensors.torch import load_file, save_file
 
 from icekit import Extraction, InputError, extract
 from icekit.plugins import Plugins
-from icekit.run.compose import bind, compose, expand, split_reference
+from icekit.run.compose import bind, compose, plan_images, remake, split_reference
+from icekit.run.prompts import plain_word, weighted_row
+from icekit.run.sheets import Layout, Sheet, plain_layout
 from icekit.settings import load_settings
 
 TOKENS = {
     "a": {"category": "<a-cup-0>", "instance": "<a-cup-0-instance>", "colour": "<a-cup-0-colour>"},
     "bowl": {"category": "<b>", "instance": "<b-i>", "material": "<b-m>"},
+    "many": {"category": "<m>", "instance": "<m-i>", "colour": "<m-c>", "material": "<m-m>", "texture": "<m-t>"},
+    "style": {"colour": "<s-c>"},
 }
 
 
@@ -52,30 +56,91 @@ def runs(plugins: Plugins, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         ("a photo of {a}", "a photo of <a-cup-0-instance> <a-cup-0>"),
         ("a cup, {bowl.material} {a.colour}", "a cup, <b-m> <a-cup-0-colour>"),
         ("{a.category}{a.instance}", "<a-cup-0><a-cup-0-instance>"),
-        ("{{braces}} stay", "{braces} stay"),
+        ("{{braces}} stay, [red|blue] and }} too", "{braces} stay, [red|blue] and } too"),
+        ("{a - instance} in black", "<a-cup-0> in black"),
+        ("{ a - category }", "<a-cup-0-instance>"),
+        ("{many - colour} in black", "<m> <m-m> <m-t> in black"),
+        ("{many - colour - material}", "<m> <m-t>"),
+        ("{many - category - colour}", "<m-m> <m-t>"),
+        ("{a.colour:1}", "<a-cup-0-colour>"),
+        ("{a.colour:1.30} {a:0.8}", "<a-cup-0-colour:1.3> <a-cup-0-instance:0.8> <a-cup-0:0.8>"),
+        ("{many - colour:2}", "<m:2> <m-m:2> <m-t:2>"),
     ],
 )
 def test_expand(prompt: str, expanded: str) -> None:
-    assert expand(prompt, TOKENS) == expanded
+    assert plan_images(prompt, TOKENS, 1).expanded == expanded
 
 
 @pytest.mark.parametrize(
     ("prompt", "hint"),
     [
-        ("{c}", "no concept 'c'"),
-        ("{bow}", "did you mean 'bowl'"),
+        ("{c}", "{c} at character 1, but no concept 'c': choose from a, bowl, many, style"),
+        ("a photo of {bow}", "at character 12, but no concept 'bow': did you mean 'bowl'"),
         ("{a.color}", "did you mean 'colour'"),
         ("{a.material}", "choose from category, colour, instance"),
-        ("{a", "prompt '{a'"),
-        ("{}", "no concept ''"),
-        ("{a!r}", "no concept 'a'"),
+        ("{a - material}", "a has no token 'material': choose from category, colour, instance"),
+        ("{a - category - instance}", "that leaves nothing of a"),
+        ("{style}", "style has neither an instance nor a category: name one of its tokens, as in {style.colour}"),
+        ("{a", "prompt '{a' has a '{' that is not closed"),
+        ("a}", "has a '}' that closes nothing: '}}' is a brace in plain text (at character 2)"),
+        ("{}", "no concept '' can be: write {a}"),
+        ("{a!r}", "no concept 'a!r' can be"),
+        ("{a-colour}", "a minus has spaces around it: {a - colour} (at character 1)"),
+        ("{a.colour - colour}", "{a - colour} is the concept without it"),
+        ("{a.colour:strong}", "'strong' is no weight: write a number from 0 to 3"),
+        ("{a.colour:-1}", "'-1' is no weight"),
+        ("{a.colour:nan}", "'nan' is no weight"),
+        ("{a|bowl}", "has alternatives, {a|bowl}: only a sweep (--sweep) takes them"),
         (" ", "is empty"),
     ],
 )
 def test_wrong_prompt(prompt: str, hint: str) -> None:
     with pytest.raises(InputError) as error:
-        expand(prompt, TOKENS)
+        plan_images(prompt, TOKENS, 1)
     assert hint in str(error.value)
+
+
+def test_alternatives_are_the_rows_and_columns_of_a_sweep() -> None:
+    plan = plan_images("a {a.colour|bowl.material:0.5} thing, [red|{a - colour}|]", TOKENS, 2, sweep=True)
+    assert (plan.layout.rows, plan.layout.columns) == (
+        ("a.colour", "bowl.material:0.5"),
+        ("red", "a - colour", "(nothing)"),
+    )
+    assert [cell.text for cell in plan.cells] == [
+        "a <a-cup-0-colour> thing, red", "a <a-cup-0-colour> thing, <a-cup-0>", "a <a-cup-0-colour> thing, ",
+        "a <b-m:0.5> thing, red", "a <b-m:0.5> thing, <a-cup-0>", "a <b-m:0.5> thing, ",
+    ]  # fmt: skip
+    assert plan.expanded == "a [<a-cup-0-colour>|<b-m:0.5>] thing, [red|<a-cup-0>|]"
+    row = plan_images("[one] of {a|bowl|a - colour}", TOKENS, 1, sweep=True)
+    assert (row.layout.rows, row.layout.columns) == (("",), ("a", "bowl", "a - colour"))
+    assert row.cells[0].text == "[one] of <a-cup-0-instance> <a-cup-0>"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "hint"),
+    [
+        ("{a} in black", "has nothing to choose from: a sweep has one (a row of pictures) or two"),
+        ("{a|bowl} [red|blue] [big|small]", "has 3 alternations: a sweep has one"),
+        ("[red|{a|bowl}]", "has alternatives within alternatives"),
+        ("{a|}", "no concept '' can be"),
+        ("{a|c}", "{c} at character 1, but no concept 'c'"),
+        ("[" + "|".join("x" * 200) + "] [" + "|".join("x" * 200) + "]", "asks for 40000 images: 10000 at most"),
+    ],
+)
+def test_wrong_sweep(prompt: str, hint: str) -> None:
+    with pytest.raises(InputError) as error:
+        plan_images(prompt, TOKENS, 1, sweep=True)
+    assert hint in str(error.value)
+
+
+def test_a_weight_moves_a_row_on_the_line_from_its_plain_word() -> None:
+    row, plain = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
+    assert weighted_row(row, plain, 1) is row
+    assert torch.equal(weighted_row(row, plain, 0), plain)
+    assert torch.allclose(weighted_row(row, plain, 1.5) - row, 0.5 * (row - plain), atol=1e-6)
+    assert [plain_word(part, "red-bowl") for part in ("category", "instance2", "colour", "surface-finish")] == [
+        "red bowl", "red bowl", "colour", "surface finish",
+    ]  # fmt: skip
 
 
 def test_reference(tmp_path: Path) -> None:
@@ -103,13 +168,78 @@ def test_images_and_what_they_were_made_of(plugins: Plugins, runs: dict[str, Pat
     assert len(set(made.seeds)) == 3
     record = json.loads((tmp_path / "out" / "prompt.json").read_text())
     assert record["prompt"] == "a {a} of {b.material}"
+    digest = record["concepts"]["b"].pop("tokens_sha256")
     assert record["concepts"]["b"] == {"run": str(runs["two"]), "index": 1, "label": "red-bowl"}
+    assert len(digest) == 64 and digest != record["concepts"]["a"]["tokens_sha256"]
+    assert (made.sheet, record["sheet"], record["sweep"]) == (tmp_path / "out" / "sheet.png", "sheet.png", None)
     first = [path.read_bytes() for path in made.images]
     with pytest.raises(InputError, match="already holds a composition"):
         compose("{a}", bindings, out=tmp_path / "out", installed=plugins)
     compose("a {a} of {b.material}", bindings, n=2, seed=5, out=tmp_path / "out", overwrite=True, installed=plugins)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "1.png", "prompt.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "0.png",
+        "1.png",
+        "prompt.json",
+        "sheet.png",
+    ]
     assert [(tmp_path / "out" / f"{i}.png").read_bytes() for i in range(2)] == first[:2]
+
+
+def test_a_sweep_and_its_remake(plugins: Plugins, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Each picture is the same as alone, and the sidecar is enough to make them all again."""
+    bindings = {"a": runs["one"], "b": f"{runs['two']}:1"}
+    made = compose(
+        "{a|b} with {a.colour:1.3|b.colour|a.colour:1}", bindings, sweep=True, seed=3, out=tmp_path / "grid",
+        installed=plugins,
+    )  # fmt: skip
+    assert (made.rows, made.columns) == (("a", "b"), ("a.colour:1.3", "b.colour", "a.colour:1"))
+    assert len(made.images) == 6 and set(made.seeds) == {made.seeds[0]}
+    for number, prompt in ((0, "{a} with {a.colour:1.3}"), (2, "{a} with {a.colour}"), (4, "{b} with {b.colour}")):
+        alone = compose(prompt, bindings, n=1, seed=3, out=tmp_path / f"alone-{number}", installed=plugins)
+        assert alone.images[0].read_bytes() == made.images[number].read_bytes()
+        assert alone.sheet is None and not (alone.out / "sheet.png").exists()
+    assert made.images[0].read_bytes() != made.images[2].read_bytes()
+
+    again = remake(made.out, out=tmp_path / "again", installed=plugins)
+    for path in made.out.iterdir():
+        assert (again.out / path.name).read_bytes() == path.read_bytes()
+
+    moved = Path(shutil.copytree(runs["one"], tmp_path / "moved"))
+    record = json.loads((made.out / "prompt.json").read_text())
+    record["concepts"]["a"]["run"] = str(tmp_path / "gone")
+    (again.out / "prompt.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="gone, which is not there: say where it is, as in a=RUN_DIR"):
+        remake(again.out, out=tmp_path / "third", installed=plugins)
+    with pytest.raises(InputError, match="other tokens than a has in"):
+        remake(again.out, {"a": runs["two"]}, out=tmp_path / "third", installed=plugins)
+    with pytest.raises(InputError, match="has no concept 'c': its prompt has a, b"):
+        remake(again.out, {"c": moved}, out=tmp_path / "third", installed=plugins)
+    third = remake(again.out, {"a": moved}, out=tmp_path / "third", installed=plugins)
+    assert [one.read_bytes() for one in third.images] == [one.read_bytes() for one in made.images]
+    (again.out / "prompt.json").write_text(json.dumps(record | {"n": "many"}))
+    with pytest.raises(InputError, match="does not say how to make its images again"):
+        remake(again.out, {"a": moved}, out=tmp_path / "fourth", installed=plugins)
+    with pytest.raises(InputError, match=r"is no composition of icekit's: it has no prompt\.json"):
+        remake(moved, installed=plugins)
+
+
+def test_a_sheet_has_every_picture_in_its_place_and_labels(tmp_path: Path) -> None:
+    layout = Layout(("a", "a label that is far too long for one line"), ("red", "green", ""), across=2)
+    sheet = Sheet(layout, (32, 64))
+    bare = sheet.image.copy()
+    colours = [(20 * number, 255 - 20 * number, 7) for number in range(layout.count)]
+    for number in reversed(range(layout.count)):
+        sheet.put(number, Image.new("RGB", (64, 32), colours[number]))
+    pixels = list(sheet.image.get_flattened_data())
+    area = pixels.count(colours[0])
+    assert area >= 64 * 32 and all(pixels.count(colour) == area for colour in colours)
+    places = [divmod(pixels.index(colour), sheet.image.width) for colour in colours]
+    assert places == sorted(places) and len({row for row, _ in places}) == 2
+    ink = [pixel for pixel in bare.get_flattened_data() if sum(pixel) < 100]
+    assert len(ink) > 200
+    plain = Sheet(plain_layout(5), (64, 64)).image
+    assert set(plain.get_flattened_data()) == {(255, 255, 255)} and plain.width > plain.height
+    assert max(Sheet(plain_layout(10_000), (512, 512)).image.size) <= 8192
 
 
 def test_default_folder_is_new_each_time(

@@ -63,7 +63,7 @@ def test_a_method_of_one_token(place: Path, run: Run) -> None:
     assert json.loads(out)["expanded"] == "a <a-cup-0-instance> on a table"
     status, _, err = run("compose", "a cup, {a.colour}", "a=one")
     assert status == 2
-    assert "has {a.colour}, but a has no token 'colour': choose from instance" in err
+    assert "has {a.colour} at character 8, but a has no token 'colour': choose from instance" in err
 
 
 def test_a_part_that_was_promised_must_come(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

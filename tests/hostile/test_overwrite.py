@@ -177,7 +177,7 @@ def test_a_failed_composition_keeps_the_old_one(
     assert tree(place / "other") == {}
     for out, options in (("made", ["--overwrite"]), ("other", [])):
         assert icekit("compose", "a {a}", "a=run", "--n", "2", "--out", out, *options)[0] == 0
-        assert tree(place / out).keys() == {"0.png", "1.png", "prompt.json"}
+        assert tree(place / out).keys() == {"0.png", "1.png", "prompt.json", "sheet.png"}
         assert not (place / out / NEXT).exists()
 
 
