@@ -170,6 +170,7 @@ def test_killed_and_resumed(place: Path, run: Run) -> None:
         assert tokens[0].read_bytes() == tokens[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_parts_make_the_whole(place: Path, run: Run) -> None:
     """Each measures its own images, and nobody measures them again."""
     arguments = ["bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "miou", *QUICK]

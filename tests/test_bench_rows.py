@@ -124,6 +124,7 @@ def test_rows_are_held_against_one_of_them(place: Path, run: Run) -> None:
     assert status == 2 and "bench.against = 'bar' is no row: did you mean 'bare'?" in err
 
 
+@pytest.mark.slow
 def test_rows_go_on_and_are_shared_out(place: Path, run: Run) -> None:
     arguments = [*MEASURE, "--config", "rows.toml", "--resume", "--out", "parts"]
     for part in ("1/2", "2/2"):

@@ -79,6 +79,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_distribution(folder, "tokens", TOKENS, name="icekit-tokens", version="0.3")
 
 
+@pytest.mark.slow
 def test_an_exporter_of_another_distribution(tmp_path: Path, site: Path) -> None:
     Image.new("RGB", (40, 40), "red").save(tmp_path / "photo.png")
     listed = in_a_process(["plugins", "list", "--json"], tmp_path, site)

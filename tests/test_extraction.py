@@ -81,7 +81,15 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert "maroon" not in cup["words"]["colour"]
 
     assert sorted(files_of(tmp_path / "run")) == sorted(
-        ["manifest.json", "image.png", "settings.toml", "log.jsonl", "report.html", "embeddings.safetensors"]
+        [
+            "manifest.json",
+            "README.md",
+            "image.png",
+            "settings.toml",
+            "log.jsonl",
+            "report.html",
+            "embeddings.safetensors",
+        ]
         + [EXPORTS]
         + [f"masks/{place}{mask}" for place in ("", "original/") for mask in ("0-cup.png", "1-red-bowl.png")]
         + [f"embeddings/{token.strip('<>')}.safetensors" for one in (cup, bowl) for token in one["tokens"].values()]

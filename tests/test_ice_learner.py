@@ -216,7 +216,9 @@ def uninterrupted() -> dict[str, Taught]:
 
 
 # Going on from nothing, the end of phase one, within phase two, the end of phase two, and within refinement.
-@pytest.mark.parametrize("kill_at", [1, 4, 5, 7, 9])
+@pytest.mark.parametrize(
+    "kill_at", [pytest.param(1, marks=pytest.mark.slow), 4, pytest.param(5, marks=pytest.mark.slow), 7, 9]
+)
 def test_a_killed_run_goes_on_bit_for_bit(learn: Learn, uninterrupted: dict[str, Taught], kill_at: int) -> None:
     settings = {"steps": 6, "checkpoint_every": 2, "refine_steps": 3, "prior_images": 1, "refine_learning_rate": 1e-2}
     if not uninterrupted:
@@ -505,7 +507,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("attribute_rows", "checkpoint_every"), [("free", 1), ("words", 2)])
+@pytest.mark.parametrize(
+    ("attribute_rows", "checkpoint_every"), [("free", 1), pytest.param("words", 2, marks=pytest.mark.slow)]
+)
 def test_all_of_it_goes_on_bit_for_bit_from_any_step(learn: Learn, attribute_rows: str, checkpoint_every: int) -> None:
     settings = PUBLISHED | {"steps": 6, "checkpoint_every": checkpoint_every, "attribute_rows": attribute_rows}
     whole = learn(**settings)[0]

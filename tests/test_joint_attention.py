@@ -97,6 +97,7 @@ def test_a_token_has_a_row_for_each_encoder(backbone):
         backbone.encode_prompts(["a <cup-0>"], token)
 
 
+@pytest.mark.slow
 def test_the_program_runs_it_whole(photo: Path, joint_folder: Path, tmp_path: Path) -> None:
     """A process of its own that finds the plugin by its entry point."""
     source = f"import sys; sys.path.append({str(ROOT / 'tests')!r})\nfrom joint_attention import *\n"

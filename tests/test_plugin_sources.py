@@ -79,6 +79,7 @@ def listed(run: Call, *options: str | Path) -> tuple[dict[tuple[str, str], str],
 # --- One file --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_is_a_plugin_in_a_process_of_its_own(place: Path) -> None:
     done = icekit(
         ["--plugin-file", "gloss.py", "run", "photo.png", "--attribute", "gloss", *QUICK, "--plugin-file=mine.py"],

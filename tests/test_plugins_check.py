@@ -82,6 +82,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return with_what_is_installed(tmp_path, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_what_a_distribution_brought_is_checked(tmp_path: Path) -> None:
     """As a user meets it."""
     site = write_distribution(tmp_path / "site", "halves", HALVES, name="icekit-halves", version="1.5")

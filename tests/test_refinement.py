@@ -107,7 +107,10 @@ def test_a_model_of_half_precision_is_trained_in_full(learn: Learn, sd_folder: P
 
 
 # In the first step of refinement, within it and in its last.
-@pytest.mark.parametrize(("kill_at", "rows"), [(3, "free"), (4, "words"), (5, "free")])
+@pytest.mark.parametrize(
+    ("kill_at", "rows"),
+    [pytest.param(3, "free", marks=pytest.mark.slow), (4, "words"), pytest.param(5, "free", marks=pytest.mark.slow)],
+)
 def test_a_killed_run_goes_on_bit_for_bit(learn: Learn, tmp_path: Path, kill_at: int, rows: str) -> None:
     settings = PUBLISHED | {
         "refine_steps": 3, "checkpoint_every": 1, "refine_learning_rate": 1e-3, "attribute_rows": rows,
@@ -224,6 +227,7 @@ def prompts_of_refinement(
     return {prompt for prompt in seen if "<" in prompt}, {prompt for prompt in seen if "<" not in prompt}
 
 
+@pytest.mark.slow
 def test_prompts_of_refinement(learn: Learn, backbone: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
     phase_one = {"a photo of <cup-0-instance> <cup-0>", "a photo of <metal-ball-1-instance> <metal-ball-1>"}
     phase_two = {

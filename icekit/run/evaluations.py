@@ -41,6 +41,10 @@ class Counter:
         """Some more, for what is booked next."""
         self._open += evaluations
 
+    def forget(self, what: str) -> None:
+        """It is made again, in the place of what is there."""
+        self.booked.pop(what, None)
+
     def book(self, what: str) -> None:
         """What came since the last booking was for this."""
         if self._open:

@@ -393,6 +393,7 @@ class _Run:
     def _show(self, regions: Sequence[Region], learned: Learned, samples: Sequence[Sample]) -> None:
         there = [one for one in samples if self.run.has_sample(*_place(one), words_alone=one.words_alone)]
         done = len(there)
+        self.counter.forget("attention maps")
 
         def keep_attention(index: int, part: str, weights: Tensor) -> None:
             self.counter.book("attention maps")

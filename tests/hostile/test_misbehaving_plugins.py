@@ -75,6 +75,7 @@ def one_line(text: str) -> str:
 # --- At import, in hooks and commands: through real entry points -----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_plugins_that_end_at_import_and_in_hooks(tmp_path: Path, photo: Path) -> None:
     """In one process: each is named, stdout has the result alone, and the other plugins work."""
     site = plain_plugin(tmp_path / "site")
