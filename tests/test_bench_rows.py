@@ -112,6 +112,7 @@ def test_rows_of_one_table(place: Path, run: Run) -> None:
     assert "longer: plain and plain with <code>components.learner = &#34;plain&#34;, learner.steps = 6</code>" in page
 
 
+@pytest.mark.slow
 def test_rows_are_held_against_one_of_them(place: Path, run: Run) -> None:
     status, out, err = run(*MEASURE, "--config", "rows.toml", "--out", "against", "--set", "bench.against=bare")
     assert status == 0, err

@@ -139,6 +139,7 @@ def test_failed_run(place: Path, run: Run) -> None:
     assert "in learn" in err
 
 
+@pytest.mark.slow
 def test_interrupted(place: Path, run: Run) -> None:
     command = ["run", "photo.png", "--out", "interrupted", *plain.OPTIONS, *SAMPLES, "--set", "learner.pause=0.1"]
     process = start(command, place, place / "plugin")

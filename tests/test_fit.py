@@ -83,6 +83,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_a_wide_photograph_keeps_its_whole_content(photo: Path, tmp_path: Path) -> None:
     """Masks are also there in the photograph's own size, upright."""
     options = {"components": {"backbone": "tabletop"}, "learner": {"steps": 2, "word_steps": 0}, "device": "cpu"}

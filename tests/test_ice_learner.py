@@ -440,6 +440,7 @@ def test_a_token_may_start_from_the_first_piece_of_its_word(lesson_of: LessonOf,
     assert torch.equal(rows["<cup-0>"], row_of(backbone, "cup"))
 
 
+@pytest.mark.slow
 def test_latents_may_be_a_sample_anew_in_every_step(
     learn: Learn, backbone: StableDiffusion, image: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

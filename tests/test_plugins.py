@@ -13,6 +13,7 @@ from icekit.plugins import Origin, Plugins, check_attribute, check_component
 from icekit.settings import load_settings
 
 
+@pytest.mark.slow
 def test_plugin_of_another_distribution_can_do_all(tmp_path: Path) -> None:
     plugin = plain_plugin(tmp_path / "site")
     write_distribution(

@@ -277,6 +277,7 @@ def test_the_triplet_is_kept_where_rows_are_trained(learn: Learn) -> None:
         assert set(learn(**settings)[1][-1].losses) == {"reconstruction", "attention", "prior", "total"}
 
 
+@pytest.mark.slow
 def test_the_triplet_moves_refined_rows(learn: Learn) -> None:
     settings = PUBLISHED | {"refine_steps": 12, "refine_learning_rate": 3e-3, "prior_images": 0}
     weak, strong = (learn(**settings, intrinsic_triplet_weight=weight)[1] for weight in (0.0, 1e3))

@@ -163,6 +163,7 @@ def test_the_file_is_the_model(pair: tuple[str, Path, Any], tmp_path: Path, monk
     assert need is not None and whole is not None and abs(need.weights - whole.weights) < 2**20
 
 
+@pytest.mark.slow
 def test_what_a_file_lacks_comes_from_a_folder(pair: tuple[str, Path, Any], tmp_path: Path) -> None:
     """The transformer alone, as most people have FLUX.1: the rest is named, or taken from where it is said to be."""
     name, folder, pipeline = pair

@@ -236,6 +236,7 @@ def test_a_killed_run_goes_on_bit_for_bit(learn: Learn, kill_at: int) -> None:
         learn(memory, **(settings | {"margin": 0.5}))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_between_saves_goes_on_bit_for_bit(learn: Learn) -> None:
     settings = {"steps": 12, "checkpoint_every": 2, "anchors_entail": True, "contrast": "infonce"}
     whole = learn(**settings)[0]

@@ -48,6 +48,7 @@ def test_every_weight_is_trained_at_the_published_rate(backbone: StableDiffusion
     assert float(moved.median()) == pytest.approx(PUBLISHED_RATES[name], rel=0.1)  # AdamW's first step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_a_killed_run_goes_on_bit_for_bit(backbone: StableDiffusion, name: str) -> None:
     settings: dict[str, Any] = {"steps": 4, "checkpoint_every": 1, "weights_learning_rate": 1e-3}
