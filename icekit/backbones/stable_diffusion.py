@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -49,7 +49,7 @@ class StableDiffusion(UNetBackbone):
         """The tokens' rows for the one text encoder there is."""
         return rows_for(self._encoder, tokens)
 
-    def _latent_pipeline(self) -> StableDiffusionPipeline:
+    def _sampling_pipeline(self) -> StableDiffusionPipeline:
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
         return StableDiffusionPipeline(
@@ -63,6 +63,9 @@ class StableDiffusion(UNetBackbone):
             requires_safety_checker=False,
         )
 
-    def _sampler_inputs(self, encoded: Conditioning) -> dict[str, Tensor]:
-        sequence = encoded.parts["sequence"].to(self.unet.dtype)
-        return {"prompt_embeds": sequence[1:], "negative_prompt_embeds": sequence[:1].expand_as(sequence[1:])}
+    def _sampler_inputs(self, prompts: Conditioning, empty: Conditioning) -> dict[str, Any]:
+        dtype = self.unet.dtype
+        return {
+            "prompt_embeds": prompts.parts["sequence"].to(dtype),
+            "negative_prompt_embeds": empty.parts["sequence"].to(dtype),
+        }

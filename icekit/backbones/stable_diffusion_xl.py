@@ -82,7 +82,7 @@ class StableDiffusionXL(UNetBackbone):
         sizes = torch.tensor([*self.image_size, 0, 0, *self.image_size], device=pooled.device, dtype=pooled.dtype)
         return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes.expand(len(pooled), 6)}}
 
-    def _latent_pipeline(self) -> StableDiffusionXLPipeline:
+    def _sampling_pipeline(self) -> StableDiffusionXLPipeline:
         from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 
         return StableDiffusionXLPipeline(
@@ -96,11 +96,10 @@ class StableDiffusionXL(UNetBackbone):
             add_watermarker=False,
         )
 
-    def _sampler_inputs(self, encoded: Conditioning) -> dict[str, Tensor]:
+    def _sampler_inputs(self, prompts: Conditioning, empty: Conditioning) -> dict[str, Any]:
         """As the family's pipeline does it, the empty prompt is all zeros where the model was trained so."""
-        inputs: dict[str, Tensor] = {}
+        inputs: dict[str, Any] = {}
         for name, part in (("prompt_embeds", "sequence"), ("pooled_prompt_embeds", "pooled")):
-            states = encoded.parts[part].to(self.unet.dtype)
-            empty = torch.zeros_like(states[:1]) if self._empty_is_zero else states[:1]
-            inputs |= {name: states[1:], f"negative_{name}": empty.expand_as(states[1:])}
+            states, nothing = (each.parts[part].to(self.unet.dtype) for each in (prompts, empty))
+            inputs |= {name: states, f"negative_{name}": torch.zeros_like(nothing) if self._empty_is_zero else nothing}
         return inputs

@@ -177,14 +177,14 @@ class Flux(ConceptTransformerBackbone, KLTransformerBackbone):
             "pooled_prompt_embeds": prompts.parts["pooled"].to(dtype),
         }
 
-    def _steps(self, steps: int | None) -> int:
+    def _sampling_steps(self, steps: int | None) -> int:
         """As many as it was trained to take, where nobody says it: schnell, which is told of no guidance, takes few."""
         own = STEPS if self.transformer.config.guidance_embeds else STEPS_OF_SCHNELL
         return next(one for one in (steps, self._settings.steps, own) if one is not None)
 
     def passes(self, steps: int | None, guidance_scale: float) -> int:
         """See ``protocols.Backbone``: one a step, whatever the guidance."""
-        return self._steps(steps)
+        return self._sampling_steps(steps)
 
     def _from_sampler(self, latents: Tensor) -> Tensor:
         return unpack(latents, self._grid)

@@ -6,8 +6,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
+from icekit.backbones.settings import MODEL, checkpointing
 from icekit.paths import PLACE
-from icekit_dit.settings import MODEL, TransformerSettings, checkpointing
+from icekit_dit.settings import TransformerSettings
 
 
 class SanaSettings(TransformerSettings):

@@ -104,11 +104,14 @@ class Modulated(TransformerBackbone):
         return normalize(told + torch.stack(means), dim=-1)
 
     def _transform(self, noisy: Tensor, sigmas: Tensor, prompts: Conditioning) -> Tensor:
-        with self._sampling(prompts):
+        with self._with_offsets(prompts):
             return super()._transform(noisy, sigmas, prompts)  # type: ignore[safe-super]  # the family's
 
-    def _sampling(self, prompts: Conditioning) -> AbstractContextManager[None]:
-        """See ``TransformerBackbone``."""
+    def _sampling(self, prompts: Conditioning, empty: Conditioning, *, guided: bool) -> AbstractContextManager[None]:
+        """See ``PipelineBackbone``."""
+        return self._with_offsets(prompts)
+
+    def _with_offsets(self, prompts: Conditioning) -> AbstractContextManager[None]:
         parts = prompts.parts
         return offset_modulation(
             self.transformer, Offsets(parts[VALUES], parts[POSITIONS]) if VALUES in parts else None

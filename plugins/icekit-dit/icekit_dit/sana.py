@@ -17,12 +17,13 @@ from torch import Tensor
 from icekit.backbones.common import rows_for
 from icekit.backbones.estimate import Measured
 from icekit.backbones.loading import Family
+from icekit.backbones.pipeline import DAMAGED
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite
 from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
 from icekit_dit.llm_encoder import LanguageModel, same_length
 from icekit_dit.llm_settings import SanaSettings
-from icekit_dit.transformer import DAMAGED, Seen, TransformerBackbone
+from icekit_dit.transformer import Seen, TransformerBackbone
 from icekit_dit.watching import Watch, heads_of, watching
 
 if TYPE_CHECKING:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
 from icekit.attention.settings import SoftMapSettings
-from icekit.backbones.settings import ImageSize
+from icekit.backbones.settings import MODEL, PipelineSettings, checkpointing
 from icekit.paths import PLACE
-from icekit.protocols import CHANGES_NO_RESULT, ComponentSettings
 from icekit.protocols.strict import needs_memory
 from icekit.words import one_place
 
@@ -19,83 +18,23 @@ LAYOUTS = tuple(
 )
 """What models in one file look like."""
 FILE = ", or a .safetensors file in the layout that it was published in"
-MODEL = (
-    "a folder in diffusers' format, one inside an installed package (package:NAME/FOLDER), or an id of the Hugging "
-    "Face hub"
-)
 
 
 def _one_place(template: str) -> str:
     return one_place(template, "the word goes")
 
 
-NumberFormat = Literal["auto", "float32", "float16", "bfloat16"]
-
-
-def checkpointing(default: bool) -> Any:
-    """The field ``gradient_checkpointing``; it is on by default where a step of learning fits on no card otherwise."""
-    return Field(
-        default,
-        description="while learning, keep the noise predictor's blocks' inputs alone and compute their insides a "
-        "second time: much less memory, about a third more time, the same result",
-        json_schema_extra=CHANGES_NO_RESULT | needs_memory(True),
-    )
-
-
-class TransformerSettings(ComponentSettings):
+class TransformerSettings(PipelineSettings):
     """Which model, and how it is run: what the backbones around a diffusion transformer share."""
 
-    pipelines: ClassVar[tuple[str, ...]] = ()
-    """The diffusers pipelines whose models ``--model`` gives to the backbone."""
-    layouts: ClassVar[tuple[str, ...]] = ()
-    """What their models in one file look like: see ``icekit.backbones.file_layouts``."""
-
-    model: Annotated[str, PLACE] = Field(description=MODEL)
-    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
-    variant: str | None = Field(default=None, description="weight files to load, such as fp16; else the plain ones")
-    local_files_only: bool = Field(
-        default=False,
-        description="never download, use what the hub's cache has",
-        json_schema_extra=CHANGES_NO_RESULT,
-    )
-    dtype: NumberFormat = Field(
-        default="auto",
-        description="number format of the noise predictor; auto: on cuda bfloat16 where the card has it, else float16; "
-        "float32 elsewhere",
-        json_schema_extra=needs_memory("bfloat16"),
-    )
     text_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto",
         description="number format of the large text encoder (T5 or a language model; CLIP's are float32); auto: "
         "bfloat16 where the noise predictor is not float32, else float32",
         json_schema_extra=needs_memory("bfloat16"),
     )
-    image_size: ImageSize | None = Field(
-        default=None,
-        description="side of the images in pixels, or [height, width]; none: the size the model was trained at",
-    )
     steps: int = Field(28, ge=1, le=1000, description="denoising steps of a generated image")
     guidance_scale: float = Field(7.0, ge=0, le=100, description="classifier-free guidance; 1 or less turns it off")
-    images_at_once: int = Field(
-        default=1,
-        gt=0,
-        description="images generated as one batch: more is faster, above all on a GPU, but then the last bits of "
-        "an image depend on how many are generated beside it",
-        json_schema_extra=CHANGES_NO_RESULT | needs_memory(1),
-    )
-    gradient_checkpointing: bool = checkpointing(False)
-    vae_tiling: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="the autoencoder works in overlapping tiles of the size that it was trained at, whose seams are "
-        "blended; auto: where the picture has more than 2 million pixels",
-    )
-    low_memory: Literal["off", "on"] = Field(
-        default="off",
-        description="on: the device holds the part of the model that is in use alone (text encoders, noise predictor, "
-        "autoencoder in turn), the autoencoder takes one picture at a time, and gradient_checkpointing is on: slower, "
-        "the same result up to rounding",
-        json_schema_extra=CHANGES_NO_RESULT | needs_memory("on"),
-    )
 
 
 class FileSettings(TransformerSettings):

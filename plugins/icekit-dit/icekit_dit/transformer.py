@@ -11,37 +11,31 @@ from __future__ import annotations
 
 import copy
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
-from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from icekit.backbones.attention_capture import checkpointed
-from icekit.backbones.common import fingerprint, predictor_dtype, quiet, rows_for, to_pictures, tuned_pipeline
-from icekit.backbones.estimate import WEIGHTS_ALONE, Measured, memory_need, place_of, weights_in
+from icekit.backbones.common import predictor_dtype
+from icekit.backbones.estimate import memory_need, place_of, weights_in
 from icekit.backbones.file_layouts import layout_of
 from icekit.backbones.fine_tuning import fine_tuned
-from icekit.backbones.loading import Family, divided, load_pipeline
+from icekit.backbones.loading import divided, load_pipeline
 from icekit.backbones.lora import ATTENTION_PROJECTIONS
-from icekit.backbones.residence import Residence
-from icekit.backbones.text_encoder import TextEncoder
-from icekit.model_files import check_finite, one_line
+from icekit.backbones.pipeline import KLPipelineBackbone, PipelineBackbone
 from icekit.pixels import shape_for
 from icekit.protocols import (
     NO_TOKENS,
     Attention,
     Capability,
     Conditioning,
-    FineTuning,
     InputError,
     Look,
     MemoryNeed,
     Prediction,
-    RunError,
     Tokens,
     Trained,
     Tuned,
@@ -50,18 +44,13 @@ from icekit.protocols import (
 from icekit_dit.settings import TransformerSettings
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
+    pass
 
 Seen = tuple[Tensor | None, Tensor | None]
 """What was seen in one pass, mean over heads and layers, float32: from N places to L positions of the prompt
 ``[B, N, L]``, and from N places to N places ``[B, N, N]``; None for what was not asked for."""
 
-DAMAGED = "its weights are damaged or another model's: get the model again"
-"""The way out where a number format is not to blame."""
 LARGEST_SIDE = 65_536
-TILED_ABOVE = 2**21
-"""Pixels of a picture above which the autoencoder works in tiles, if nothing else is set: twice of what models of these
-families were trained at."""
 
 
 def shifted(shares: Tensor, shift: float) -> Tensor:
@@ -98,7 +87,7 @@ def dynamic_shift(config: Any, places: int) -> float:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-class TransformerBackbone(ABC):
+class TransformerBackbone(PipelineBackbone):
     """A diffusers pipeline around a diffusion transformer, taken apart; a family adds what is its own.
 
     The noise predictor runs in ``TransformerSettings.dtype``, the parts in ``large_encoders`` in its ``text_dtype``,
@@ -109,11 +98,9 @@ class TransformerBackbone(ABC):
     """
 
     Settings: type[TransformerSettings] = TransformerSettings
-    family: ClassVar[Family]
-    """What a model of this family is made of."""
+    predictor = "transformer"
+    transformer: Any
     lacks: ClassVar[Collection[Capability]] = ()
-    measured: ClassVar[Measured] = WEIGHTS_ALONE
-    """What a model of this family needs of memory beside its weights."""
     native_pixels: ClassVar[int] = 1024 * 1024
     """Of the pictures that the family's models were trained with."""
     large_encoders: ClassVar[tuple[str, ...]] = ()
@@ -134,18 +121,6 @@ class TransformerBackbone(ABC):
             settings, self.family, self._dtypes(settings, device), without=self._left_out(settings)
         )
         self._take_apart(pipeline, settings, device)
-
-    @classmethod
-    def from_pipeline(
-        cls, pipeline: DiffusionPipeline, device: torch.device | str, settings: TransformerSettings | None = None
-    ) -> Self:
-        """A backbone around a pipeline that is in memory already. Takes it over: use the pipeline no longer.
-
-        ``settings.model`` and the settings of loading are not looked at.
-        """
-        self = cls.__new__(cls)
-        self._take_apart(pipeline, settings or cls.Settings.model_validate({}), torch.device(device))
-        return self
 
     @classmethod
     def memory_needed(cls, settings: TransformerSettings, device: torch.device, pictures: int) -> MemoryNeed | None:
@@ -201,33 +176,9 @@ class TransformerBackbone(ABC):
     def _take_apart(self, pipeline: Any, settings: TransformerSettings, device: torch.device) -> None:
         named = f"backbone.model = {settings.model!r}"
         self._pipeline = pipeline
-        self._settings = settings
-        self.device = device
-        self.transformer: Any = pipeline.transformer
-        self._vae: Any = pipeline.vae
         self._check_schedule(named)
-        saving = settings.low_memory == "on"
-        parts: dict[str, list[nn.Module]] = {"texts": [], "transformer": [], "vae": []}
-        with quiet():
-            for part, dtype in self._dtypes(settings, device).items():
-                module: nn.Module | None = getattr(pipeline, part)
-                if module is not None:
-                    module.eval().requires_grad_(False).to(dtype=dtype)
-                    parts["texts" if part.startswith("text_encoder") else part].append(module)
-            self._parts = Residence(parts, device, in_turn=saving)
-        if settings.gradient_checkpointing or saving:
-            self.transformer.enable_gradient_checkpointing(checkpointed)
-        if saving and hasattr(self._vae, "enable_slicing"):
-            self._vae.enable_slicing()
-        self._predicts_finite = False
-        try:
-            self._texts = self._text_encoders(pipeline)
-        except InputError as error:
-            raise InputError(f"{named}: {error}") from error
-        for text in self._texts.values():
-            text.arrive = self._texts_in_use
-        self.rows: Mapping[str, int] = {name: text.dim for name, text in self._texts.items()}
-        self.identity = fingerprint({name: text.table for name, text in self._texts.items()})
+        self._place_parts(pipeline, settings, device, self._dtypes(settings, device))
+        self._read_texts(named)
 
         size = settings.image_size or self._trained_size()
         multiple, largest = self._multiple(), self._largest_side()
@@ -296,22 +247,6 @@ class TransformerBackbone(ABC):
     # --- What a family says ---------------------------------------------------------------------------------------
 
     @abstractmethod
-    def _text_encoders(self, pipeline: Any) -> dict[str, TextEncoder]:
-        """The text encoders by name, taken over. Raises InputError for one that its tokenizer does not belong to."""
-
-    @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
-        """See ``protocols.Backbone``; a part "sequence" is the prompt as the transformer reads it, ``[B, L, C]``.
-
-        Raises:
-            InputError: a prompt too long or with an unknown ``<token>``.
-        """
-
-    @abstractmethod
-    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
-        """See ``protocols.Backbone``."""
-
-    @abstractmethod
     def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
         """See ``protocols.Backbone``: positions in the part "sequence"."""
 
@@ -341,86 +276,7 @@ class TransformerBackbone(ABC):
             A function that says, after a pass, what was seen in it.
         """
 
-    @abstractmethod
-    def _sampling_pipeline(self) -> Any:
-        """The family's pipeline of the transformer alone, with a scheduler of its own (``_sampler``)."""
-
-    @abstractmethod
-    def _sampler_inputs(self, prompts: Conditioning, empty: Conditioning) -> dict[str, Any]:
-        """What that pipeline's call takes of prompts, and of as many empty ones, beside ``guidance_scale``."""
-
-    def _sampling(self, prompts: Conditioning) -> AbstractContextManager[None]:
-        """While that pipeline makes pictures of prompts: what its arguments do not tell the transformer of them."""
-        return nullcontext()
-
-    def _from_sampler(self, latents: Tensor) -> Tensor:
-        """Latents as that pipeline gives them -> ``[B, C, h, w]``."""
-        return latents
-
-    # --- Prompts --------------------------------------------------------------------------------------------------
-
-    def knows(self, word: str) -> bool:
-        """Every word: the vocabulary is open."""
-        return True
-
-    def word_rows(self, word: str, pieces: Literal["mean", "first"] = "mean") -> dict[str, Tensor]:
-        """See ``protocols.Backbone``. Raises InputError for an empty word."""
-        return {name: text.word_row(word, pieces) for name, text in self._texts.items()}
-
-    @property
-    def pipeline_class(self) -> str:
-        """The diffusers pipeline that loads this model without icekit."""
-        return self.family.pipeline
-
-    @property
-    def pipeline_encoders(self) -> dict[str, tuple[str, str]]:
-        """The pipeline's names of the tokenizer and the model of each text encoder."""
-        ends = [""] if len(self._texts) == 1 else ["", *(f"_{number}" for number in range(2, len(self._texts) + 1))]
-        return {name: (f"tokenizer{end}", f"text_encoder{end}") for name, end in zip(self._texts, ends, strict=True)}
-
-    @property
-    def pipeline_without(self) -> tuple[str, ...]:
-        """Parts that the pipeline must be told to do without."""
-        return tuple(part for part in self.family.optional if getattr(self._pipeline, part) is None)
-
-    @property
-    def pipeline_loads_tokens(self) -> bool:
-        """Whether that pipeline has ``load_textual_inversion``."""
-        return hasattr(self._pipeline, "load_textual_inversion")
-
-    @property
-    def pipeline_source(self) -> str | None:
-        """What ``from_pretrained`` of ``pipeline_class`` takes to load this model: a folder or an id of the hub.
-
-        None for a pipeline that was made in memory.
-        """
-        source: str | None = self._pipeline.name_or_path
-        return source
-
-    def _texts_in_use(self) -> None:
-        self._parts.use("texts")
-
-    # --- Pictures and noise ---------------------------------------------------------------------------------------
-
-    def _autoencoder(self) -> Any:
-        """The autoencoder, on the device and as this picture's size needs it."""
-        if not torch.is_grad_enabled():  # with gradients it is used in a step of learning, which needs all parts
-            self._parts.release()
-        self._parts.use("vae")
-        large = self.image_size[0] * self.image_size[1] > TILED_ABOVE
-        if self._settings.vae_tiling == "on" or (self._settings.vae_tiling == "auto" and large):
-            self._vae.enable_tiling()
-        else:
-            self._vae.disable_tiling()
-        return self._vae
-
-    @abstractmethod
-    def encode_images(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]``, as the transformer takes them."""
-
-    @abstractmethod
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
+    # --- Noise ----------------------------------------------------------------------------------------------------
 
     def _check_schedule(self, named: str) -> None:
         """Refuse a scheduler that is not the family's: its times would mean something else.
@@ -494,16 +350,8 @@ class TransformerBackbone(ABC):
     def _predicted(self, noisy: Tensor, shares: Tensor, prompts: Conditioning) -> Tensor:
         self._parts.use("transformer")
         output = self._transform(noisy.to(self.transformer.dtype), self._sigmas(shares), prompts)
-        # What a learner makes of its tokens is the learner's to judge: with gradients, the model is checked at first.
-        if not (self._predicts_finite and torch.is_grad_enabled()):
-            self._check_predicted(output)
-            self._predicts_finite = self._predicts_finite or torch.is_grad_enabled()
+        self._check_output(output)
         return output.to(noisy.dtype)
-
-    def _check_predicted(self, output: Tensor) -> None:
-        dtype = str(self.transformer.dtype).removeprefix("torch.")
-        advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try --set backbone.dtype=float32"
-        check_finite(output, f"noise predictor (transformer) in {dtype}", advice)
 
     @torch.no_grad()
     def _try_out(self, named: str) -> None:
@@ -517,22 +365,11 @@ class TransformerBackbone(ABC):
         small._take_shape((self._multiple(), self._multiple()))
         noisy = torch.zeros(1, *small.latent_shape, device=self.device)
         look = Look(words=(1,) if small.word_grids else (), pixels=(1,) if small.pixel_grids else ())
-        try:
+        with self._trying_out(named):
             encoded = self.encode_prompts(["a cup"])
             output = small.predict(noisy, torch.ones(1, device=self.device), encoded, look).output
             latents = small.encode_images(small.decode_latents(noisy))
-        except (InputError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except RunError as error:
-            raise RunError(f"{named}: {error}") from error
-        except Exception as error:  # torch, diffusers, transformers: each fails in its own way
-            raise InputError(f"{named}: its parts do not work together: {one_line(error)}") from error
-        for part, given in (("transformer", output), ("vae", latents)):
-            if given.shape != noisy.shape:
-                raise InputError(
-                    f"{named}: its {part} gives latents of shape {list(given.shape[1:])} where {list(noisy.shape[1:])} "
-                    "is right: it is of another model"
-                )
+        self._check_shapes(named, noisy, output, latents)
 
     @contextmanager
     def fine_tuned(self, trained: Trained, rank: int, generator: torch.Generator) -> Iterator[Tuned]:
@@ -544,107 +381,11 @@ class TransformerBackbone(ABC):
         ):
             yield tuned
 
-    # --- Generation -----------------------------------------------------------------------------------------------
-
-    def _steps(self, steps: int | None) -> int:
-        """Denoising steps of a picture, as a call says it, or else the settings."""
-        return self._settings.steps if steps is None else steps
-
     def _sampler(self) -> Any:
-        """A scheduler like the pipeline's own."""
+        """A scheduler like the pipeline's own, for ``_sampling_pipeline``."""
         schedule = self._pipeline.scheduler
         return type(schedule).from_config(schedule.config)
 
-    @torch.no_grad()
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seeds: Sequence[int],
-        tokens: Tokens = NO_TOKENS,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        tuning: FineTuning | None = None,
-        skip: Collection[int] = (),
-        on_image: Callable[[int, Image.Image], None] | None = None,
-    ) -> list[Image.Image]:
-        """One RGB image per prompt, by the family's own pipeline and its scheduler; see ``protocols.Backbone``.
 
-        With ``Settings.images_at_once`` 1, the default, image i is the same bits whatever is generated beside it. With
-        more it is the same up to rounding: kernels round differently for batches of different sizes.
-        """
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        guidance = self._settings.guidance_scale if guidance_scale is None else guidance_scale
-        at_once = self._settings.images_at_once
-        images: list[Image.Image] = []
-        self._parts.release()
-        with self._tuned(tuning):
-            for name, text in self._texts.items():
-                text.token_ids(prompts, rows_for(name, tokens))  # refuse a wrong prompt before the first image
-            sampling, before = self._sampling_pipeline(), list[str]()
-            sampling.vae_scale_factor = self._factor  # which it cannot read off an autoencoder that it has not got
-            sampling.set_progress_bar_config(disable=True)
-            for start in range(0, len(prompts), at_once):
-                batch = range(start, min(start + at_once, len(prompts)))
-                if all(place in skip for place in batch):
-                    continue
-                # Together with the empty prompt: sequences of one length.
-                wanted = ["", *(prompts[place] for place in batch)]
-                if wanted != before:
-                    encoded, before = self.encode_prompts(wanted, tokens), wanted
-                self._parts.use("transformer")
-                prompted = encoded[slice(1, None)]
-                with self._sampling(prompted):
-                    latents = sampling(
-                        **self._sampler_inputs(prompted, encoded[[0] * len(batch)]),
-                        height=self.image_size[0],
-                        width=self.image_size[1],
-                        num_inference_steps=self._steps(steps),
-                        guidance_scale=guidance,
-                        generator=[torch.Generator("cpu").manual_seed(seeds[place]) for place in batch],
-                        output_type="latent",
-                    ).images
-                self._check_predicted(latents)
-                pictures = to_pictures(self.decode_latents(self._from_sampler(latents)))
-                for place, image in zip(batch, pictures, strict=True):
-                    if place not in skip:
-                        images.append(image)
-                        if on_image:
-                            on_image(place, image)
-        return images
-
-    @contextmanager
-    def _tuned(self, tuning: FineTuning | None) -> Iterator[None]:
-        """The model with what a learner made of its noise predictor, for the length of the block."""
-        with ExitStack() as stack:
-            if tuning:
-                stack.enter_context(self._parts.pinned("transformer"))
-                stack.enter_context(tuned_pipeline(self._pipeline, self.transformer, tuning))
-            yield
-
-
-class KLTransformerBackbone(TransformerBackbone):
-    """A diffusion transformer on the latents of diffusers' ``AutoencoderKL``, shifted and scaled."""
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` in [0, 1] -> float32 latents ``[B, C, h, w]``, the posterior's mean, shifted and scaled."""
-        return self.posterior(images)[0]
-
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, 3, H, W]`` in [0, 1] -> the Gaussian that the autoencoder makes of them, shifted and scaled: mean and
-        standard deviation, both float32 ``[B, C, h, w]``.
-        """
-        config = self._vae.config
-        gaussian = self._autoencoder().encode(images.to(self.device, torch.float32) * 2 - 1).latent_dist
-        check_finite(torch.cat([gaussian.mean, gaussian.std]), "autoencoder's encoder in float32", DAMAGED)
-        mean = (gaussian.mean - (config.shift_factor or 0)) * config.scaling_factor
-        return mean, gaussian.std * config.scaling_factor
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        """Latents ``[B, C, h, w]`` -> float32 ``[B, 3, H, W]`` in [0, 1]."""
-        config = self._vae.config
-        latents = latents.to(self.device, torch.float32) / config.scaling_factor + (config.shift_factor or 0)
-        images = self._autoencoder().decode(latents, return_dict=False)[0]
-        check_finite(images, "autoencoder's decoder in float32", DAMAGED)
-        return (images / 2 + 0.5).clamp(0, 1)
+class KLTransformerBackbone(KLPipelineBackbone, TransformerBackbone):
+    """A diffusion transformer on the latents of diffusers' ``AutoencoderKL``."""
