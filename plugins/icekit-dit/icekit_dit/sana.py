@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from icekit.backbones.common import rows_for
 from icekit.backbones.estimate import Measured
 from icekit.backbones.loading import Family
 from icekit.backbones.pipeline import DAMAGED
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite
-from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
+from icekit.protocols import Conditioning, InputError
+from icekit_dit.language import LanguageBackbone
 from icekit_dit.llm_encoder import LanguageModel, same_length
 from icekit_dit.llm_settings import SanaSettings
-from icekit_dit.transformer import Seen, TransformerBackbone
+from icekit_dit.transformer import Seen
 from icekit_dit.watching import Watch, heads_of, watching
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ MULTIPLE = 32
 """The pipeline makes pictures whose sides are multiples of this alone."""
 
 
-class Sana(TransformerBackbone):
+class Sana(LanguageBackbone):
     """Any Sana model, from the hub or a folder in diffusers' format.
 
     A token has one row, ``gemma2_2b``. As in the pipeline, plain words are read in lower case and after an instruction
@@ -57,13 +57,12 @@ class Sana(TransformerBackbone):
     """
 
     Settings = SanaSettings
+    encoder = ENCODER
     family = SANA
     # With checkpointing it was not measured: it is reckoned as without.
     measured = Measured(5.54, 5.54, 0.08, 2.84, "benchmarks/memory.json, H100")
     lacks = ("similarity", "posterior")
-    large_encoders = ("text_encoder",)
     schedulers = SANA.parts["scheduler"][1]
-    pipeline_takes_space = True
     _settings: SanaSettings
 
     def _text_encoders(self, pipeline: SanaPipeline) -> dict[str, TextEncoder]:
@@ -113,37 +112,6 @@ class Sana(TransformerBackbone):
         images = self._autoencoder().decode(latents, return_dict=False)[0]
         check_finite(images, "autoencoder's decoder in float32", DAMAGED)
         return (images / 2 + 0.5).clamp(0, 1)
-
-    # --- Prompts --------------------------------------------------------------------------------------------------
-
-    @property
-    def _text(self) -> LanguageModel:
-        text = self._texts[ENCODER]
-        assert isinstance(text, LanguageModel)
-        return text
-
-    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
-        """The language model's last states ``[B, L, C]``, and a mask of the positions that are the prompt's.
-
-        Raises:
-            InputError: a prompt too long or with an unknown ``<token>``.
-        """
-        states, mask = self._text.encode_words(prompts, rows_for(ENCODER, tokens))
-        return Conditioning({"sequence": states.float(), "mask": mask})
-
-    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
-        """The mean of the language model's last states at a text's words, without the instruction.
-
-        Raises:
-            InputError: a text too long or with an unknown ``<token>``; a ``pool``.
-        """
-        if pool is not None:
-            raise InputError(f"pooling {pool!r}: texts of this model are read in one way (none)")
-        return self._text.embed(texts, rows_for(ENCODER, tokens))
-
-    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
-        """See ``protocols.Backbone``."""
-        return self._text.token_positions(prompt, words, rows_for(ENCODER, tokens))
 
     # --- The transformer ------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ Z-Image Team, "Z-Image: An Efficient Image Generation Foundation Model with Sing
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from icekit.backbones.common import rows_for
 from icekit.backbones.estimate import Measured
 from icekit.backbones.loading import Family
 from icekit.backbones.text_encoder import TextEncoder
-from icekit.protocols import NO_TOKENS, Attention, Conditioning, InputError, Look, Prediction, Tokens
+from icekit.protocols import Attention, Conditioning, Look, Prediction
+from icekit_dit.language import LanguageBackbone
 from icekit_dit.llm_encoder import LanguageModel, chat_around
 from icekit_dit.llm_settings import ZImageSettings
 from icekit_dit.transformer import KLTransformerBackbone, Seen
@@ -51,7 +51,7 @@ ROUND = 32
 """The transformer fills the places, and the positions of the prompt, up to multiples of so many."""
 
 
-class ZImage(KLTransformerBackbone):
+class ZImage(KLTransformerBackbone, LanguageBackbone):
     """Any Z-Image model, from the hub or a folder in diffusers' format.
 
     A token has one row, ``qwen3_4b``. A prompt is what a user says in a chat, and the transformer reads the second last
@@ -59,11 +59,10 @@ class ZImage(KLTransformerBackbone):
     """
 
     Settings = ZImageSettings
+    encoder = ENCODER
     family = Z_IMAGE
     # A step of two pictures did not fit into 79 GiB; with checkpointing it was not measured: weights alone are counted.
     measured = Measured(28.5, 0, 0.89, 4.54, "benchmarks/memory.json, H100")
-    large_encoders = ("text_encoder",)
-    pipeline_takes_space = True
 
     def _text_encoders(self, pipeline: ZImagePipeline) -> dict[str, TextEncoder]:
         before, after = chat_around(pipeline.tokenizer, add_generation_prompt=True, enable_thinking=True)
@@ -83,37 +82,6 @@ class ZImage(KLTransformerBackbone):
     def _trained_size(self) -> tuple[int, int]:
         side = min(TRAINED_SIDE, self._largest_side())
         return side, side
-
-    # --- Prompts --------------------------------------------------------------------------------------------------
-
-    @property
-    def _text(self) -> LanguageModel:
-        text = self._texts[ENCODER]
-        assert isinstance(text, LanguageModel)
-        return text
-
-    def encode_prompts(self, prompts: Sequence[str], tokens: Tokens = NO_TOKENS) -> Conditioning:
-        """The language model's second last states ``[B, L, C]``, and a mask of the positions that are the prompt's.
-
-        Raises:
-            InputError: a prompt too long or with an unknown ``<token>``.
-        """
-        states, mask = self._text.encode_words(prompts, rows_for(ENCODER, tokens))
-        return Conditioning({"sequence": states.float(), "mask": mask})
-
-    def embed_texts(self, texts: Sequence[str], tokens: Tokens = NO_TOKENS, pool: str | None = None) -> Tensor:
-        """The mean of the language model's last states at a text's words.
-
-        Raises:
-            InputError: a text too long or with an unknown ``<token>``; a ``pool``.
-        """
-        if pool is not None:
-            raise InputError(f"pooling {pool!r}: texts of this model are read in one way (none)")
-        return self._text.embed(texts, rows_for(ENCODER, tokens))
-
-    def token_positions(self, prompt: str, words: Sequence[str], tokens: Tokens = NO_TOKENS) -> list[list[int]]:
-        """See ``protocols.Backbone``."""
-        return self._text.token_positions(prompt, words, rows_for(ENCODER, tokens))
 
     # --- The transformer ------------------------------------------------------------------------------------------
 
