@@ -3,6 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.icekit-setup
 
+# Python keeps what it has compiled, whatever the environment says: without, each process that starts compiles
+# torch, diffusers and transformers anew, for ten seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo docs test format
 
 setup: $(STAMP)
