@@ -504,12 +504,21 @@ def test_charts_break_at_phases_and_stay_in_their_frame() -> None:
     assert first.smooth.count("M") == 2
     assert second.smooth.count("M") == 1
     assert [band.name for band in first.bands] == ["one", "two"]
-    assert second.first == second.last == "2"
+    assert [change.phase for change in first.changes] == ["one", "two"]
+    assert second.changes == [loss_chart.Change("two", "2", "2", "")]
     for chart in (first, second):
         places = np.array(re.findall(r"([\d.-]+) ([\d.-]+)", chart.smooth), dtype=float)
         assert places[:, 0].min() >= loss_chart.LEFT and places[:, 0].max() <= loss_chart.RIGHT
         assert places[:, 1].min() >= loss_chart.TOP - 0.1 and places[:, 1].max() <= loss_chart.BOTTOM + 0.1
     assert len(first.raw) < 12 * 2 * loss_chart.MAX_POINTS + 100
+
+
+def test_a_loss_is_compared_within_its_phase_and_its_scatter() -> None:
+    """Falls in the first phase, rises in the second, and in the third only jumps up and down."""
+    values = [9, 8, 7.5, 6, 5, 4, 20, 21, 22.5, 23, 24, 26, 1, 9, 2, 8, 1.5, 8.5]
+    log = [LogLine(step + 1, "abc"[step // 6], {"x": float(value)}) for step, value in enumerate(values)]
+    (chart,) = loss_chart.loss_charts(log)
+    assert [(change.phase, change.trend) for change in chart.changes] == [("a", "falls"), ("b", "rises"), ("c", "")]
 
 
 def test_a_chart_of_one_step() -> None:

@@ -20,6 +20,19 @@ MAX_POINTS = 240
 """Points of one line; a longer log is thinned out."""
 MAX_BANDS = 12
 """With more changes of phase than this (phases that alternate, say) the bands would say nothing: they are left out."""
+MEANINGS = {
+    "reconstruction": "how far the model's prediction is from the truth; it depends on how noisy a step's picture is, "
+    "so single steps jump",
+    "attention": "how far each token's attention is from its mask",
+    "triplet": "0 when every token is nearer to the words of its kind than to others, by the margin",
+    "total": "what is minimised: the losses times their weights",
+    "prior": "the same as reconstruction, on pictures of plain words, which should stay as they are",
+}
+"""What a loss is, by its name in the log."""
+TREND = 0.05
+"""A loss rises or falls within a phase if luck alone makes its rank correlation with the steps as large more rarely,"""
+SMALL = 0.02
+"""and if its average changes by more than this share of itself."""
 LETTER = 6.4
 """About the width of a letter of a phase's name, SVG units."""
 
@@ -43,14 +56,32 @@ class Band:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """One loss, laid out: ``raw`` and ``smooth`` are SVG path data; ``first`` and ``last`` smoothed values as text."""
+class Change:
+    """What became of a loss within one phase.
 
-    name: str
-    raw: str
-    smooth: str
+    first, last: its smoothed values at the phase's first and last step, as text. trend: "falls", "rises", or "" where
+    it does not do so beyond the scatter of its steps.
+    """
+
+    phase: str
     first: str
     last: str
+    trend: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One loss, laid out: ``raw`` and ``smooth`` are SVG path data.
+
+    meaning: what the loss is, in plain words; empty for one that icekit does not know.
+    changes: one for each phase that the loss is in, in order; none with more phases than ``MAX_BANDS``.
+    """
+
+    name: str
+    meaning: str
+    raw: str
+    smooth: str
+    changes: list[Change]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
     bands: list[Band]
@@ -76,6 +107,22 @@ def smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.clip((sums[end] - sums[start]) / (end - start), values.min(), values.max()))
 
 
+def trend(steps: NDArray[np.float64], losses: NDArray[np.float64]) -> str:
+    """Whether the losses (1-D) go with the steps (same length): "falls", "rises", or "" if luck would explain it.
+
+    Spearman's rank correlation, which one wild step does not decide.
+    """
+    from scipy.stats import spearmanr  # here, for scipy takes long to import
+
+    average = smooth(losses)
+    if len(losses) < 3 or abs(average[-1] - average[0]) <= SMALL * abs(average).max():
+        return ""
+    correlation, chance = spearmanr(steps, losses)
+    if chance >= TREND:
+        return ""
+    return "falls" if correlation < 0 else "rises"
+
+
 def thin(
     x: NDArray[np.float64], y: NDArray[np.float64], points: int = MAX_POINTS
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -99,11 +146,13 @@ def _chart(name: str, log: Sequence[LogLine]) -> Chart:
     runs = [list(group) for _, group in groupby(log, key=lambda line: line.phase)]
     # A phase has its own losses and levels: nothing is averaged, and no line drawn, across its border.
     segments = []
+    phases = []
     for run in runs:
         points = [(line.step, line.losses[name]) for line in run if name in line.losses]
         if points:
             x, y = np.array(points, dtype=np.float64).T
             segments.append((x, y, smooth(y)))
+            phases.append(run[0].phase)
     values = np.concatenate([y for _, y, _ in segments])
     # A few wild steps would flatten all the others: the axis ends at the 99th percentile, the line is clipped.
     low = min(float(values.min()), 0.0)
@@ -136,10 +185,15 @@ def _chart(name: str, log: Sequence[LogLine]) -> Chart:
     x_ticks = [tick for tick in nice_ticks(*steps, 4) if tick == int(tick)] if steps[1] > steps[0] else [steps[0]]
     return Chart(
         name=name,
+        meaning=MEANINGS.get(name, ""),
         raw="".join(path(x, y) for x, y, _ in segments),
         smooth="".join(path(x, average) for x, _, average in segments),
-        first=f"{segments[0][2][0]:.3g}",
-        last=f"{segments[-1][2][-1]:.3g}",
+        changes=[
+            Change(phase, f"{average[0]:.3g}", f"{average[-1]:.3g}", trend(x, y))
+            for phase, (x, y, average) in zip(phases, segments, strict=True)
+        ]
+        if len(runs) <= MAX_BANDS
+        else [],
         x_ticks=[Tick(round(place_x(tick), 1), f"{tick:.0f}") for tick in x_ticks],
         y_ticks=[Tick(round(place_y(tick), 1), f"{tick:.3g}") for tick in nice_ticks(low, high, 3)],
         bands=bands,

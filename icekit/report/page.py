@@ -348,8 +348,9 @@ def _snippets(
         return {}
     place = _from_here(to_be)
     first = concepts[0]
+    second = max(concepts[1:], key=lambda other: len(_differing(first, other)), default=first)
     attributes = [part.name for part in first.parts if part.name not in MEANINGS and not is_instance(part.name)]
-    second = concepts[1] if len(concepts) > 1 else first
+    differing = _differing(first, second)
 
     def compose(prompt: str, **runs: Concept) -> str:
         bindings = [f"{name}={place}:{concept.index}" for name, concept in runs.items()]
@@ -360,12 +361,24 @@ def _snippets(
         names = " ".join(f"{{a.{name}}}" for name in reversed(attributes))
         lines.append(compose(f"a {second.label}, {names}", a=first))
         if second is not first:
-            lines.append(compose(f"{{a}}, {{b.{attributes[-1]}}}", a=first, b=second))
+            lines.append(compose(f"{{a}}, {{b.{(differing or attributes)[-1]}}}", a=first, b=second))
     snippets = {"compose": "\n".join(lines)}
     if backbone and (source := backbone.pipeline_source):
         code = python_code(run, place, source, backbone, f"a photo of a {first.prompt}")
         snippets |= {"diffusers": code} if code else {}
     return snippets
+
+
+def _differing(one: Concept, other: Concept) -> list[str]:
+    """The attributes that two concepts share and that have other words: a picture shows when they are exchanged."""
+    words = {part.name: part.words[:1] for part in other.parts}
+    return [
+        part.name
+        for part in one.parts
+        if part.name not in MEANINGS
+        and not is_instance(part.name)
+        and words.get(part.name, part.words[:1]) != part.words[:1]
+    ]
 
 
 def _from_here(path: Path) -> str:

@@ -1,3 +1,11 @@
+// A concept that is pointed at, or reached by the keyboard, is shown in the picture.
+const ofConcepts = document.querySelectorAll("[data-concept]");
+const show = (index) =>
+  ofConcepts.forEach((one) => one.classList.toggle("shown", index !== null && one.dataset.concept === index));
+for (const one of ofConcepts) {
+  for (const event of ["pointerenter", "focus"]) one.addEventListener(event, () => show(one.dataset.concept));
+  for (const event of ["pointerleave", "blur"]) one.addEventListener(event, () => show(null));
+}
 for (const code of document.querySelectorAll("[data-copy]")) {
   const button = document.createElement("button");
   button.type = "button";
