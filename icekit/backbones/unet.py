@@ -208,11 +208,12 @@ class UNetBackbone(KLPipelineBackbone):
         pixels = nearest_grids(self.pixel_grids, look.pixels)
         layers = [one for one in self._layers if one.grid in (words if one.kind == "cross" else pixels)]
         self._parts.use("unet")
+        dtype = self.unet.dtype  # once: diffusers goes through all modules for it
         with capture_attention(self.unet, layers) as maps:
             output = self.unet(
-                noisy.to(self.unet.dtype),
+                noisy.to(dtype),
                 self._steps(shares),
-                encoder_hidden_states=prompts.parts["sequence"].to(self.unet.dtype),
+                encoder_hidden_states=prompts.parts["sequence"].to(dtype),
                 encoder_attention_mask=prompts.parts.get("mask"),
                 **self._conditions(prompts),
             ).sample

@@ -56,8 +56,9 @@ def wasserstein_distance(mask: Tensor, attention: Tensor) -> Tensor:
         if not np.isfinite(a).all():
             continue
         cells = m > 0
-        distances[index], solution = ot.emd2(a / a.sum(), m[cells] / m[cells].sum(), cost[:, cells], log=True)
-        potentials[index] = (cost[:, cells] - solution["v"]).min(axis=1)
+        to_cells = cost[:, cells]
+        distances[index], solution = ot.emd2(a / a.sum(), m[cells] / m[cells].sum(), to_cells, log=True)
+        potentials[index] = (to_cells - solution["v"]).min(axis=1)
     value = torch.from_numpy(distances).to(attention)
     potential = torch.from_numpy(potentials).to(attention)
     # Zero in value, with the potential as its derivative.
