@@ -41,6 +41,7 @@ COMPONENTS = {
     "segmentor": "image and word to mask",
     "learner": "image and regions to tokens",
     "exporter": "what writes files from a run",
+    "executor": "where `icekit batch` and `icekit bench` do their work",
     "metric": "what `icekit bench` measures",
     "dataset": "what `icekit bench` measures on",
 }

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from icekit.cache import cached, digest_of
+from icekit.loaded import loaded
 from icekit.model_files import (
     Hub,
     check_counts,
@@ -186,6 +187,8 @@ def preprocess(image: Tensor, model: Any) -> Tensor:
 def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "") -> tuple[Any, Any]:
     """A frozen open_clip model and its tokenizer, of safetensors and JSON files; no code of theirs is run.
 
+    Where models are kept loaded (``icekit.loaded``) it is loaded once.
+
     Args:
         model: a name of ``open_clip.list_models()``, ``hf-hub:OWNER/NAME``, ``local-dir:PATH``, a folder or
             ``package:NAME/FOLDER``, a folder inside an installed package.
@@ -197,13 +200,18 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
         InputError: no such model, weights or folder, damaged ones, or the hub does not give them.
         RunError: it cannot be built, or gives NaN or infinity.
     """
+    key = ("clip", model, pretrained, str(device))
+    return loaded(key, lambda: _load_clip(model, pretrained, device, prefix))
+
+
+def _load_clip(model: str, pretrained: str, device: torch.device, prefix: str) -> tuple[Any, Any]:
     import open_clip
 
     setting = f"retriever.{prefix}"
     found = _find(model, pretrained, setting)
     try:
         text = _checked_text(found)
-        loaded = open_clip.create_model_from_pretrained(
+        made = open_clip.create_model_from_pretrained(
             found.name,
             pretrained=found.weights,
             device=device,
@@ -212,9 +220,9 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
             **found.preprocessing,
             **({"text_cfg": text} if text else {}),
         )
-        loaded = loaded.requires_grad_(False).eval()
+        made = made.requires_grad_(False).eval()
         tokenizer = _load_tokenizer(found)
-        _try_out(loaded, tokenizer, device)
+        _try_out(made, tokenizer, device)
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except RunError as error:
@@ -226,7 +234,7 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
         if found.folder:
             raise InputError(f"{found.named}: {reason}") from error
         raise RunError(f"CLIP model {model} ({found.weights}) cannot be loaded: {reason}") from error
-    return loaded, tokenizer
+    return made, tokenizer
 
 
 @dataclass(frozen=True)

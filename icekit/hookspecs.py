@@ -103,6 +103,13 @@ def register_exporters(register: Register) -> None:
 
 
 @hookspec
+def register_executors(register: Register) -> None:
+    """Offer what does work in several processes or on several machines: ``register("local", LocalExecutor)``; see
+    ``protocols.Executor``.
+    """
+
+
+@hookspec
 def register_commands(cli: click.Group) -> None:
     """Add sub-commands to ``icekit``: ``@cli.command() ...``."""
 

@@ -13,12 +13,15 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Never
+from typing import TYPE_CHECKING, Any, Never
 
-from torch import Tensor
-
+from icekit.paths import resolved_path
 from icekit.protocols import InputError, RunError
 from icekit.protocols.errors import printable
+from icekit.wording import is_typed
+
+if TYPE_CHECKING:  # torch takes seconds to import, and whether there is a network is to be said before
+    from torch import Tensor
 
 CODE_KEYS = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code", "code_revision")
 """What makes a library run Python code that comes with a model."""
@@ -26,8 +29,10 @@ JSON_BYTES = 100_000_000
 """Longer JSON files are not read; the longest tokenizers have about 35 million."""
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 """What the id of a hub model looks like."""
-HUB_SECONDS = 4.0
-"""How long the hub may take for its first answer."""
+HUB_SECONDS = 3.0
+"""How long the hub may take for its first answer: whoever has no network hears of it within five seconds."""
+INDEX = "model_index.json"
+"""What every model in diffusers' format has."""
 
 
 def read_json(path: Path, named: str) -> dict[str, Any]:
@@ -366,3 +371,34 @@ class Hub:
         else:
             reason = one_line(error, 200)
         raise InputError(f"{self._named} the Hugging Face hub does not give it: {reason}; {self._ways_out}") from error
+
+
+def ways_out() -> str:
+    """What to do without the hub, for messages of a text-to-image model: another one, or a small one."""
+    given = "with --model" if is_typed() else 'as in Settings(backbone={"model": FOLDER})'
+    return (
+        "give a folder in diffusers' format, a .safetensors file or the owner/name of a model that was downloaded "
+        f"before (HF_HUB_OFFLINE=1 in the environment then uses the cache alone), {given}; or see icekit at work with "
+        'a small model of its own: `pip install "icekit[demo]"`, then `icekit demo`'
+    )
+
+
+def check_within_reach(model: str, revision: str | None = None, local_files_only: bool = False) -> None:
+    """Whether a text-to-image model is on this machine, or the hub gives it: quick, and before torch is imported.
+
+    Args:
+        model: a folder, a file or the id of a hub model. Of what is here nothing is read.
+        revision: branch, tag or commit of a hub model.
+        local_files_only: use the hub's cache alone.
+
+    Raises:
+        InputError: the hub's cache has not got it, and the hub does not give it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    place = resolved_path(model, "backbone.model")
+    if place.exists() or not (HUB_ID.fullmatch(model) and "/" in model):  # whoever loads it says what is wrong with it
+        return
+    if not isinstance(try_to_load_from_cache(model, INDEX, revision=revision), str):
+        named = f"backbone.model = {model!r}: there is no such folder, and"
+        Hub(model, INDEX, named, ways_out(), revision=revision, local_files_only=local_files_only)

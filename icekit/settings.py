@@ -41,6 +41,7 @@ from icekit.files import read_text
 from icekit.paths import user_path
 from icekit.protocols import InputError
 from icekit.protocols.strict import CHANGES_NO_RESULT, StrictSettings, typed_number
+from icekit.wording import is_typed
 
 Role = Literal["backbone", "retriever", "segmentor", "learner"]
 ROLES: tuple[Role, ...] = ("backbone", "retriever", "segmentor", "learner")
@@ -158,6 +159,22 @@ class Settings(StrictSettings):
             raise ValueError(f"values that are nested at most {MAX_DEPTH} deep")
         return values
 
+    def __init__(self, **values: Any) -> None:
+        """Settings by name, as in a settings file; ``backbone="tabletop"`` is short for ``components``.
+
+        Raises:
+            InputError: an unknown key or a wrong value; the message names the nearest right one.
+        """
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise InputError(_explained(Settings, error)) from error
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_components(cls, values: Any) -> Any:
+        return spread(values) if isinstance(values, Mapping) else values
+
     @model_validator(mode="before")
     @classmethod
     def _says_naming(cls, values: Any) -> Any:
@@ -272,7 +289,7 @@ def load_settings(
         except InputError as error:
             raise InputError(f"settings file {config}: {error}") from error
     for assignment in assignments:
-        values = merge(values, parse_assignment(assignment))
+        values = merge(values, spread(parse_assignment(assignment)))
     if options:
         validate(Settings, values)  # what an option replaces must be right as well
     return validate(Settings, merge(values, options or {}))
@@ -299,7 +316,7 @@ def _read(path: Path) -> str:
 
 def _values_of(text: str, path: Path) -> dict[str, Any]:
     try:
-        return _parse(text)
+        return spread(_parse(text))
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"settings file {path} is not TOML: {error}") from error
     except ValueError as error:
@@ -335,6 +352,23 @@ def _is_deep(values: Any) -> bool:
     return any(isinstance(one, Mapping | list) for one in level)
 
 
+def spread(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``{"backbone": "tabletop"}`` -> ``{"components": {"backbone": "tabletop"}}``: a component by its role and name.
+
+    Raises:
+        InputError: ``components`` names another one for the same role.
+    """
+    chosen = {role: values[role] for role in ROLES if isinstance(values.get(role), str)}
+    components = values.get("components", {})
+    if not chosen or not isinstance(components, Mapping | Components):
+        return dict(values)
+    given = components.model_dump(exclude_unset=True) if isinstance(components, Components) else components
+    for role, name in chosen.items():
+        if given.get(role, name) != name:
+            raise InputError(f"setting {role!r} is {shown(name)}, and {f'components.{role}'!r} is {shown(given[role])}")
+    return {key: one for key, one in values.items() if key not in chosen} | {"components": {**given, **chosen}}
+
+
 def parse_assignment(assignment: str) -> dict[str, Any]:
     """``"learner.steps=400"`` -> ``{"learner": {"steps": 400}}``. The value is TOML, or else plain text.
 
@@ -347,14 +381,14 @@ def parse_assignment(assignment: str) -> dict[str, Any]:
     parts = key.strip().split(".")
     text = text.removeprefix("\ufeff").strip()
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
-        raise InputError(f"--set {_shortened(assignment)}: expected KEY=VALUE, as in learner.steps=400")
+        raise InputError(f"{_assigned(assignment)}: expected KEY=VALUE, as in learner.steps=400")
     value: Any = text
     try:
         parsed = _parse(f"value = {text}")
     except tomllib.TOMLDecodeError:
         parsed = {}
     except ValueError as error:
-        raise InputError(f"--set {_shortened(assignment)}: {error}") from error
+        raise InputError(f"{_assigned(assignment)}: {error}") from error
     if parsed.keys() == {"value"}:
         value = parsed["value"]
     if isinstance(value, int) and not isinstance(value, bool):
@@ -417,9 +451,13 @@ def validate(model: type[Model], values: Mapping[str, Any], prefix: str = "") ->
     try:
         return model.model_validate(given)
     except ValidationError as error:
-        said = list(dict.fromkeys(_explain(model, problem, prefix) for problem in error.errors()))
-        more = [f"and {len(said) - MAX_PROBLEMS} more"] * (len(said) > MAX_PROBLEMS)
-        raise InputError("; ".join([*said[:MAX_PROBLEMS], *more])) from error
+        raise InputError(_explained(model, error, prefix)) from error
+
+
+def _explained(model: type[BaseModel], error: ValidationError, prefix: str = "") -> str:
+    said = list(dict.fromkeys(_explain(model, problem, prefix) for problem in error.errors()))
+    more = [f"and {len(said) - MAX_PROBLEMS} more"] * (len(said) > MAX_PROBLEMS)
+    return "; ".join([*said[:MAX_PROBLEMS], *more])
 
 
 def _may_be_none(model: type[BaseModel], key: str) -> bool:
@@ -448,6 +486,10 @@ def _explain(model: type[BaseModel], problem: Any, prefix: str) -> str:
     if problem["type"] == "model_type":
         message = f"a table, as in {key}.KEY=VALUE"
     return f"setting {_shortened(key)!r} cannot be {shown(problem['input'])}: it should be {message}"
+
+
+def _assigned(assignment: str) -> str:
+    return f"--set {_shortened(assignment)}" if is_typed() else f"setting {shown(assignment)}"
 
 
 def shown(value: Any) -> str:

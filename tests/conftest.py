@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started from a background job
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
+torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler: seconds
 
 
 @pytest.fixture(scope="session")

@@ -5,16 +5,29 @@ Importing torch, diffusers and the like takes longer than what most commands of 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import runpy
 import site
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 PRELOADED = ["torch", "diffusers", "transformers", "open_clip", "peft", "ot", "skimage.segmentation", "pytest"]
 """What the process that is forked has imported; icekit itself and its plugins are not among it."""
+
+
+@contextlib.contextmanager
+def own_server() -> Iterator[None]:
+    """Processes within the block are forked from another server than those of other tests, with other imports."""
+    stop: Callable[[], None] = forkserver._forkserver._stop  # type: ignore[attr-defined]
+    stop()
+    try:
+        yield
+    finally:
+        stop()
 
 
 def run(module: str, arguments: Sequence[str], cwd: Path, packages: Path, timeout: float = 280) -> tuple[int, str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import plain_components as plain
 import pytest
-from icekit_process import in_this_process, plain_plugin, start
+from icekit_process import in_this_process, plain_plugin, start, with_what_is_installed
 from PIL import Image
 
-from icekit import ComponentSettings
+from icekit import ComponentSettings, plugins
 from icekit.plugins import PluginError, check_component
 from icekit.protocols import Outcome, Score
 
@@ -128,7 +128,8 @@ def test_table_files_and_page(place: Path, run: Run, clip_folder: Path) -> None:
         (["folder", "--path", "plugin"], "no picture in plugin"),
         (["folder", "--path", "data", "--out", "plugin"], "no bench of icekit's"),
         (["folder", "--path", "data", "--resume", "--overwrite"], "give one of them"),
-        (["folder", "--path", "data", "--part", "3/2"], "'3/2' is no part: it is K/N with K from 1 to N, as in 1/2"),
+        (["folder", "--path", "data", "--workers", "0"], "0 is not in the range"),
+        (["folder", "--path", "data", "--executor", "lokal"], "no executor 'lokal': did you mean 'local'?"),
     ],
 )
 def test_wrong_input(run: Run, arguments: list[str], hint: str) -> None:
@@ -171,21 +172,30 @@ def test_killed_and_resumed(place: Path, run: Run) -> None:
 
 
 @pytest.mark.slow
-def test_parts_make_the_whole(place: Path, run: Run) -> None:
-    """Each measures its own images, and nobody measures them again."""
+def test_workers_measure_the_same(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image of a row at a time; what is measured is not measured again, and stage one is shared."""
+    monkeypatch.setattr("icekit.plugins.sources._chosen", None)
+    plugins.installed.cache_clear()
+    call = with_what_is_installed(place, monkeypatch, capsys)
     arguments = ["bench", "folder", "--path", "data", *PLAIN, "--learner", "plain", "--metric", "miou", *QUICK]
-    for part, image in (("2/2", "two"), ("1/2", "one")):
-        status, printed, err = run(*arguments, "--resume", "--part", part, "--out", "shared")
-        assert status == 0, err
-        assert f"part {part[0]} of 2 is measured (1 images)" in printed
-        assert (place / "shared" / "values" / "plain-plain" / f"{image}.json").is_file()
-        assert len(list((place / "shared" / "values" / "plain-plain").iterdir())) == (1 if part == "2/2" else 2)
-        assert not (place / "shared" / "results.json").exists()
-    runs = {path: path.stat().st_mtime_ns for path in (place / "shared" / "runs").rglob("manifest.json")}
-    status, shared, err = run(*arguments, "--resume", "--out", "shared")
+    arguments += ["--learner", "one-token", "--plugin-file", str(Path(plain.__file__))]
+    status, shared, err = call(*arguments, "--out", "shared", "--workers", "2")
     assert status == 0, err
+    assert "8/8" in err
+    runs = {path: path.stat().st_mtime_ns for path in (place / "shared" / "runs").rglob("manifest.json")}
+    located = place / "shared" / "located"
+    assert sorted(one.name for one in located.iterdir()) == ["ceiling", "floor", "plain-plain"]
+    status, again, err = call(*arguments, "--out", "shared", "--workers", "1", "--resume")
+    assert (status, again) == (0, shared), err
     assert {path: path.stat().st_mtime_ns for path in (place / "shared" / "runs").rglob("manifest.json")} == runs
-    assert run(*arguments, "--out", "alone")[1].splitlines()[:-1] == shared.splitlines()[:-1]
+    status, alone, err = call(*arguments, "--out", "alone")
+    assert status == 0, err
+    assert alone.splitlines()[:-1] == shared.splitlines()[:-1]
+    for name in ("one", "two"):
+        ends = [place / out / "runs" / "plain-plain" / name / "embeddings.safetensors" for out in ("shared", "alone")]
+        assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
 def test_what_is_no_number_is_not_measured(place: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

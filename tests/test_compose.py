@@ -90,7 +90,7 @@ def test_expand(prompt: str, expanded: str) -> None:
         ("{a.colour:strong}", "'strong' is no weight: write a number from 0 to 3"),
         ("{a.colour:-1}", "'-1' is no weight"),
         ("{a.colour:nan}", "'nan' is no weight"),
-        ("{a|bowl}", "has alternatives, {a|bowl}: only a sweep (--sweep) takes them"),
+        ("{a|bowl}", "has alternatives, {a|bowl}: only a sweep (sweep=True) takes them"),
         (" ", "is empty"),
     ],
 )
@@ -326,7 +326,7 @@ def test_a_run_of_the_version_before_is_read(plugins: Plugins, runs: dict[str, P
     assert "&lt;cup-0-colour&gt;" in write_report(old).read_text()
     names = {role: "plain" for role in ("backbone", "retriever", "segmentor", "learner")}
     picture, settings = Image.new("RGB", (50, 50), "red"), load_settings(options={"components": names})
-    with pytest.raises(InputError, match=r"another version of icekit \(schema version 1\) .*--overwrite"):
+    with pytest.raises(InputError, match=r"another version of icekit \(schema version 1\) .*overwrite=True"):
         extract(picture, old, settings, resume=True, installed=plugins)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ from icekit.protocols import (
     Checkpoint,
     Column,
     ComponentSettings,
+    ExecutorSettings,
     InputError,
+    JobResult,
     Learned,
     Proposal,
     RunError,
     Score,
     Step,
     TrueConcept,
+    Work,
     token_names,
 )
 from icekit.randomness import seeded_generator
@@ -34,6 +37,7 @@ from icekit.testing import (
     KINDS,
     AttributeUnderTest,
     DatasetUnderTest,
+    ExecutorUnderTest,
     ExporterUnderTest,
     LearnerUnderTest,
     MetricUnderTest,
@@ -214,6 +218,29 @@ PLAIN: dict[str, Any] = {
     "exporter": ExporterUnderTest(Listed),
     "attribute": AttributeUnderTest(Attribute("gloss", "gloss", ("matt", "glossy"))),
 }
+
+
+class Dishonest:
+    """Says that all jobs are done, or lost; no worker is started."""
+
+    Settings = ExecutorSettings
+    wrong = ""
+
+    def __init__(self, settings: ExecutorSettings) -> None:
+        pass
+
+    def execute(self, work: Work, jobs: Iterable[int]) -> Generator[JobResult, None, None]:
+        if self.wrong == "greedy":
+            jobs = list(jobs)
+        if self.wrong == "one too many":
+            yield JobResult(0, (0, 0))
+        for job in jobs:
+            if not (self.wrong == "one too few" and job == 3):
+                yield JobResult(job, (job * job, 0), "it is lost" if self.wrong == "all lost" else None)
+
+
+def dishonest(wrong: str) -> ExecutorUnderTest:
+    return ExecutorUnderTest(type("Dishonest", (Dishonest,), {"wrong": wrong}))
 
 
 def changed(which: str, **members: Any) -> Any:
@@ -586,6 +613,12 @@ FAULTS: dict[str, tuple[str, Any]] = {
         "check_backbone_knows_words",
         dataclasses.replace(PLAIN["attribute"], backbone=Unknowing()),
     ),
+    "a result of no job": ("check_no_jobs", dishonest("one too many")),
+    "a job that is forgotten": ("check_every_job_is_done", dishonest("one too few")),
+    "all jobs at once": ("check_jobs_are_taken_as_needed", dishonest("greedy")),
+    "no set-up": ("check_set_up_that_fails", dishonest("")),
+    "no second try": ("check_lost_workers", dishonest("all lost")),
+    "no new worker": ("check_one_worker_that_is_lost", dishonest("all lost")),
     "the instance's name": ("check_token_in_a_prompt", attribute(name="instance")),
 }
 """What is wrong -> the check that finds it, and the subject that has it."""

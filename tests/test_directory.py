@@ -56,7 +56,7 @@ def test_what_is_not_a_complete_run(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a run directory"):
         Extraction.open(tmp_path)
     begun(tmp_path / "run")
-    with pytest.raises(InputError, match=r"not complete: .*--resume"):
+    with pytest.raises(InputError, match=r"not complete: .*resume=True"):
         Extraction.open(tmp_path / "run")
     (tmp_path / "new").mkdir()
     manifest = json.loads((run_dir / "manifest.json").read_text()) | {"schema_version": 3, "icekit_version": "9.9"}
@@ -87,11 +87,11 @@ def test_a_run_is_replaced_only_when_asked(tmp_path: Path, run_dir: Path) -> Non
     assert usable(tmp_path / "new") == ""
     assert usable(tmp_path / "new", resume=True) == ""  # nothing to go on with: begins
     assert usable(tmp_path) == ""  # an empty folder
-    assert "complete run: --overwrite" in usable(run_dir)
+    assert "complete run: overwrite=True" in usable(run_dir)
     assert usable(run_dir, overwrite=True) == usable(run_dir, resume=True) == ""
     assert "one of them" in usable(run_dir, overwrite=True, resume=True)
     begun(tmp_path / "run")
-    assert "interrupted run (--resume" in usable(tmp_path / "run")
+    assert "interrupted run (resume=True" in usable(tmp_path / "run")
     (tmp_path / "file").touch()
     assert "is a file" in usable(tmp_path / "file", overwrite=True)
 

@@ -59,7 +59,7 @@ def test_run_directory(plugins: Plugins, photo: Path, tmp_path: Path) -> None:
     assert manifest == run.manifest
     assert list(manifest) == [
         "schema_version", "icekit_version", "image", "presets", "components", "backbone", "attributes", "seed",
-        "concepts", "learning_steps", "plugins", "timings", "evaluations", "files",
+        "concepts", "learning_steps", "plugins", "timings", "evaluations", "warnings", "files",
     ]  # fmt: skip
     assert manifest["image"]["source"] == str(photo)
     assert (manifest["image"]["width"], manifest["image"]["height"]) == (32, 32)

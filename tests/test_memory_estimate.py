@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from icekit import plugins
@@ -83,12 +84,15 @@ class TestBeforeARun:
         free = self.need(sd_folder, gradient_checkpointing=True).learning
         said = self.said(sd_folder, free, monkeypatch, caplog)
         assert f"backbone.model = {str(sd_folder)!r}" in said and "cpu has" in said
-        assert "--set backbone.gradient_checkpointing=true needs about" in said and "too much" not in said
+        assert 'Settings(backbone={"gradient_checkpointing": True}) needs about' in said and "too much" not in said
 
     def test_nothing_fits(self, sd_folder: Path, monkeypatch, caplog) -> None:
         free = self.need(sd_folder).weights + 1
         said = self.said(sd_folder, free, monkeypatch, caplog)
-        assert "--low-memory --set learner.max_batch=1 needs about" in said and "too much as well" in said
+        assert (
+            'Settings(backbone={"low_memory": "on"}, learner={"max_batch": 1}) needs about' in said
+            and "too much as well" in said
+        )
 
     def test_weights_that_do_not_fit_are_refused(self, sd_folder: Path, monkeypatch, tmp_path, capsys) -> None:
         monkeypatch.chdir(tmp_path)
@@ -130,6 +134,8 @@ def test_the_option_sets_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
         return called
 
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 40)).save("a.png")
     monkeypatch.setattr("icekit.run.orchestrator.extract", asked("run"))
     monkeypatch.setattr("icekit.run.compose.compose", asked("compose"))
     for arguments in (["run", "a.png", "--model", "b", "--low-memory"], ["compose", "{a}", "a=b", "--low-memory"]):

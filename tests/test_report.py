@@ -324,6 +324,13 @@ def test_names_from_a_run_are_harmless(tmp_path: Path, evil: str) -> None:
     assert all(allowed.fullmatch(attributes["style"] or "") for _, attributes in page.tags if "style" in attributes)
 
 
+def test_what_a_run_warned_of_is_said(tmp_path: Path) -> None:
+    run = write_run(tmp_path, ["cup"])
+    manifest = json.loads((run / "manifest.json").read_text())
+    write_manifest(run, manifest | {"warnings": ["photo.jpg is unlike all that <b>it</b> knows"]})
+    assert "photo.jpg is unlike all that <b>it</b> knows" in read_page(write_report(run)).text
+
+
 def test_a_bare_run(tmp_path: Path) -> None:
     """Only a manifest and the tokens: what is not there is left out."""
     manifest = {

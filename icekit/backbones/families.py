@@ -9,15 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from icekit.backbones.file_layouts import PREDICTOR, layout_of, shapes_in
-from icekit.model_files import HUB_ID, Hub, read_json
+from icekit.model_files import HUB_ID, INDEX, Hub, read_json, ways_out
 from icekit.paths import resolved_path
 from icekit.protocols import InputError
-
-INDEX = "model_index.json"
-WAYS_OUT = (
-    "give a folder in diffusers' format, a .safetensors file, or the owner/name of a model that was downloaded before "
-    "(backbone.local_files_only=true, or HF_HUB_OFFLINE=1 in the environment, then uses the cache alone)"
-)
 
 
 def pipeline_of(
@@ -49,7 +43,7 @@ def pipeline_of(
             return None
     elif HUB_ID.fullmatch(model) and "/" in model:
         what = f"{named}: there is no such folder or file, and"
-        index = Hub(model, INDEX, what, WAYS_OUT, revision=revision, local_files_only=local_files_only).first
+        index = Hub(model, INDEX, what, ways_out(), revision=revision, local_files_only=local_files_only).first
     else:
         return None
     kind = read_json(index, named).get("_class_name")

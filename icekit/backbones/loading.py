@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 
+from icekit import wording
 from icekit.backbones.common import quiet
 from icekit.backbones.file_layouts import Layout, layout_of, shapes_in
 from icekit.backbones.single_file import check_whole, load_from_file, write_configurations
@@ -23,6 +24,7 @@ from icekit.model_files import (
     from_safetensors,
     one_line,
     read_json,
+    ways_out,
 )
 from icekit.paths import PREFIX, resolved_path
 from icekit.protocols import InputError
@@ -214,7 +216,7 @@ def _from_file(
     elif lacking:
         raise InputError(
             f"{named}: the file has no {', '.join(lacking)}: name a model of the same family that has, a folder in "
-            f"diffusers' format or an id of the hub, with --set backbone.encoders=FOLDER"
+            f"diffusers' format or an id of the hub, with {wording.settings({'backbone': {'encoders': 'FOLDER'}})}"
         )
     with tempfile.TemporaryDirectory(prefix="icekit-") as folder:
         told = write_configurations(layout, file, Path(folder))
@@ -273,8 +275,7 @@ def _folder(settings: Source, family: Family, wanted: Sequence[str], named: str)
         settings.model,
         "model_index.json",
         f"{named}: there is no such folder, and",
-        "give a folder in diffusers' format, or the owner/name of a model that was downloaded before "
-        "(backbone.local_files_only=true, or HF_HUB_OFFLINE=1 in the environment, then uses the cache alone)",
+        ways_out(),
         revision=settings.revision,
         local_files_only=settings.local_files_only,
     )

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from icekit import wording
 from icekit.backbones.attention_capture import checkpointed
 from icekit.backbones.common import fingerprint, quiet, rows_for, to_pictures, tuned_pipeline
 from icekit.backbones.estimate import WEIGHTS_ALONE, Measured
@@ -208,7 +209,8 @@ class PipelineBackbone(ABC):
 
     def _check_predicted(self, output: Tensor) -> None:
         dtype = str(self._predictor.dtype).removeprefix("torch.")
-        advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try --set backbone.dtype=float32"
+        wider = wording.settings({"backbone": {"dtype": "float32"}})
+        advice = DAMAGED if dtype == "float32" else f"{dtype} is too narrow for it: try {wider}"
         check_finite(output, f"noise predictor ({self.predictor}) in {dtype}", advice)
 
     @contextmanager

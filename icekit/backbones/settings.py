@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
+from icekit.model_files import check_within_reach
 from icekit.paths import PLACE
 from icekit.protocols import CHANGES_NO_RESULT, ComponentSettings
 from icekit.protocols.strict import needs_memory
@@ -98,6 +99,14 @@ class PipelineSettings(ComponentSettings):
         "the same result up to rounding",
         json_schema_extra=CHANGES_NO_RESULT | needs_memory("on"),
     )
+
+    def check_within_reach(self) -> None:
+        """Whether the model is here or the hub gives it; asked before anything heavy is imported.
+
+        Raises:
+            InputError: neither.
+        """
+        check_within_reach(self.model, self.revision, self.local_files_only)
 
 
 class StableDiffusionSettings(PipelineSettings):

@@ -8,12 +8,13 @@ What is done is on disk at once, and a bench that goes on after any interruption
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from torch import Tensor
 from icekit import plugins
 from icekit.bench import page, results
 from icekit.bench.directory import BenchDirectory, to_mask_picture, to_picture
+from icekit.bench.measuring import Cell, measured_by
 from icekit.bench.outcome import PLAIN, MeasuredOutcome, found_concepts
 from icekit.bench.published import Published, read_published
 from icekit.bench.results import CEILING, FLOOR
@@ -42,6 +44,8 @@ from icekit.protocols import (
     BenchPicture,
     Column,
     Dataset,
+    Executor,
+    ExecutorSettings,
     InputError,
     Metric,
     Region,
@@ -64,6 +68,7 @@ from icekit.run.naming import check_words
 from icekit.run.orchestrator import extract
 from icekit.run.ownership import refuse_if_busy
 from icekit.run.reading import DamagedError
+from icekit.run.records import OriginRecord
 from icekit.settings import BENCH_TABLES, NONE, ROLES, Role, Settings, merge, nearest, shown, validate
 from icekit.waiting import Ticker
 
@@ -125,7 +130,8 @@ def bench(
     settings: Mapping[str, Any] | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    part: tuple[int, int] = (1, 1),
+    executor: str | None = None,
+    executor_settings: Mapping[str, Any] | None = None,
     command: str = "",
     on_progress: Callable[[Progress], None] = lambda progress: None,
     installed: Plugins | None = None,
@@ -145,61 +151,76 @@ def bench(
             only those learners are combined that ``components`` names.
         resume: go on with the bench in ``out``, if there is one.
         overwrite: replace the bench in ``out``.
-        part: (k, n), measure every n-th image alone, from the k-th on: n processes share the work, each with
-            ``resume``. Only the whole, (1, 1), writes results.
+        executor: the registered name of what measures, an image of a combination at a time; None: this process, one
+            after another.
+        executor_settings: its own, as ``{"workers": 2}``.
         command: what was typed, for the record.
         on_progress: called after every image of every combination.
         installed: the plugins to use; those of this Python environment if None.
 
     Returns:
-        What is in ``results.json``, over the images of this part: see ``results.summarise``.
+        What is in ``results.json``: see ``results.summarise``.
 
     Raises:
         InputError: a name, a setting or ``out`` is wrong.
         RunError: a model cannot be had.
     """
-    home, whole = BenchDirectory(user_path(out, "out")), part[1] == 1
+    home = BenchDirectory(user_path(out, "out"))
     if str(home.path).encode("utf-8", "replace").decode() != str(home.path):
         raise InputError(f"{home.path}: a bench keeps its folder's name among its settings: give one in UTF-8")
     refuse_if_busy(home.path)
     home.check_usable(resume=resume, overwrite=overwrite)
     found = installed or plugins.installed()
-    with home.writing(part, overwrite=overwrite), reproducible():
-        home.check_usable(resume=resume, overwrite=overwrite, writing=whole)  # another process may have been here
+    workers = None if executor is None else _workers(found, executor, executor_settings or {})
+    with home.writing(), reproducible():
+        home.check_usable(resume=resume, overwrite=overwrite, writing=True)  # another process may have been here
         directory = home
         if (resume and home.next.holds_bench) or (overwrite and home.holds_bench):
             directory = home.next  # the old bench stays until the new one is complete
             directory.check_usable(resume=resume, overwrite=overwrite)
-        work = _Bench(found, dataset, directory, count, seed, components or {}, metrics, settings or {})
-        if whole:
-            home.clear_leftovers()
-            directory.clear_leftovers()
+        question = Question(dataset, count, seed, components or {}, metrics, settings or {})
+        work = Bench(found, question, directory)
+        home.clear_leftovers()
+        directory.clear_leftovers()
         work.begin(resume=resume)
         with enough_memory("measure", found, lambda: work.plain):
-            made = work.to_the_end(command, on_progress, part)
-        if whole and directory is not home:
+            made = work.to_the_end(command, on_progress, workers)
+        if directory is not home:
             home.replace()
-        elif whole:
+        else:
             home.discard_next()
         return made
 
 
-class _Bench:
+def _workers(found: Plugins, name: str, values: Mapping[str, Any]) -> tuple[str, Executor, int]:
+    """An executor, its name, and with how many threads each of its workers computes."""
+    own = found.component_settings("executor", name, values)
+    assert isinstance(own, ExecutorSettings), "checked at registration"
+    one = ("executor", name)
+    with found.naming("load", [one], by=one):
+        return name, found.component("executor", name)(own), own.threads
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a bench is asked to measure: the arguments of ``bench`` of these names."""
+
+    dataset: str
+    count: int | None
+    seed: int
+    components: Mapping[str, Sequence[str]]
+    metrics: Sequence[str]
+    settings: Mapping[str, Any]
+
+
+class Bench:
     """One bench on its way: settings first, then models, then image by image."""
 
-    def __init__(
-        self,
-        found: Plugins,
-        dataset: str,
-        directory: BenchDirectory,
-        count: int | None,
-        seed: int,
-        components: Mapping[str, Sequence[str]],
-        metrics: Sequence[str],
-        settings: Mapping[str, Any],
-    ) -> None:
-        self.plugins, self.dataset_name, self.seed = found, dataset, seed
-        self.directory = directory
+    def __init__(self, found: Plugins, question: Question, directory: BenchDirectory) -> None:
+        self.plugins, self.question, self.directory = found, question, directory
+        self.dataset_name, self.seed = dataset, seed = question.dataset, question.seed
+        count, components = question.count, question.components
+        metrics, settings = question.metrics, question.settings
         given = {key: value for key, value in settings.items() if key not in OWN_TABLES}
         given |= {"components": _table("components", given["components"])} if "components" in given else {}
         own_values = {key: _table(key, settings.get(key, {})) for key in OWN_TABLES}
@@ -239,6 +260,7 @@ class _Bench:
         self.locating = {one.stage_one: one.settings for one in described_last}
 
         self.backbone: Backbone = load_backbone(found, self.plain, resolve_device(self.plain.device))
+        self.device = str(self.backbone.device)
         check_words(self.plain.name_of("backbone"), self.backbone, self._own_attributes())
         size = self.backbone.image_size
         with self._naming("dataset", dataset, "load"):
@@ -438,15 +460,26 @@ class _Bench:
 
     # --- On its way --------------------------------------------------------------------------------------------------
 
-    def begin(self, *, resume: bool) -> None:
-        """Build the metrics, take the directory, write the data into it."""
+    def build_metrics(self) -> None:
+        """Build the metrics; see that their columns differ."""
         for name in self.metric_names:
             with self._naming("metric", name, "load"):
                 self.metrics[name] = self.plugins.component("metric", name)(self.metric_settings[name], self.backbone)
                 for column, what in self.metrics[name].columns.items():
                     if not isinstance(what, Column):
                         raise RunError(f"metric {name!r}: its column {column!r} is {what!r} and no icekit Column")
+        self.columns = {name: columns_of(one.columns, self._attributes()) for name, one in self.metrics.items()}
         _check_columns(self.columns)
+
+    def prepare(self) -> None:
+        """Let the metrics see the pictures, once before anything is measured."""
+        for name, metric in self.metrics.items():
+            with self._naming("metric", name, "prepare"):
+                metric.prepare(self.images)
+
+    def begin(self, *, resume: bool) -> None:
+        """Build the metrics, take the directory, write the data into it."""
+        self.build_metrics()
         self.directory.begin(self._record(), resume=resume, may_change=self._may_change())
         for image in self.images:
             folder = self.directory.data(image.name)
@@ -455,37 +488,70 @@ class _Bench:
                 label = Region(number, concept.word or UNNAMED, 1.0, concept.mask).label
                 file = self.directory.claim(folder / "masks" / f"{number}-{label}.png")
                 write_image_atomically(file, to_mask_picture(concept.mask))
-        for name, metric in self.metrics.items():
-            with self._naming("metric", name, "prepare"):
-                metric.prepare(self.images)
 
     @property
-    def columns(self) -> dict[str, dict[str, Column]]:
-        """Metric -> its columns, for the attributes of all rows."""
-        return {name: columns_of(metric.columns, self._attributes()) for name, metric in self.metrics.items()}
+    def rows_of_table(self) -> list[str]:
+        """Their names, in order."""
+        return [one.name for one in self.combinations] + [FLOOR] + ([CEILING] if "words" in self.known else [])
+
+    def cells(self) -> list[Cell]:
+        """All that is measured, image by image."""
+        return [Cell(row, image.name) for image in self.images for row in self.rows_of_table]
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """What is measured of one image of one row: run and measured as far as it is missing."""
+        image = next(one for one in self.images if one.name == cell.image)
+        if cell.row == FLOOR:
+            return self._measure(self._floor(image), image)
+        if cell.row == CEILING:
+            return self._measure(self._ceiling(image), image)
+        return self._measure(next(one for one in self.combinations if one.name == cell.row), image)
+
+    def _measured(
+        self, workers: tuple[str, Executor, int] | None
+    ) -> Generator[tuple[Cell, dict[str, Any]], None, None]:
+        """Every cell with its values: those that are there first, where workers measure the others."""
+        if workers is None:
+            self.prepare()
+            for cell in self.cells():
+                yield cell, self.measure(cell)
+            return
+        missing = []
+        for cell in sorted(self.cells(), key=lambda one: self.rows_of_table.index(one.row)):
+            kept = self.directory.load_values(cell.row, cell.image)
+            if set(self.metric_names) <= set(kept["metrics"]):
+                yield cell, kept
+            else:
+                missing.append(cell)  # row by row: workers seldom wait for one another's stage one
+        self._let_go()
+        name, executor, threads = workers
+        with self.plugins.naming("measure", [("executor", name)]):
+            yield from measured_by(self, executor, threads, missing)
+
+    def _let_go(self) -> None:
+        """Free the memory of models that others are to load."""
+        self.metrics = {}
+        del self.backbone
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def to_the_end(
-        self, command: str, on_progress: Callable[[Progress], None], part: tuple[int, int]
+        self, command: str, on_progress: Callable[[Progress], None], workers: tuple[str, Executor, int] | None
     ) -> dict[str, Any]:
-        """Run and measure everything that is missing in this part; write the results if it is the whole."""
-        images = self.images[part[0] - 1 :: part[1]]
+        """Run and measure everything that is missing; write the results."""
         begun = time.monotonic()
-        rows = [one.name for one in self.combinations] + [FLOOR] + ([CEILING] if "words" in self.known else [])
-        values: dict[str, dict[str, Any]] = {row: {} for row in rows}
-        done = 0
-        for image in images:
-            everyone = [*self.combinations, self._floor(image)]
-            everyone += [self._ceiling(image)] if CEILING in rows else []
-            for combination in everyone:
-                measured = self._measure(combination, image)
-                values[combination.name][image.name] = measured
-                done += 1
-                total = len(rows) * len(images)
-                on_progress(Progress(done, total, image.name, combination.name, measured.get("error")))
+        values: dict[str, dict[str, Any]] = {row: {} for row in self.rows_of_table}
+        total = len(self.cells())
+        with contextlib.closing(self._measured(workers)) as measured:
+            for done, (cell, one) in enumerate(measured, 1):
+                values[cell.row][cell.image] = one
+                on_progress(Progress(done, total, cell.image, cell.row, one.get("error")))
+        images = [image.name for image in self.images]
         made = results.summarise(
-            values=values,
+            values={row: {image: own[image] for image in images} for row, own in values.items()},
             columns=self.columns,
-            images=[image.name for image in images],
+            images=images,
             components={one.name: one.settings.components.model_dump() for one in self.combinations},
             overrides={one.name: one.overrides for one in self.combinations if one.overrides is not None},
             seed=self.seed,
@@ -498,20 +564,23 @@ class _Bench:
                 "n": len(images),
                 "seed": self.seed,
                 "versions": self._versions(),
-                "device": str(self.backbone.device),
+                "device": self.device,
                 "seconds": round(time.monotonic() - begun, 1),
             },
         )
-        if part[1] == 1:
-            self.directory.save_results(made, results.to_csv(made), page.render_page(self.directory, made))
+        self.directory.save_results(made, results.to_csv(made), page.render_page(self.directory, made))
         return made
 
-    def _versions(self) -> dict[str, str]:
+    def origins(self) -> list[OriginRecord]:
+        """Where the components of all rows, the data set and the metrics come from."""
         kinds = [*((role, name) for role in ROLES for name in self.names[role]), ("dataset", self.dataset_name)]
         kinds += [("metric", name) for name in self.metric_names]
-        origins = [self.plugins.offered(kind)[name].origin for kind, name in kinds]
+        known = [(kind, name, self.plugins.offered(kind)[name].origin) for kind, name in kinds]
+        return [OriginRecord(kind=kind, name=name, **vars(origin)) for kind, name, origin in known]
+
+    def _versions(self) -> dict[str, str]:
         return {"python": platform.python_version(), "torch": version("torch")} | {
-            origin.distribution: origin.version for origin in origins
+            origin.distribution: origin.version for origin in self.origins()
         }
 
     # --- One image of one combination --------------------------------------------------------------------------------
@@ -569,11 +638,20 @@ class _Bench:
 
     def _located(self, combination: Combination, image: BenchImage) -> Located:
         place = self.directory.located(combination.stage_one, image.name)
-        with self._mended_by_deleting(place.path):
-            located = place.load_located((image.pixels.shape[2], image.pixels.shape[1]))
+        located = self._load_located(place, image)
         if located.finished:
             return located
         self.directory.claim(place.path)
+        with self.directory.locating(place):
+            located = self._load_located(place, image)  # another worker may have made it meanwhile
+            return located if located.finished else self._look(combination, image, place, located)
+
+    def _load_located(self, place: RunDirectory, image: BenchImage) -> Located:
+        with self._mended_by_deleting(place.path):
+            return place.load_located((image.pixels.shape[2], image.pixels.shape[1]))
+
+    def _look(self, combination: Combination, image: BenchImage, place: RunDirectory, located: Located) -> Located:
+        """Stage one, from where it got to."""
         begun = time.monotonic()
         if combination.name in (FLOOR, CEILING):
             located = Located(tuple(self._random_regions(image) if combination.name == FLOOR else true_regions(image)))

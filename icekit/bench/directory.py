@@ -51,6 +51,8 @@ from icekit.run.reading import DamagedError, Files
 from icekit.run.records import BenchRecord, ValuesRecord
 from icekit.settings import flatten, merge
 
+STAGE_ONE_S = 86_400.0
+"""Seconds to wait for another worker that looks at the same picture in the same way."""
 _RECORD = "written.jsonl"
 _LAST = "results.json"
 _FILES = ("bench.json", "results.csv", "bench.html", _LAST, _RECORD)
@@ -62,7 +64,6 @@ _PATTERNS = (
 )
 _RUN_PATTERN = r"((?:located|runs)/[^/]+/[^/]+)/(.*)"
 """What icekit writes into a bench directory, and so all that it ever deletes there, whatever a record says."""
-_PART_LOCK = ".icekit-{}-of-{}.lock"
 
 
 class BenchDirectory:
@@ -80,23 +81,13 @@ class BenchDirectory:
         )
         self.written = Written(self.path, _RECORD, before=self._names_by_pattern)
 
-    @contextlib.contextmanager
-    def writing(self, part: tuple[int, int], *, overwrite: bool) -> Iterator[None]:
-        """Keep other processes out, but those that measure other parts of the same bench: see ``bench``.
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out, but the workers of this one.
 
         Raises:
             InputError: another process is writing here, or nobody can.
         """
-        whole = part[1] == 1
-        with writing_into(self.path, LOCK if whole else _PART_LOCK.format(*part)):
-            if not whole:
-                refuse_if_busy(self.path)
-            if whole or overwrite:
-                own = _PART_LOCK.format(*part)
-                for file in self.path.glob(_PART_LOCK.format("*", "*")):
-                    if file.name != own:
-                        refuse_if_busy(self.path, file.name)
-            yield
+        return writing_into(self.path)
 
     def check_usable(self, *, resume: bool, overwrite: bool, writing: bool = False) -> None:
         """Whether a bench may be written here; known before a model takes minutes to load.
@@ -266,6 +257,12 @@ class BenchDirectory:
         """A run directory."""
         return self.path / "runs" / combination / image
 
+    @contextlib.contextmanager
+    def locating(self, place: RunDirectory) -> Iterator[None]:
+        """Keep others out of stage one's result, for the length of the block; wait where another one is making it."""
+        with writing_into(place.path, wait=STAGE_ONE_S):
+            yield
+
     # --- Generated images --------------------------------------------------------------------------------------------
 
     def strip(self, combination: str, image: str, prompt: str, how: Sequence[object]) -> Path:
@@ -310,7 +307,7 @@ def is_own_name(name: str) -> bool:
 
 def _is_of_a_beginning(path: Path) -> bool:
     """Whether a process that was killed before it had begun left this."""
-    return becomes(path) == "bench.json" or bool(re.fullmatch(r"\.icekit(-\d+-of-\d+)?\.lock", path.name))
+    return becomes(path) == "bench.json" or path.name == LOCK
 
 
 def save_strip(path: Path, pictures: Sequence[Image.Image]) -> None:

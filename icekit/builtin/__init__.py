@@ -183,6 +183,19 @@ def register_exporters(register: Register) -> None:
 
 
 @hookimpl
+def register_executors(register: Register) -> None:
+    """Processes of this machine."""
+    from icekit.builtin.executors.settings import LocalSettings
+
+    register(
+        "local",
+        f"{HERE}.executors.local:LocalExecutor",
+        settings=LocalSettings,
+        summary="Processes of this machine: one for each GPU, or several on the CPU.",
+    )
+
+
+@hookimpl
 def register_metrics(register: Register) -> None:
     """The UCE protocol's metrics, with CLIP and with DINO, and those of masks and words."""
     from icekit.builtin.metrics import mask_metrics

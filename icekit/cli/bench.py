@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import sys
@@ -16,6 +15,8 @@ from icekit import plugins
 from icekit.cli.common import (
     LOW_MEMORY,
     Invocation,
+    executor_options,
+    executor_values,
     low_memory_option,
     preset_option,
     print_json,
@@ -33,17 +34,11 @@ def _several(role: str, what: str) -> Callable[[Any], Any]:
     return click.option(f"--{role}", f"{role}s", multiple=True, metavar="NAME", help=what, shell_complete=names(role))
 
 
-def _parse_part(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", value)
-    if not found or len(value) > 20 or not 1 <= int(found[1]) <= int(found[2]):
-        raise click.BadParameter(f"{value!r:.60} is no part: it is K/N with K from 1 to N, as in 1/2")
-    return int(found[1]), int(found[2])
-
-
 @click.command("bench")
 @click.argument("dataset", metavar="DATASET", shell_complete=names("dataset"))
 @click.option("--out", type=UserPath(), required=True, metavar="DIR", help="Bench directory")
 @click.option("--n", "count", type=COUNT, metavar="N", help="Number of images [default: the data set's]")
+@executor_options
 @click.option("--seed", type=SEED, default=0, show_default=True, metavar="N", help="Which "
               "images, where there is a choice, and every other random choice.")  # fmt: skip
 @preset_option
@@ -70,8 +65,6 @@ def _parse_part(context: click.Context, parameter: click.Parameter, value: str) 
               "(all learners that have it), learner.ice.steps=400 (one), bench.images=4")  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on with the bench in DIR, with the same settings.")
 @click.option("--overwrite", is_flag=True, help="Replace the bench in DIR.")
-@click.option("--part", metavar="K/N", callback=_parse_part, default="1/1", help="Measure every N-th image alone, from "
-              "the K-th on; the table is for a last call without this.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @click.pass_context
 def run_bench(
@@ -79,6 +72,8 @@ def run_bench(
     dataset: str,
     out: Path,
     count: int | None,
+    executor: str | None,
+    workers: int | None,
     seed: int,
     preset: str | None,
     retrievers: Sequence[str],
@@ -94,20 +89,22 @@ def run_bench(
     assignments: Sequence[str],
     resume: bool,
     overwrite: bool,
-    part: tuple[int, int],
     as_json: bool,
 ) -> None:
     """Measure every combination of the components given on DATASET, a floor and a ceiling.
 
     Prints a table of means with their 95 % bootstrap intervals over images, and writes results.json, results.csv and
     bench.html into DIR. Figures that others published on DATASET stand below. What was measured is kept: --resume goes
-    on where a bench was interrupted, and measures learners, metrics or images that were added.
+    on where a bench was interrupted, and measures learners, metrics or images that were added. With --workers or
+    --executor several processes measure, an image of a row at a time; without, this one alone.
 
     icekit bench tabletop --n 8 --learner ice --learner textual-inversion --out runs/bench
     """
     settings = read_settings_file(config) if config is not None else {}
     for assignment in assignments:
         settings = merge(settings, parse_assignment(assignment))
+    of_executor = executor_values(settings.pop("executor", {}), workers)
+    executor = executor or ("local" if of_executor else None)
     options = {"preset": preset, "attributes": list(attributes), "device": device}
     settings = merge(settings, {key: value for key, value in options.items() if value})
     if low_memory:
@@ -144,16 +141,14 @@ def run_bench(
             settings=settings,
             resume=resume,
             overwrite=overwrite,
-            part=part,
+            executor=executor,
+            executor_settings=of_executor,
             command=typed,
             on_progress=progress.show,
             installed=found,
         )
     if as_json:
         print_json(made)
-        return
-    if part[1] > 1:
-        click.echo(f"{out}: part {part[0]} of {part[1]} is measured ({made['n']} images)")
         return
     columns = list(made["columns"])
     at_once = max(1, (shutil.get_terminal_size().columns - 20) // 21) if sys.stdout.isatty() else len(columns)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +17,15 @@ from click.shell_completion import CompletionItem
 
 from icekit import plugins
 from icekit.cli.completion import names
+from icekit.cli.parameters import COUNT
 from icekit.foreign import is_of_the_machine, said
 from icekit.protocols import InputError, RunError
+from icekit.settings import shown
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from icekit.run.extraction import Extraction
 
 
 @dataclass
@@ -37,6 +43,11 @@ def with_resume(arguments: Sequence[str]) -> str:
     """The command that was typed, as it goes on."""
     again = [argument for argument in arguments if argument not in ("--resume", "--overwrite")]
     return shlex.join(["icekit", *again, "--resume"])
+
+
+def typed_again(arguments: Sequence[str]) -> str:
+    """The command that was typed, as it goes on by itself where it was interrupted."""
+    return shlex.join(["icekit", *(argument for argument in arguments if argument not in ("--resume", "--overwrite"))])
 
 
 def _note_traceback(context: click.Context, _parameter: click.Parameter, wanted: bool) -> None:
@@ -169,6 +180,35 @@ LOW_MEMORY: dict[str, Any] = {"low_memory": "on"}
 """What it sets of the backbone."""
 
 
+def executor_options(command: Any) -> Any:
+    """``--executor`` and ``--workers`` of a command that has workers."""
+    workers = click.option(
+        "--workers",
+        type=COUNT,
+        metavar="N",
+        help="Workers, each with the models loaded; short for --set executor.workers=N [default: one for each GPU, or "
+        "for each core and what memory holds]",
+    )
+    executor = click.option(
+        "--executor",
+        metavar="NAME",
+        shell_complete=names("executor"),
+        help="What does the work; `icekit plugins` lists them [default: local]",
+    )
+    return executor(workers(command))
+
+
+def executor_values(table: Any, workers: int | None) -> dict[str, Any]:
+    """Settings of an executor: a table of settings, and ``--workers`` over it.
+
+    Raises:
+        InputError: it is no table.
+    """
+    if not isinstance(table, Mapping):
+        raise InputError(f"setting 'executor' cannot be {shown(table)}: it should be a table, as in executor.workers=2")
+    return {**table, **({} if workers is None else {"workers": workers})}
+
+
 def print_json(value: Any) -> None:
     """Print JSON on stdout, in characters that it can print."""
     unicode = (getattr(sys.stdout, "encoding", None) or "").lower().replace("-", "") == "utf8"
@@ -186,9 +226,76 @@ def table_of(*columns: str) -> Table:
     return table
 
 
-def print_table(table: Table) -> None:
-    """Print a table on stdout."""
+def print_table(table: Table, at_most: int | None = None) -> None:
+    """Print a table of texts on stdout. No word is broken over lines, so that tokens and names can be copied.
+
+    On a terminal cells are wrapped between words; where a row's longest words have no room beside one another, each row
+    becomes a list. A file or a pipe has no width: a row stays a line.
+
+    at_most: columns of the terminal that are used.
+    """
     from rich.console import Console
 
-    # A file or a pipe has no width: a row stays a line.
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 10_000, markup=False).print(table)
+    if not sys.stdout.isatty():
+        Console(file=sys.stdout, width=10_000, markup=False).print(table)
+        return
+    width = min(shutil.get_terminal_size().columns, at_most or 10_000)
+    headings = [str(column.header) for column in table.columns]
+    cells = [[str(cell) for cell in column.cells] for column in table.columns]
+    # Of this box: a space on both sides of what is within, three between columns.
+    widths = _widths(headings, cells, width - 2 - 3 * (len(headings) - 1))
+    if widths is None:
+        for row in zip(*cells, strict=True):
+            click.echo("\n".join(_as_list(headings, row, width)))
+        return
+    for column, one in zip(table.columns, widths, strict=True):
+        column.width = one
+    Console(file=sys.stdout, width=width, markup=False, highlight=False).print(table)
+
+
+def _widths(headings: Sequence[str], cells: Sequence[Sequence[str]], room: int) -> list[int] | None:
+    """How wide each column is, so that no word is broken; None where there is no room for that."""
+    from rich.cells import cell_len
+
+    texts = [[heading, *column] for heading, column in zip(headings, cells, strict=True)]
+    least = [max(1, *(cell_len(word) for text in column for word in text.split() or [""])) for column in texts]
+    wanted = [max(1, *(cell_len(text) for text in column)) for column in texts]
+    left = room - sum(least)
+    if left < 0:
+        return None
+    widths = list(least)
+    while left > 0 and (narrow := [i for i, one in enumerate(widths) if one < wanted[i]]):
+        widths[max(narrow, key=lambda i: wanted[i] / widths[i])] += 1
+        left -= 1
+    return widths
+
+
+def _as_list(headings: Sequence[str], row: Sequence[str], width: int) -> list[str]:
+    """A row of a table as lines, a heading and its cell each; what has no heading comes first, before the second."""
+    own = [(heading, cell) for heading, cell in zip(headings, row, strict=True) if cell]
+    bare = " ".join(cell for heading, cell in own if not heading)
+    lines: list[str] = []
+    for number, (heading, cell) in enumerate((heading, cell) for heading, cell in own if heading):
+        begin = f"{bare} ".lstrip() if number == 0 else f"   {heading}: "
+        lines += textwrap.wrap(
+            cell, width, initial_indent=begin, subsequent_indent="     ", break_long_words=False, break_on_hyphens=False
+        )
+    return lines
+
+
+def print_concepts(extraction: Extraction) -> None:
+    """A complete run on stdout: its concepts, and where it is."""
+    from icekit.protocols.errors import printable
+
+    record = extraction.record
+    attributes = record.attributes
+    table = table_of("", "concept", "score", "area", *attributes, "tokens")
+    for concept in extraction.concepts:
+        words = [printable(", ".join(concept.words.get(attribute, [])) or "–") for attribute in attributes]
+        tokens = " ".join(concept.tokens.values())
+        table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
+    print_table(table)
+    if record.learning_steps is not None:
+        click.echo(f"{record.learning_steps} learning steps; presets: {', '.join(record.presets or []) or 'none'}")
+    report = extraction.run_dir / "report.html"
+    click.echo(f"{extraction.run_dir} (report: {report})" if report.is_file() else extraction.run_dir)

@@ -80,8 +80,8 @@ def compose(
             raise InputError(f"{concept!r}: the name {name!r} is given twice")
         bindings[name] = reference
 
-    from icekit.cli.progress import ImageProgress
     from icekit.run import compose as composing
+    from icekit.run.progress import ImageProgress
 
     with aside(), ImageProgress() as progress:
         options: dict[str, Any] = {

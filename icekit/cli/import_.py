@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from icekit import plugins
 from icekit.cli.common import LOW_MEMORY, low_memory_option, preset_option, print_json
 from icekit.cli.completion import DEVICES, complete_setting, names
 from icekit.cli.parameters import UserPath
@@ -61,9 +62,10 @@ def import_files(
     options["backbone"] = ({"model": model} if model is not None else {}) | (LOW_MEMORY if low_memory else {})
     settings = load_settings(config, assignments, {key: one for key, one in options.items() if one not in (None, {})})
 
-    from icekit.cli.progress import ImageProgress
+    plugins.installed().check_within_reach(settings)  # before torch is imported
     from icekit.run.exporting import ExportError
     from icekit.run.importing import import_embeddings
+    from icekit.run.progress import ImageProgress
 
     failed: ExportError | None = None
     with aside(), ImageProgress() as progress:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
 
 WIDTH, LONGEST = 100, 30
 """Most columns of the list, and of a name and a distribution in it."""
-MARGINS, MARGINS_LIVE = 6, 11
-"""Columns between and around those of a table."""
+MARGINS = 6
+"""Columns between those of a table."""
 
 
 @click.group("plugins", cls=CommandGroup, invoke_without_command=True)
@@ -78,20 +77,17 @@ def _print_rows(rows: Sequence[tuple[str, str, str, str]]) -> None:
     """A table of at most ``WIDTH`` columns. What is too long is wrapped on a terminal, and cut elsewhere."""
     from rich.cells import cell_len
 
-    live = sys.stdout.isatty()
-    width = min(WIDTH, shutil.get_terminal_size().columns) if live else WIDTH
     table = table_of("kind", "name", "what it is", "from")
-    kind, name, summary, source = table.columns
-    left = width - (MARGINS_LIVE if live else MARGINS)
-    for number, column in ((0, kind), (1, name), (3, source)):
-        column.width = min(LONGEST, max(len(str(column.header)), *(cell_len(row[number]) for row in rows)))
-        left -= column.width
-    summary.width = max(left, len("what it is"))
-    if not live:
-        summary.no_wrap, summary.overflow = True, "ellipsis"
     for row in rows:
         table.add_row(*row)
-    print_table(table)
+    if not sys.stdout.isatty():
+        kind, name, summary, source = table.columns
+        left = WIDTH - MARGINS
+        for number, column in ((0, kind), (1, name), (3, source)):
+            column.width = min(LONGEST, max(len(str(column.header)), *(cell_len(row[number]) for row in rows)))
+            left -= column.width
+        summary.width, summary.no_wrap, summary.overflow = max(left, len("what it is")), True, "ellipsis"
+    print_table(table, WIDTH)
 
 
 @plugins_group.command("show")

@@ -17,9 +17,11 @@ from collections.abc import Sequence
 import click
 
 from icekit import plugins
+from icekit.cli.batch import batch
 from icekit.cli.bench import run_bench
 from icekit.cli.common import CommandGroup, Invocation, choice_in, common_options
 from icekit.cli.compose import compose
+from icekit.cli.demo import demo
 from icekit.cli.doctor import doctor
 from icekit.cli.export import export
 from icekit.cli.import_ import import_files
@@ -29,10 +31,11 @@ from icekit.cli.run import run
 from icekit.cli.streams import ResultsLost, guarded_streams
 from icekit.foreign import is_of_the_machine, is_out_of_memory, nothing_after_results, said
 from icekit.plugins import ComponentError
-from icekit.protocols import InputError, RunError
+from icekit.protocols import InputError, RunError, StopRun
 from icekit.protocols.errors import one_line
 from icekit.run.atomic import CannotWrite, why
 from icekit.run.machine import OutOfMemory
+from icekit.wording import command_line
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -48,7 +51,7 @@ def cli() -> None:
     """
 
 
-for command in (run, compose, run_bench, export, import_files, report, plugins_group, doctor):
+for command in (demo, run, batch, compose, run_bench, export, import_files, report, plugins_group, doctor):
     cli.add_command(command)
 
 
@@ -68,7 +71,7 @@ def quieten() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program ``icekit``: runs a command and leaves with its exit status."""
-    with guarded_streams():
+    with guarded_streams(), command_line():
         status = _run(sys.argv[1:] if arguments is None else list(arguments), Invocation())
     sys.exit(status)
 
@@ -97,6 +100,9 @@ def _run(arguments: Sequence[str], invocation: Invocation) -> int:
     except (CannotWrite, OutOfMemory) as error:
         passing = getattr(error, "passing", True)
         return _fail(error, f"{error}{_goes_on(invocation) if passing else ''}", invocation, FAILED)
+    except StopRun as error:
+        hint = f": `{invocation.resume}` goes on" if invocation.resume else ""
+        return _fail(error, f"{error}{hint}", invocation, FAILED)
     except RunError as error:
         foreign = isinstance(error, ComponentError) and error.__cause__ is not None and not invocation.traceback
         return _fail(error, f"{error} (--traceback shows where)" if foreign else str(error), invocation, FAILED)

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -16,9 +16,8 @@ from icekit.cli.common import (
     Invocation,
     low_memory_option,
     preset_option,
+    print_concepts,
     print_json,
-    print_table,
-    table_of,
     with_resume,
 )
 from icekit.cli.completion import DEVICES, complete_setting, names
@@ -26,9 +25,6 @@ from icekit.cli.parameters import COUNT, SEED, UserPath
 from icekit.foreign import aside
 from icekit.hookspecs import hookimpl
 from icekit.settings import load_settings
-
-if TYPE_CHECKING:
-    from icekit.run.extraction import Extraction
 
 
 def component_option(role: str, what: str, default: str) -> Callable[[Any], Any]:
@@ -94,16 +90,27 @@ def run(
     options["backbone"] = ({"model": model} if model is not None else {}) | (LOW_MEMORY if low_memory else {})
     given = {key: value for key, value in (options | {"components": chosen}).items() if value not in (None, (), {})}
     settings = load_settings(config, assignments, given)
+    found = plugins.installed()
 
-    from icekit.cli.progress import Progress
+    from icekit.run.directory import RunDirectory
+    from icekit.run.images import load_image
+    from icekit.run.ownership import refuse_if_busy
+
+    # All that can be wrong and be said at once, before torch is imported.
+    source = load_image(image)
+    folder = out or Path("runs") / source.stem
+    refuse_if_busy(folder)
+    RunDirectory(folder).check_usable(resume=resume, overwrite=overwrite)
+    if not resume:  # whose settings are in its directory
+        found.check_within_reach(settings)
+
     from icekit.run.exporting import ExportError
     from icekit.run.orchestrator import extract
+    from icekit.run.progress import Progress
 
-    found = plugins.installed()
     observers: list[object] = [Progress(found.broken)]
     if isinstance(invocation := context.find_root().obj, Invocation):
         invocation.resume = with_resume(sys.argv[1:])  # as long as the run keeps no settings of its own
-        folder = out or Path("runs") / image.stem
         chosen_plugins = invocation.choice.as_options()
         begun = shlex.join(["icekit", "run", str(image), "--out", str(folder), "--resume", *chosen_plugins])
         observers.append(_Begun(invocation, begun))
@@ -111,14 +118,14 @@ def run(
     try:
         with aside():
             extraction = extract(
-                image, out, settings, resume=resume, overwrite=overwrite, observers=observers, installed=found
+                source, folder, settings, resume=resume, overwrite=overwrite, observers=observers, installed=found
             )
     except ExportError as error:  # the run is complete
         extraction, failed = error.extraction, error
     if as_json:
         print_json(extraction.manifest)
     else:
-        _print_concepts(extraction)
+        print_concepts(extraction)
     if failed is not None:
         raise failed
 
@@ -134,20 +141,3 @@ class _Begun:
     def run_started(self) -> None:
         """From here on the run's settings are kept with it."""
         self._invocation.resume = self._resume
-
-
-def _print_concepts(extraction: Extraction) -> None:
-    from icekit.protocols.errors import printable
-
-    record = extraction.record
-    attributes = record.attributes
-    table = table_of("", "concept", "score", "area", *attributes, "tokens")
-    for concept in extraction.concepts:
-        words = [printable(", ".join(concept.words.get(attribute, [])) or "–") for attribute in attributes]
-        tokens = " ".join(concept.tokens.values())
-        table.add_row(str(concept.index), concept.label, f"{concept.score:.2f}", f"{concept.area:.0%}", *words, tokens)
-    print_table(table)
-    if record.learning_steps is not None:
-        click.echo(f"{record.learning_steps} learning steps; presets: {', '.join(record.presets or []) or 'none'}")
-    report = extraction.run_dir / "report.html"
-    click.echo(f"{extraction.run_dir} (report: {report})" if report.is_file() else extraction.run_dir)

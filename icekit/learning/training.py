@@ -31,14 +31,12 @@ from icekit.protocols import (
 )
 from icekit.protocols.strict import changes_no_result
 from icekit.randomness import seeded_generator
+from icekit.wording import option
+from icekit.wording import settings as in_settings
 
 Losses = dict[str, Tensor]
 """Scalars by name; ``total`` is what is minimised."""
 
-AFRESH = "start again (--overwrite)"
-"""The way out where a saved state cannot be gone on with."""
-PRECISE = "--set backbone.dtype=float32 where the model runs in half precision"
-"""What may help against numbers that are too large for a model."""
 GRADIENT_SCALE = 1024.0
 """Losses are multiplied by this before backpropagation and gradients divided after it: in float16 the denoising loss's
 gradients would underflow. A power of two, so that in float32 it changes nothing."""
@@ -149,7 +147,7 @@ class Trainer:
             self.saved, state = found
             for name, value in self.identity.items():
                 if state.get(name) != value:
-                    raise InputError(f"the saved learning state is of a run with other {name}: {AFRESH}")
+                    raise InputError(f"the saved learning state is of a run with other {name}: {_afresh()}")
             self.done = _step_of(state, total)
             self.moments = self.saved
         self.keep(flat(tokens), "row")
@@ -213,8 +211,8 @@ class Trainer:
             self._restore_optimizer(optimizer, named, all_alike=one_optimizer)
         lengths = self._lengths(phase, groups)
         fastest = max(groups, key=lambda group: group.learning_rate)
-        slower = f"try a lower learner.{fastest.setting} than {fastest.learning_rate:g}, or {PRECISE}"
-        advice = f"nothing was learned before it, so that the model or the settings' weights are to blame: {PRECISE}"
+        slower = f"try a lower learner.{fastest.setting} than {fastest.learning_rate:g}, or {_precise()}"
+        advice = f"nothing was learned before it, so that the model or the settings' weights are to blame: {_precise()}"
         for step in range(self.done + 1, steps.stop):
             advice = slower if self.done else advice
             optimizer.zero_grad()
@@ -303,7 +301,7 @@ def _step_of(state: Mapping[str, object], total: int) -> int:
     """The number of steps that a saved state has done. Raises InputError for what is none."""
     step = state.get("step")
     if type(step) is not int or not 0 <= step <= total:
-        raise InputError(f"the saved learning state is damaged: its step is no number from 0 to {total}: {AFRESH}")
+        raise InputError(f"the saved learning state is damaged: its step is no number from 0 to {total}: {_afresh()}")
     return step
 
 
@@ -312,7 +310,7 @@ def _fitting(saved: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tenso
     value = saved[name]
     if value.shape != shape or not value.is_floating_point() or not bool(value.isfinite().all()):
         raise InputError(
-            f"the saved learning state is damaged: {name} should be finite numbers of shape {list(shape)}: {AFRESH}"
+            f"the saved learning state is damaged: {name} should be finite numbers of shape {list(shape)}: {_afresh()}"
         )
     return value
 
@@ -338,3 +336,13 @@ def check_finite(values: Mapping[str, float], phase: str, step: int, advice: str
     if broken:
         way_out = f"; {advice}" if advice else ""
         raise RunError(f"the {broken[0]} loss became {values[broken[0]]} in step {step} (phase {phase}){way_out}")
+
+
+def _afresh() -> str:
+    """The way out where a saved state cannot be gone on with."""
+    return f"start again ({option('overwrite')})"
+
+
+def _precise() -> str:
+    """What may help against numbers that are too large for a model."""
+    return f"{in_settings({'backbone': {'dtype': 'float32'}})} where the model runs in half precision"

@@ -5,7 +5,7 @@ from icekit.plugins.data import attributes_from
 from icekit.plugins.manager import GROUP, KINDS, Plugins
 from icekit.plugins.observers import Observers
 from icekit.plugins.registered import BreachError, BrokenPlugin, ComponentError, Declared, Origin, Registered
-from icekit.plugins.sources import Choice, choose, installed, load, own_version
+from icekit.plugins.sources import Choice, choose, chosen, installed, load, own_version
 
 __all__ = [
     "GROUP",
@@ -26,6 +26,7 @@ __all__ = [
     "check_attribute",
     "check_component",
     "choose",
+    "chosen",
     "installed",
     "load",
     "own_version",

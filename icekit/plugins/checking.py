@@ -28,6 +28,7 @@ _PROTOCOLS: dict[str, type] = {
     "dataset": protocols.Dataset,
     "metric": protocols.Metric,
     "exporter": protocols.Exporter,
+    "executor": protocols.Executor,
 }
 MAX_NAME_BYTES = 60
 """Of a registered name: folders of a bench are called by up to three."""
@@ -140,6 +141,7 @@ def check_component(role: str, name: str, component: object) -> None:
     settings = getattr(component, "Settings", None)
     if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
         raise PluginError(f"{where} has no nested class Settings(icekit.ComponentSettings)")
+    _check_settings_base(role, settings, where)
     methods = [key for key, value in vars(protocol).items() if not key.startswith("_") and inspect.isfunction(value)]
     missing = [method for method in methods if not callable(getattr(component, method, None))]
     missing += [name for name in ("columns", "needs") if role == "metric" and not hasattr(component, name)]
@@ -168,13 +170,20 @@ def check_declaration(role: str, name: str, place: str, settings: object, summar
         raise PluginError(f"{role} {name!r} is declared as {place!r:.100}: it should be package.module:Class")
     if not (isinstance(settings, type) and issubclass(settings, ComponentSettings)):
         raise PluginError(f"{where} is declared without settings=..., its subclass of icekit.ComponentSettings")
+    _check_settings_base(role, settings, where)
     if not isinstance(summary, str) or not summary.strip() or "\n" in summary:
         raise PluginError(f"{where} is declared without summary=..., one line that says what it is")
 
 
+def _check_settings_base(role: str, settings: type[ComponentSettings], where: str) -> None:
+    """Whether an executor can be told what every executor can."""
+    if role == "executor" and not issubclass(settings, protocols.ExecutorSettings):
+        raise PluginError(f"{where} has Settings that are no subclass of icekit.protocols.ExecutorSettings")
+
+
 def _check_constructor(role: str, component: type, where: str) -> None:
     """Whether a component can be built with what it is built with."""
-    settings_alone = dict.fromkeys(("dataset", "exporter"), ("settings",))
+    settings_alone = dict.fromkeys(("dataset", "exporter", "executor"), ("settings",))
     handed = {"backbone": ("settings", "device"), **settings_alone}.get(role, ("settings", "backbone"))
     try:
         taken = inspect.signature(component)

@@ -59,9 +59,9 @@ from icekit.settings import (
 
 log = logging.getLogger(__name__)
 GROUP = "icekit"
-KINDS = (*ROLES, "attribute", "dataset", "metric", "exporter", "preset")
+KINDS = (*ROLES, "attribute", "dataset", "metric", "exporter", "executor", "preset")
 """All that plugins can register by name."""
-OWN_ROOMS = tuple(f"icekit.{room}" for room in ("bench", "cli", "files", "report", "run"))
+OWN_ROOMS = tuple(f"icekit.{room}" for room in ("batch", "bench", "cli", "files", "report", "run"))
 """Modules that are no component's: what they raise no component has raised."""
 
 
@@ -388,6 +388,32 @@ class Plugins:
         full = full.model_copy(update={"exporters": tuple(exporters)})
         of_exporters = self._of_exporters(presets, full)
         return validate(Settings, full.model_dump() | {"attributes": attributes, "exporter": of_exporters})
+
+    def check_within_reach(self, settings: Settings) -> None:
+        """Whether the backbone's model is on this machine or can be fetched, as far as it says so without being loaded.
+
+        Its settings say so, by a method of this name. Nothing heavy is imported for it: no preset of the backbone's own
+        is looked at, and settings that are wrong are left to ``resolve``.
+
+        Raises:
+            InputError: it is not, or there is no such preset.
+        """
+        presets = [self.preset(settings.preset)] if settings.preset else []
+        chosen = settings.model_copy(update={"components": self._components(settings, presets)})
+        own: dict[Role, ComponentSettings] = {}
+        try:
+            for role in ROLES:
+                tables = [self._table(layer, role, chosen.name_of(role)) for layer in presets]
+                merged = merge(*tables, self._of_the_chosen(role, chosen))
+                own[role] = self.component_settings(role, chosen.name_of(role), merged)
+            self.attributes(settings)
+        except InputError:
+            return  # unless the backbone's preset makes it right; ``resolve`` says it
+        check = getattr(own["backbone"], "check_within_reach", None)
+        if check is not None:
+            name = chosen.name_of("backbone")
+            with self.naming("settings", [("backbone", name)], by=("backbone", name)):
+                check()
 
     def _of_exporters(self, presets: Sequence[Preset], settings: Settings) -> dict[str, dict[str, Any]]:
         """The settings of the exporters that are chosen, a table each; those of others are passed over.

@@ -9,12 +9,17 @@ from typing import Any
 import pluggy
 
 from icekit.foreign import guarded, said
+from icekit.protocols.errors import StopRun
 
 log = logging.getLogger(__name__)
 
+LAST = ("run_finished", "run_failed")
+"""The hooks that tell of a run that is over."""
+
 
 class Observers:
-    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run.
+    """Calls observer hooks. An observer that raises or exits is reported once and heard no more: it ends no run, but
+    by ``StopRun``.
 
     whose: plugin's name -> what it is called in a message; others are called by their names.
     """
@@ -32,6 +37,10 @@ class Observers:
             try:
                 with guarded():
                     caller(**arguments)
+            except StopRun:
+                if hook in LAST:  # there is nothing left to stop
+                    continue
+                raise
             except Exception as error:
                 self._silenced.add(name)
                 whose = self._whose.get(name, f"plugin {name!r}")

@@ -86,6 +86,11 @@ def choose(choice: Choice) -> None:
         installed.cache_clear()
 
 
+def chosen() -> Choice:
+    """What ``installed`` loads in this process; another one that is told to ``choose`` it loads the same."""
+    return Choice.of() if _chosen is None else _chosen
+
+
 @functools.cache
 def installed() -> Plugins:
     """The built-ins and the plugins of this process, imported once.
@@ -95,7 +100,7 @@ def installed() -> Plugins:
     Raises:
         InputError: see ``load``.
     """
-    return load(Choice.of() if _chosen is None else _chosen)
+    return load(chosen())
 
 
 def load(choice: Choice) -> Plugins:

@@ -19,6 +19,7 @@ from icekit.protocols.backbone import (
     Capability,
     ConceptBackbone,
     Conditioning,
+    Demo,
     FineTuning,
     Grid,
     Look,
@@ -30,6 +31,7 @@ from icekit.protocols.backbone import (
     Tokens,
     Trained,
     Tuned,
+    World,
     nearest_grids,
 )
 from icekit.protocols.components import (
@@ -41,7 +43,8 @@ from icekit.protocols.components import (
     Retriever,
     Segmentor,
 )
-from icekit.protocols.errors import InputError, RunError
+from icekit.protocols.errors import InputError, RunError, StopRun
+from icekit.protocols.executing import Executor, ExecutorSettings, JobResult, Work
 from icekit.protocols.exporting import Exporter
 from icekit.protocols.measuring import (
     BenchImage,
@@ -99,12 +102,16 @@ __all__ = [
     "ConceptBackbone",
     "Conditioning",
     "Dataset",
+    "Demo",
     "Describer",
+    "Executor",
+    "ExecutorSettings",
     "Exporter",
     "FineTuning",
     "FoundConcept",
     "Grid",
     "InputError",
+    "JobResult",
     "Learned",
     "Learner",
     "Look",
@@ -124,12 +131,15 @@ __all__ = [
     "Segmentor",
     "ShapedBackbone",
     "Step",
+    "StopRun",
     "Token",
     "Tokens",
     "Trained",
     "TrueConcept",
     "Tuned",
     "View",
+    "Work",
+    "World",
     "is_instance",
     "nearest_grids",
     "object_tokens",

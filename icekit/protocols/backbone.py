@@ -141,6 +141,33 @@ class MemoryNeed:
     drawing: int
 
 
+@dataclass(frozen=True)
+class World:
+    """What a model knows that was trained on few kinds of pictures.
+
+    what: in words, ``"ten shapes on a table"``, say.
+    share, error: pictures of it, noised by this share of the schedule, are denoised without a prompt with at most this
+        mean squared error; measured by whoever made the model. A run warns of a picture with a larger one.
+    """
+
+    what: str
+    share: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What `icekit demo` shows of a model that is small enough for it.
+
+    picture: a place inside a package, ``"package:my_package/scene.png"``.
+    seconds: how long each stage of a run took, by its name, measured on ``machine``, in words.
+    """
+
+    picture: str
+    seconds: Mapping[str, float]
+    machine: str
+
+
 Trained = Literal["lora", "all"]
 """What is trained of a noise predictor: a LoRA adapter on its attention, or every weight."""
 
@@ -158,6 +185,8 @@ class Backbone(Protocol):
     is part of it there, too; and ``pipeline_without``, the parts for which ``from_pretrained`` of that pipeline must be
     handed None. Where learned rows are known to be weak, it may say ``advice_on_rows``: one line for whoever learns
     them all the same.
+    One that was trained on few kinds of pictures may say by ``world``, a ``World``, which: a run warns of others.
+    Its settings may have a class variable ``demo``, a ``Demo``: `icekit demo` then runs on its picture.
     A backbone class may have a method ``memory_needed(settings, device, pictures)``, called before a model is loaded,
     that gives a ``MemoryNeed`` for so many pictures in one pass of a learning step, or None where it cannot be known.
     Where a picture does not take one pass of the noise predictor a step, and two with a ``guidance_scale`` above 1, it

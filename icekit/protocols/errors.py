@@ -35,3 +35,7 @@ class RunError(RuntimeError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(message))
+
+
+class StopRun(RunError):
+    """Raised by an observer: the run is to end here. What it has done is kept, and ``resume`` goes on with it."""

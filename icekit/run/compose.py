@@ -50,6 +50,7 @@ from icekit.run.ownership import (
     refuse_links,
     writing_into,
 )
+from icekit.run.progress import told_of_images
 from icekit.run.prompts import (
     NAME,
     Choice,
@@ -65,6 +66,7 @@ from icekit.run.prompts import (
 from icekit.run.records import Count, Name, Record, Text, explain
 from icekit.run.sheets import Layout, Sheet, plain_layout
 from icekit.settings import Settings
+from icekit.wording import named, option
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ IMAGES, SWEPT = 4, 1
 """How many images are made where nothing is said: of a prompt, and of each combination of a sweep's alternatives."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Composition:
     """What ``compose`` made.
 
@@ -96,6 +98,15 @@ class Composition:
     sheet: Path | None = None
     rows: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        images = f"{len(self.images)} image{'s' * (len(self.images) != 1)}"
+        return f"<Composition {printable(str(self.out), 200)}: {images} of {printable(self.prompt, 200)!r}>"
+
+    def _repr_html_(self) -> str:
+        from icekit.run.in_notebooks import of_composition
+
+        return of_composition(self)
 
 
 @dataclass(frozen=True)
@@ -155,7 +166,9 @@ def compose(
     low_memory: bool = False,
     overwrite: bool = False,
     on_image: Callable[[int, int], None] | None = None,
+    progress: bool | None = None,
     installed: Plugins | None = None,
+    backbone: Backbone | None = None,
 ) -> Composition:
     """Generate images from a prompt that names concepts of earlier runs.
 
@@ -177,12 +190,16 @@ def compose(
         low_memory: hold only the part of the model that is in use on the device (its setting of this name).
         overwrite: replace the composition in ``out``.
         on_image: called after every image with the number done and the total.
+        progress: show how many images are done: a bar on a terminal, a line of a notebook's output; None: in notebooks
+            alone.
         installed: the plugins to use; those of this Python environment if None.
+        backbone: the model of the run that draws, loaded before; loaded here if None.
 
     Raises:
         InputError: a placeholder, a run or ``out`` is wrong, or the runs do not share one backbone.
     """
     n = (SWEPT if sweep else IMAGES) if n is None else n
+    on_image = told_of_images(progress, on_image)
     if not 1 <= n <= MAX_IMAGES:
         raise InputError(f"the number of images cannot be {n}: it should be 1 to {MAX_IMAGES}")
     bound = {name: bind(name, reference) for name, reference in concepts.items()}
@@ -198,7 +215,7 @@ def compose(
         settings = _drawing_settings(run, found)
         if low_memory:
             settings = settings.model_copy(update={"backbone": settings.values_of("backbone") | {"low_memory": "on"}})
-        backbone = load_backbone(found, settings, resolve_device(device or settings.device), learns=False)
+        backbone = backbone or load_backbone(found, settings, resolve_device(device or settings.device), learns=False)
         for name, one in bound.items():
             _check_fit(name, one, backbone)
 
@@ -281,6 +298,7 @@ def remake(
     low_memory: bool = False,
     overwrite: bool = False,
     on_image: Callable[[int, int], None] | None = None,
+    progress: bool | None = None,
     installed: Plugins | None = None,
 ) -> Composition:
     """Make a composition again, by its ``prompt.json``: of the same tokens, from the same noise.
@@ -293,6 +311,7 @@ def remake(
         low_memory: see ``compose``.
         overwrite: see ``compose``.
         on_image: see ``compose``.
+        progress: see ``compose``.
         installed: see ``compose``.
 
     Raises:
@@ -332,6 +351,7 @@ def remake(
         low_memory=low_memory,
         overwrite=overwrite,
         on_image=on_image,
+        progress=progress,
         installed=installed,
     )
 
@@ -525,7 +545,7 @@ def _output_folder(prompt: str, out: str | Path | None, new: Collection[str], ov
     if out is not None:
         folder = user_path(out, "out")
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file: --out takes a folder")
+            raise InputError(f"{folder} is a file: {named('out')} takes a folder")
         refuse_if_busy(folder)
         _check_folder(folder, new, overwrite)
         with writing_into(folder):
@@ -562,9 +582,11 @@ def _check_folder(folder: Path, new: Collection[str], overwrite: bool) -> None:
     if (folder / NEXT).is_dir():
         strange += [one for one in (folder / NEXT).iterdir() if not _is_own_name(becomes(one) or one.name, PLAN)]
     if strange and not own:
-        raise InputError(f"{folder} is not empty and no composition of icekit's: choose another --out")
+        raise InputError(f"{folder} is not empty and no composition of icekit's: choose another {named('out')}")
     if own and not overwrite:
-        raise InputError(f"{folder} already holds a composition: --overwrite replaces it, or choose another --out")
+        raise InputError(
+            f"{folder} already holds a composition: {option('overwrite')} replaces it, or choose another {named('out')}"
+        )
     check_way(folder, own, new)
 
 

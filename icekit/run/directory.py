@@ -52,6 +52,7 @@ from icekit.run.ownership import (
 from icekit.run.reading import DamagedError, Files, decode_picture, listed, parse_json
 from icekit.run.records import Begun, CountsRecord, LocatedRecord, OriginRecord, Started, Timings
 from icekit.settings import Settings
+from icekit.wording import named, option, run_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,6 +114,17 @@ class Located:
     last: str | None = None
     erased: Tensor | None = None
 
+    def is_as(self, other: Located) -> bool:
+        """Whether both are finished with the same regions: what is learned of them is the same."""
+        if not (self.finished and other.finished) or len(self.regions) != len(other.regions):
+            return False
+        return all(
+            (one.index, one.word, dict(one.hints)) == (two.index, two.word, dict(two.hints))
+            and one.mask.shape == two.mask.shape
+            and bool((one.mask == two.mask).all())
+            for one, two in zip(self.regions, other.regions, strict=True)
+        )
+
 
 def check_place(path: Path, what: str, *, resume: bool, overwrite: bool) -> None:
     """Whether a folder can be here, and what is to become of one that is.
@@ -123,9 +135,11 @@ def check_place(path: Path, what: str, *, resume: bool, overwrite: bool) -> None
         InputError: a file is in the way, or both ``resume`` and ``overwrite`` were asked for.
     """
     if resume and overwrite:
-        raise InputError(f"--resume goes on with {what} and --overwrite replaces it: give one of them")
+        raise InputError(
+            f"{option('resume')} goes on with {what} and {option('overwrite')} replaces it: give one of them"
+        )
     if path.exists() and not path.is_dir():
-        raise InputError(f"{path} is a file: --out takes a folder")
+        raise InputError(f"{path} is a file: {named('out')} takes a folder")
 
 
 class RunDirectory:
@@ -190,8 +204,8 @@ class RunDirectory:
     def _way_out(self) -> str:
         """What to do where a file here is damaged."""
         if self.is_ours:
-            return f"`icekit run IMAGE --out {self.home} --overwrite` makes the run anew"
-        return "make the run anew in another folder, as in `icekit run IMAGE --out DIR`"
+            return f"{run_into(self.home, 'overwrite')} makes the run anew"
+        return f"make the run anew in another folder, as in {run_into('DIR')}"
 
     def check_usable(self, *, resume: bool, overwrite: bool) -> None:
         """Whether a run may be written here.
@@ -206,13 +220,19 @@ class RunDirectory:
         self.finish_exchange()
         if self.is_ours:
             if not (resume or overwrite):
-                kind = "a complete run" if self.is_complete else "an interrupted run (--resume goes on with it)"
+                kind = (
+                    "a complete run" if self.is_complete else f"an interrupted run ({option('resume')} goes on with it)"
+                )
                 if self.is_complete and self.next.is_ours:
-                    kind += " and one that was interrupted before it had replaced it (--resume goes on with that)"
-                raise InputError(f"{self.path} already holds {kind}: --overwrite replaces it, or choose another --out")
+                    kind += " and one that was interrupted before it had replaced it "
+                    kind += f"({option('resume')} goes on with that)"
+                raise InputError(
+                    f"{self.path} already holds {kind}: {option('overwrite')} replaces it, or choose another "
+                    f"{named('out')}"
+                )
             self._check_ownership()
         elif any(path.is_file() for path in self.path.rglob("*") if not self._is_of_a_beginning(path)):
-            raise InputError(f"{self.path} is not empty and no run of icekit's: choose another --out")
+            raise InputError(f"{self.path} is not empty and no run of icekit's: choose another {named('out')}")
 
     def _is_of_a_beginning(self, path: Path) -> bool:
         """Whether a process that was killed before it had begun left this."""
@@ -434,6 +454,13 @@ class RunDirectory:
                 raise self.files.damaged(name, f"erased: {error}") from error
         rounds = len(record.regions) + len(record.refused) if record.rounds is None else record.rounds
         return Located(tuple(regions), tuple(record.refused), record.finished, rounds, record.last, erased)
+
+    def forget_learned(self) -> None:
+        """Delete what was learned and shown of the regions: they are others by now."""
+        folders = ("embeddings", *WEIGHTS_FOLDERS, "samples", "attention")
+        files = ("checkpoint/learner.safetensors", "log.jsonl", "embeddings.safetensors", "lora.safetensors")
+        own = self.own_names()
+        delete_files(self.path, {name for name in own if name in files or name.partition("/")[0] in folders})
 
     def _load_mask(self, name: str, size: tuple[int, int] | None) -> Tensor:
         picture = self.files.picture(name, size)

@@ -25,6 +25,7 @@ from icekit.run.ownership import EXPORTS_LOCK, NEXT, check_way, is_inside, refus
 from icekit.run.reading import listed
 from icekit.run.records import ExportRecord
 from icekit.settings import merge
+from icekit.wording import named, option
 
 MAX_FILES = 100_000
 MAX_NAME_BYTES = 255 - MAX_LABEL_BYTES
@@ -71,7 +72,7 @@ def export(
     extraction = run if isinstance(run, Extraction) else Extraction.open(run)
     folder = extraction.run_dir if out is None else user_path(out, "out")
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: --out takes a folder")
+        raise InputError(f"{folder} is a file: {named('out')} takes a folder")
     if folder.exists() and folder.samefile(extraction.run_dir):
         folder = extraction.run_dir
     values = merge(_settings_of(extraction).get(exporter, {}), settings or {})
@@ -105,7 +106,7 @@ def write_export(
     if into_run and (taken := [one for one in files if _is_the_runs(one)]):
         raise InputError(
             f"exporter {name!r} writes {listed(taken)}, and a run directory has such files of its own: choose another "
-            "folder, as in --out DIR"
+            f"folder, as in {option('out', 'DIR')}"
         )
     run = None if into_run else os.path.abspath(extraction.home)
     entry, replaceable = ExportRecord(exporter=name, run=run, files=files), set()

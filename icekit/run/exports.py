@@ -18,6 +18,7 @@ from icekit.run.atomic import write_json_atomically, writing
 from icekit.run.ownership import EXPORTS, NEXT, check_way, delete, delete_files, link_to, refuse_links
 from icekit.run.reading import DamagedError, Files
 from icekit.run.records import ExportRecord, ExportsRecord
+from icekit.wording import named
 
 STAGING = f".{EXPORTS}.part"
 """Subfolder in which files are made: what a killed process leaves of it is known as half-written, see ``atomic``."""
@@ -58,7 +59,7 @@ class Exports:
                     of = f" of the run {other.run}" if other.run else ""
                     raise InputError(
                         f"{self.folder / name} is in the way: exporter {other.exporter!r} wrote it{of}; move it away, "
-                        "or choose another --out"
+                        f"or choose another {named('out')}"
                     )
         check_way(self.folder, {*self._earlier(entry), *replaceable}, entry.files)
 

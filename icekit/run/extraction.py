@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,16 @@ from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, RunDirec
 from icekit.run.reading import Files
 from icekit.run.records import Header, Manifest
 from icekit.settings import Settings, of_run_before, read_settings_file, validate
+from icekit.wording import run_into
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+MOST_NAMED = 8
+"""Most concepts that one line names."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Concept:
     """One concept of a complete run.
 
@@ -43,6 +47,16 @@ class Concept:
     mask_file: Path = field(repr=False)
     read_mask: Callable[[], NDArray[np.bool_]] = field(repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        words = [", ".join(words[:1]) for words in self.words.values() if words]
+        seen = f" ({', '.join(words)})" if words else ""
+        return f"<Concept {self.index}: {printable(self.label, 60)}{printable(seen, 80)}, {self.area:.0%} of the image>"
+
+    def _repr_html_(self) -> str:
+        from icekit.run.in_notebooks import of_concept
+
+        return of_concept(self)
+
     def mask(self) -> NDArray[np.bool_]:
         """The mask, bool ``[H, W]``, the size of the run's image.
 
@@ -52,7 +66,7 @@ class Concept:
         return self.read_mask()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Extraction:
     """A complete run: where it is, its manifest and its concepts.
 
@@ -64,6 +78,14 @@ class Extraction:
     record: Manifest = field(repr=False)
     concepts: tuple[Concept, ...]
     home: Path = field(repr=False)
+
+    def __repr__(self) -> str:
+        return f"<Extraction {printable(str(self.run_dir), 200)}: {_listed(self.concepts)}>"
+
+    def _repr_html_(self) -> str:
+        from icekit.run.in_notebooks import of_run
+
+        return of_run(self)
 
     @classmethod
     def open(cls, run_dir: str | Path) -> Extraction:
@@ -81,14 +103,13 @@ class Extraction:
         manifest = directory.read_manifest()
         if not manifest:
             if directory.is_ours:
-                raise InputError(f"the run in {path} is not complete: `icekit run IMAGE --out {path} --resume` goes on")
+                raise InputError(f"the run in {path} is not complete: {run_into(path, 'resume')} goes on")
             raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
         header = files.check("manifest.json", Header, manifest)
         if not OLDEST_SCHEMA_VERSION <= header.schema_version <= SCHEMA_VERSION:
             raise InputError(
                 f"{path} has schema version {header.schema_version} (icekit {header.icekit_version}); this "
-                f"icekit reads up to version {SCHEMA_VERSION}: use that one, or `icekit run IMAGE --out {path} "
-                "--overwrite`"
+                f"icekit reads up to version {SCHEMA_VERSION}: use that one, or {run_into(path, 'overwrite')}"
             )
         return cls.of(directory, manifest)
 
@@ -206,11 +227,34 @@ class ConceptLibrary:
         """All concepts, run by run."""
         return tuple(concept for run in self.runs for concept in run.concepts)
 
+    def __repr__(self) -> str:
+        return f"<ConceptLibrary of {len(self.runs)} runs: {_listed(self.concepts)}>"
+
+    def _repr_html_(self) -> str:
+        from icekit.run.in_notebooks import of_run
+
+        return "".join(of_run(run) for run in self.runs)
+
     def __iter__(self) -> Iterator[Concept]:
         return iter(self.concepts)
 
     def __len__(self) -> int:
         return len(self.concepts)
+
+
+def open(run_dir: str | Path) -> Extraction:
+    """A complete run, read: its concepts with their words, masks and tokens.
+
+    Raises:
+        InputError: there is none, it is not complete or damaged, or a newer version of icekit wrote it.
+    """
+    return Extraction.open(run_dir)
+
+
+def _listed(concepts: Sequence[Concept]) -> str:
+    """Concepts in one line."""
+    named = [f"{concept.index} {printable(concept.label, 40)}" for concept in concepts[:MOST_NAMED]]
+    return ", ".join([*named, *(["..."] if len(concepts) > MOST_NAMED else [])]) or "no concepts"
 
 
 def _mask_reader(files: Files, name: str, size: tuple[int, int]) -> Callable[[], NDArray[np.bool_]]:

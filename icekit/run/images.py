@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from icekit import pixels
 from icekit.files import read_bytes
 from icekit.paths import user_path
 from icekit.pictures import MAX_BYTES, MAX_PIXELS, check_pixels, open_picture, to_rgb, upright
@@ -40,10 +39,14 @@ class SourceImage:
 
     def fitted(self, size: tuple[int, int]) -> Image.Image:
         """The picture in a model's shape, (height, width): its middle, cut to these proportions and resized."""
+        from icekit import pixels  # which imports torch
+
         return pixels.fit(self.picture, size)
 
     def mask_of(self, mask: NDArray[np.bool_], size: tuple[int, int]) -> Image.Image:
         """A mask of the fitted picture, bool ``size``, in this one's own size: 8-bit, 0 or 255; what was cut is 0."""
+        from icekit import pixels
+
         left, top, right, bottom = pixels.middle(self.picture.size, size)
         inner = (right - left, bottom - top)
         shown = Image.fromarray(mask.astype(np.uint8) * 255).resize(inner, Image.Resampling.BILINEAR)
@@ -53,6 +56,8 @@ class SourceImage:
 
     def fitting(self, size: tuple[int, int]) -> dict[str, Any]:
         """What ``fitted`` does, for the manifest: the picture's size, and the box that is cut out and resized."""
+        from icekit import pixels
+
         left, top, right, bottom = pixels.middle(self.picture.size, size)
         return {
             "source_width": self.picture.width,

@@ -38,6 +38,7 @@ from icekit.run.origins import origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
 from icekit.run.showing import concept_prompt
 from icekit.settings import Settings
+from icekit.wording import is_typed
 
 MAX_FILES, MAX_ROWS = 100, 75
 """Most files of a run, and most rows of a file: a prompt of CLIP has room for 75."""
@@ -103,11 +104,12 @@ def import_embeddings(
     embeddings = [read_embedding(user_path(file)) for file in files]
     if not 1 <= len(embeddings) <= MAX_FILES:
         raise InputError(f"{len(embeddings)} files: a run takes 1 to {MAX_FILES}")
+    its, example = ("--word", "--word cup") if is_typed() else ("word", 'words=["cup"]')
     if words and len(words) != len(embeddings):
-        raise InputError(f"{len(words)} words for {len(embeddings)} files: give each file its --word, in their order")
+        raise InputError(f"{len(words)} words for {len(embeddings)} files: give each file its {its}, in their order")
     labels = list(words) or [one.file.stem for one in embeddings]
     if empty := next((word for word in labels if not word.strip()), None):
-        raise InputError(f"--word {empty!r} is empty: a concept is called by a word, as in --word cup")
+        raise InputError(f"{its} {empty!r} is empty: a concept is called by a word, as in {example}")
     home = RunDirectory(user_path(out, "out"))
     refuse_if_busy(home.path)
     home.check_usable(resume=False, overwrite=overwrite)

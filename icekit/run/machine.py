@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from icekit import wording
 from icekit.foreign import is_out_of_memory, said
 from icekit.plugins import Plugins
 from icekit.protocols import InputError, MemoryNeed, RunError
@@ -51,8 +52,8 @@ def _ways_out(found: Plugins, settings: Settings) -> str:
             values = found.component_settings(role, name, settings.values_of(role))
             for key, least in least_memory(type(values)).items():
                 if getattr(values, key) != least:
-                    ways.append(f"--set {role}.{key}={_typed(least)} (now {_typed(getattr(values, key))})")
-    others = "close other programs, or take a smaller model, another --device or a larger machine"
+                    ways.append(f"{wording.settings({role: {key: least}})} (now {_typed(getattr(values, key))})")
+    others = f"close other programs, or take a smaller model, another {wording.named('device')} or a larger machine"
     return f"less is needed with {' or '.join(ways)}; or else {others}" if ways else others
 
 
@@ -63,13 +64,12 @@ def _typed(value: Any) -> str:
 
 # --- Before it starts ------------------------------------------------------------------------------------------------
 
-LOW_MEMORY = "--low-memory"
-SAVING: tuple[tuple[str, dict[str, dict[str, Any]]], ...] = (
-    ("--set backbone.gradient_checkpointing=true", {"backbone": {"gradient_checkpointing": True}}),
-    (LOW_MEMORY, {"backbone": {"low_memory": "on"}}),
-    (f"{LOW_MEMORY} --set learner.max_batch=1", {"backbone": {"low_memory": "on"}, "learner": {"max_batch": 1}}),
+SAVING: tuple[dict[str, dict[str, Any]], ...] = (
+    {"backbone": {"gradient_checkpointing": True}},
+    {"backbone": {"low_memory": "on"}},
+    {"backbone": {"low_memory": "on"}, "learner": {"max_batch": 1}},
 )
-"""Settings with which a run needs less memory, from the quickest to the slowest, as they are typed."""
+"""Settings with which a run needs less memory, from the quickest to the slowest."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -120,15 +120,19 @@ def check_memory(found: Plugins, settings: Settings, device: torch.device, *, le
     need, free = memory_needed(found, settings, device), free_memory(device)
     if need is None or whole(need) <= free:
         return
-    saved = [(way, memory_needed(found, settings, device, more)) for way, more in SAVING]
+    saved = [(wording.settings(more), memory_needed(found, settings, device, more)) for more in SAVING]
     ways = [(way, whole(one)) for way, one in saved if one is not None and whole(one) < whole(need)]
     fitting = next((one for one in ways if one[1] <= free), min(ways, key=lambda one: one[1], default=None))
     if fitting is None:
-        advice = "take a smaller model or picture (backbone.image_size), or another --device"
+        advice = f"take a smaller model or picture (backbone.image_size), or another {wording.named('device')}"
     else:
         way, less = fitting
         advice = f"{way} needs about {_gib(less)}"
-        advice += "" if less <= free else ", which is too much as well: take a smaller model, or another --device"
+        advice += (
+            ""
+            if less <= free
+            else f", which is too much as well: take a smaller model, or another {wording.named('device')}"
+        )
     model = settings.values_of("backbone").get("model")
     what = f"backbone {settings.name_of('backbone')!r}" + (f" with backbone.model = {model!r}" if model else "")
     if need.weights > free:

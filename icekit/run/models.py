@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from icekit import plugins
 from icekit.plugins import Plugins
 from icekit.protocols import Backbone, InputError, ShapedBackbone
 from icekit.run.border import check_backbone
@@ -31,6 +32,21 @@ def load_backbone(found: Plugins, settings: Settings, device: torch.device, *, l
         backbone: Backbone = found.component("backbone", name)(values, device)
         check_backbone(("backbone", name), backbone)
     return backbone
+
+
+def load_model(settings: Settings | None = None, installed: Plugins | None = None) -> Backbone:
+    """The settings' backbone, loaded: several calls of ``extract`` and ``compose`` can be handed the same.
+
+    Args:
+        settings: ``icekit.Settings``; the defaults if None.
+        installed: the plugins to use; those of this Python environment if None.
+
+    Raises:
+        InputError: the settings are wrong, or the model cannot be loaded.
+    """
+    found = installed or plugins.installed()
+    resolved = found.resolve(settings or Settings())
+    return load_backbone(found, resolved, resolve_device(resolved.device))
 
 
 def in_shape_of(picture: tuple[int, int], found: Plugins, settings: Settings, backbone: Backbone) -> Backbone:
@@ -115,10 +131,9 @@ def reproducible() -> Iterator[None]:
     An operation that has none on this device only warns: rather a run that may differ in its last bits than none.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read when CUDA is first used
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only_before = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    before = torch.get_deterministic_debug_mode()
+    torch.set_deterministic_debug_mode("warn")  # torch.use_deterministic_algorithms imports its compiler: seconds
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only_before)
+        torch.set_deterministic_debug_mode(before)

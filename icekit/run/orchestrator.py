@@ -8,9 +8,9 @@ any interruption it ends with the same tokens.
 from __future__ import annotations
 
 import contextlib
-import shlex
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,18 @@ from icekit.foreign import is_of_the_machine, said
 from icekit.paths import user_path
 from icekit.pixels import to_tensor
 from icekit.plugins import ComponentError, Observers, Plugins
-from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step
+from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step, World
+from icekit.randomness import seeded_generator
 from icekit.run import directory, images
 from icekit.run.atomic import CannotWrite
 from icekit.run.card import model_card
 from icekit.run.counting import counted
 from icekit.run.directory import Located, RunDirectory
 from icekit.run.evaluations import Counter
+from icekit.run.events import Event, Told
 from icekit.run.exporting import ExportError, write_export
 from icekit.run.extraction import Extraction
+from icekit.run.familiarity import denoising_error, unlike
 from icekit.run.learning import learn, tokens_of
 from icekit.run.locating import UNNAMED, locate
 from icekit.run.log import read_log
@@ -48,9 +51,13 @@ from icekit.run.models import (
 from icekit.run.naming import check_words, name_attribute
 from icekit.run.origins import check_origins, origins_of
 from icekit.run.ownership import refuse_if_busy, writing_into
+from icekit.run.progress import observers_of
 from icekit.run.records import Started
 from icekit.run.showing import Sample, likeliest, planned_samples, prompts_of, show, words_alone
 from icekit.settings import ROLES, Role, Settings, flatten, merge, of_run_before, validate
+from icekit.wording import export_of, named, option
+
+log = logging.getLogger(__name__)
 
 ATTENTION_SIDE = 128
 """Shorter side of the saved attention maps, pixels."""
@@ -65,6 +72,8 @@ def extract(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    on_event: Callable[[Event], object] | None = None,
+    progress: bool | None = None,
     observers: Sequence[object] = (),
     installed: Plugins | None = None,
     backbone: Backbone | None = None,
@@ -79,20 +88,27 @@ def extract(
         settings: ``icekit.Settings``; the defaults if None.
         resume: go on with the run in ``out`` if there is one, with its settings; a complete one is returned as it is.
         overwrite: replace the run in ``out``.
+        on_event: called with an ``Event`` whenever something happens: a stage begins, a region is found, a step
+            is done. What it raises ends the run.
+        progress: show how far the run is: a bar on a terminal, a line of a notebook's output; None: in notebooks alone.
         observers: objects with observer hooks (``icekit.hookspecs``), for this run.
         installed: the plugins to use; those of this Python environment if None.
         backbone: the settings' backbone, loaded before; loaded here if None.
-        located: stage one's result, when it is known; the retriever and the segmentor are then not asked.
+        located: stage one's result, when it is known; the retriever and the segmentor are then not asked. With
+            ``resume`` it takes the place of what the run had found; if that was something else, what was learned of it
+            goes.
 
     Raises:
         InputError: the image, the settings or ``out`` are wrong.
         RunError: the run failed. What it had done is kept in ``out`` for ``resume``.
+        StopRun: an observer raised it, or (``CallbackError``) ``on_event`` failed; so is it then.
         ExportError: the run is complete, but an exporter failed.
     """
     found = installed or plugins.installed()
     source = image if isinstance(image, images.SourceImage) else images.load_image(image)
     run = RunDirectory(user_path(out, "out") if out is not None else Path("runs") / source.stem)
-    with found.observed_by(observers) as tell, reproducible():
+    everyone = [*observers_of(progress), *([Told(on_event)] if on_event is not None else []), *observers]
+    with found.observed_by(everyone) as tell, reproducible():
         try:
             this_run = _Run(found, tell, run, source, settings or Settings(), backbone, located)
             with (
@@ -131,6 +147,7 @@ class _Run:
         self.timings: dict[str, float] = {}
         self.counter = Counter()
         self.stage = "settings"
+        self.warnings: list[str] = []
 
     def components(self) -> list[tuple[str, str]]:
         """Those that are at work, (role, name) each."""
@@ -161,6 +178,8 @@ class _Run:
             goes_on = self.begun = True
         self.settings = self.plugins.resolve(self.settings)  # before a model takes minutes to load
         self.attributes = self.plugins.attributes(self.settings)
+        if self.loaded is None:
+            self.plugins.check_within_reach(self.settings)
         device = resolve_device(self.settings.device)
         if not goes_on and self.located is None:
             self._check_picture()
@@ -188,6 +207,7 @@ class _Run:
         self.size = self.backbone.image_size[::-1]
         self.image = to_tensor(self.run.load_image(self.size))
         self.observers.tell("run_started", run_dir=self.home.path, settings=self.settings)
+        self._look_at_picture()
 
         with self._stage("localise", self.settings.max_concepts):
             regions = self._locate()
@@ -243,7 +263,7 @@ class _Run:
         if started.schema_version != directory.SCHEMA_VERSION:
             raise InputError(
                 f"the run in {self.home.path} was made by another version of icekit (schema version "
-                f"{started.schema_version}) and cannot go on: --overwrite starts it afresh"
+                f"{started.schema_version}) and cannot go on: {option('overwrite')} starts it afresh"
             )
         started = started.model_copy(update={"settings": of_run_before(started.settings)})
         check_origins(self.plugins, started.plugins, f"the run in {self.home.path}")
@@ -267,7 +287,8 @@ class _Run:
                 changes.append(f"{key} was {before.get(key)}, now {value}")
         if changes:
             raise InputError(
-                f"the run in {self.home.path} cannot go on: {'; '.join(changes)} (--overwrite starts it afresh)"
+                f"the run in {self.home.path} cannot go on: {'; '.join(changes)} "
+                f"({option('overwrite')} starts it afresh)"
             )
         self.settings = asked
 
@@ -296,6 +317,21 @@ class _Run:
                     self.run.save_timings(self.timings)
                     self.run.save_evaluations(self.counter.booked)
 
+    def _look_at_picture(self) -> None:
+        """Say that the picture is not of the world that the model knows, if that is a small one."""
+        world: World | None = getattr(self.backbone, "world", None)
+        if world is None:
+            return
+        name = self.settings.name_of("backbone")
+        generator = seeded_generator(self.settings.seed, "familiarity")
+        with self.plugins.naming("load", [("backbone", name)], by=("backbone", name)):
+            error = denoising_error(self.backbone, self.image, world.share, generator)
+        self.counter.forget("familiarity")
+        self.counter.book("familiarity")
+        if (problem := unlike(name, world, error, self.source.source)) is not None:
+            self.warnings.append(problem)
+            log.warning("warning: %s", problem)
+
     # --- Stages ------------------------------------------------------------------------------------------------------
 
     def _build(self, role: Role) -> Any:
@@ -303,7 +339,9 @@ class _Run:
 
     def _locate(self) -> tuple[Region, ...]:
         located = self.run.load_located(self.size)
-        if self.located is not None and not located.finished:
+        if self.located is not None and not located.is_as(self.located):
+            if located.finished:
+                self.run.forget_learned()
             located = self.located
             self.run.save_located(located)
         told: dict[int, str] = {}
@@ -316,8 +354,8 @@ class _Run:
 
         def keep(located: Located) -> None:
             self.counter.book("localise")
-            tell(located)
             self.run.save_located(located)
+            tell(located)
 
         tell(located)
         if not located.finished:
@@ -333,7 +371,9 @@ class _Run:
         if not located.regions:
             words = ", ".join(located.refused)
             tried = f"none of the words tried has a place in it ({words})" if words else "no word was found for it"
-            raise RunError(f"no concept found in {self.source.source}: {tried}; try another --retriever or min_area")
+            raise RunError(
+                f"no concept found in {self.source.source}: {tried}; try another {named('retriever')} or min_area"
+            )
         return located.regions
 
     def _check_prompts(self, regions: Sequence[Region]) -> None:
@@ -351,7 +391,7 @@ class _Run:
                 except InputError as error:
                     raise InputError(
                         f"concept {region.index} ({region.word[:80]!r}) cannot be drawn: {error}; give it a shorter "
-                        "word or learn fewer attributes (--overwrite starts the run afresh)"
+                        f"word or learn fewer attributes ({option('overwrite')} starts the run afresh)"
                     ) from error
 
     def _learn(self, regions: Sequence[Region]) -> Learned:
@@ -473,6 +513,7 @@ class _Run:
             "plugins": [one.model_dump() for one in origins_of(self.plugins, self.settings)],
             "timings": self.timings,
             "evaluations": {what: asdict(count) for what, count in self.counter.booked.items()},
+            "warnings": self.warnings,
         }
         extraction = Extraction.of(self.run, manifest)
         self.run.save_card(model_card(self.run, extraction.record, self.settings))
@@ -503,8 +544,7 @@ class _Run:
         why = str(error) if isinstance(error, InputError | RunError) else said(error)
         if not isinstance(error, ComponentError):  # which says whose it is
             why = f"exporter {name!r} of {self.plugins.offered('exporter')[name].origin}: {why}"
-        again = shlex.join(["icekit", "export", str(self.home.path), "--format", name])
-        return f"{why} (the run is complete; `{again}` writes what is missing)"
+        return f"{why} (the run is complete; {export_of(self.home.path, name)} writes what is missing)"
 
 
 def _place(sample: Sample) -> tuple[int, str, int]:

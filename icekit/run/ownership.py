@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from icekit.foreign import is_of_the_machine
 from icekit.protocols import InputError
 from icekit.run.atomic import CannotWrite, why, write_atomically, write_json_atomically, writing
+from icekit.wording import named
 
 LOCK = ".icekit.lock"
 NEXT = ".next"
@@ -109,7 +110,7 @@ def cannot_write(folder: Path, error: OSError) -> InputError | CannotWrite:
 def _busy(folder: Path, file: Path) -> Busy:
     process = _process_of(file)
     who = f"another icekit (process {process})" if process else "another icekit"
-    return Busy(f"{who} is writing into {folder}: wait for its end, or choose another --out")
+    return Busy(f"{who} is writing into {folder}: wait for its end, or choose another {named('out')}")
 
 
 def _process_of(file: Path) -> int | None:

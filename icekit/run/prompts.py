@@ -16,6 +16,7 @@ from torch import Tensor
 
 from icekit.protocols import InputError, is_instance
 from icekit.settings import nearest
+from icekit.wording import option
 
 MAX_WEIGHT = 3.0
 """More of a token than three times what it was learned to be is noise on every model."""
@@ -250,7 +251,7 @@ class _Reader:
         if len(several) == 1:
             return self._reference(typed, begin)
         if not self.sweep:
-            raise self._error(begin, f"has alternatives, {{{typed}}}: only a sweep (--sweep) takes them")
+            raise self._error(begin, f"has alternatives, {{{typed}}}: only a sweep ({option('sweep')}) takes them")
         if inside:
             raise self._error(begin, "has alternatives within alternatives: write them out, side by side")
         references = [self._reference(one, begin) for one in several]

@@ -143,7 +143,10 @@ class ImportedRecord(Record):
 
 
 class Manifest(Header):
-    """``manifest.json``: what a complete run found and made. imported: a file a concept, where it learned nothing."""
+    """``manifest.json``: what a complete run found and made. imported: a file a concept, where it learned nothing.
+
+    warnings: what was said about it that a reader of it should know.
+    """
 
     image: ImageRecord
     imported: list[ImportedRecord] = []
@@ -157,6 +160,7 @@ class Manifest(Header):
     plugins: list[OriginRecord] = []
     timings: dict[Name, Seconds] = {}
     evaluations: dict[Name, EvaluationsRecord] = {}
+    warnings: list[Text] = []
 
     @model_validator(mode="after")
     def _tells_concepts_apart(self) -> Manifest:

@@ -48,6 +48,7 @@ KINDS = {
     "metric": Kind("A metric for icekit: do pictures made with a concept's tokens have its colours?"),
     "dataset": Kind("A data set for icekit: pictures, masks and words from a table", ("pillow",)),
     "exporter": Kind("An exporter for icekit: each concept of a run, cut out of the picture", ("pillow",)),
+    "executor": Kind("An executor for icekit: processes that talk through pipes"),
     "command": Kind("A command for icekit: the concepts of a run, a line each", ("click>=8.1",)),
     "observer": Kind("An observer for icekit: how long each stage of a run took", ("click>=8.1",)),
 }

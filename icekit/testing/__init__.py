@@ -10,9 +10,9 @@ A component is done when these pass::
     def test_conformance(check, subject):
         check(subject)
 
-That is all it takes for a retriever, a segmentor, a learner, a metric, a data set, an exporter or an attribute: they
-are checked on a backbone of random weights and on pictures that are drawn here (``tiny``, ``scenes``), without a GPU or
-a download.
+That is all it takes for a retriever, a segmentor, a learner, a metric, a data set, an exporter, an executor or an
+attribute: they are checked on a backbone of random weights and on pictures that are drawn here (``tiny``, ``scenes``),
+without a GPU or a download.
 Other settings, or another backbone, are said by a ``...UnderTest``, as in
 ``SegmentorUnderTest(MySegmentor, {"sharp": True})``.
 
@@ -57,6 +57,7 @@ from icekit.testing.subjects import (
     BackboneUnderTest,
     CheckResult,
     DatasetUnderTest,
+    ExecutorUnderTest,
     ExporterUnderTest,
     LearnerUnderTest,
     MetricUnderTest,
@@ -73,6 +74,7 @@ __all__ = [
     "BackboneUnderTest",
     "CheckResult",
     "DatasetUnderTest",
+    "ExecutorUnderTest",
     "ExporterUnderTest",
     "LearnerUnderTest",
     "MetricUnderTest",
@@ -81,6 +83,7 @@ __all__ = [
     "check_attribute",
     "check_backbone",
     "check_dataset",
+    "check_executor",
     "check_exporter",
     "check_learner",
     "check_metric",
@@ -131,3 +134,8 @@ def check_dataset(subject: type | DatasetUnderTest) -> list[CheckResult]:
 def check_exporter(subject: type | ExporterUnderTest) -> list[CheckResult]:
     """Run all checks of an exporter; none of them stops the others."""
     return run_checks(subject, "exporter")
+
+
+def check_executor(subject: type | ExecutorUnderTest) -> list[CheckResult]:
+    """Run all checks of an executor; none of them stops the others."""
+    return run_checks(subject, "executor")

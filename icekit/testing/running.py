@@ -28,6 +28,7 @@ _HOMES: Mapping[Kind, str] = {
     "metric": "metrics",
     "dataset": "datasets",
     "exporter": "exporters",
+    "executor": "executors",
 }
 
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from icekit.protocols import Attribute, Backbone, ComponentSettings
     from icekit.testing.scenes import Scene
 
-Kind = Literal["attribute", "retriever", "segmentor", "learner", "backbone", "metric", "dataset", "exporter"]
+Kind = Literal[
+    "attribute", "retriever", "segmentor", "learner", "backbone", "metric", "dataset", "exporter", "executor"
+]
 """The kinds of components that there are checks for."""
 
 Values = Mapping[str, Any]
@@ -195,6 +197,14 @@ class ExporterUnderTest(ComponentUnderTest):
 
 
 @dataclass
+class ExecutorUnderTest(ComponentUnderTest):
+    """An executor. It has two workers, on the CPU."""
+
+    kind: ClassVar[Kind] = "executor"
+    quick: ClassVar[Values] = {"workers": 2}
+
+
+@dataclass
 class BackboneUnderTest:
     """A backbone, and what its checks have to know of it. A family that differs more overrides a method.
 
@@ -331,6 +341,7 @@ _METHODS: Mapping[str, type[ComponentUnderTest]] = {
     "measure": MetricUnderTest,
     "pictures": DatasetUnderTest,
     "export": ExporterUnderTest,
+    "execute": ExecutorUnderTest,
 }
 """The method that tells what kind of component a class is."""
 

@@ -16,9 +16,9 @@ from PIL import Image
 
 from icekit import InputError, files, waiting
 from icekit.builtin.datasets.folder import FolderDataset
-from icekit.cli.progress import ImageProgress, Progress
 from icekit.protocols import Step
 from icekit.run.compose import compose
+from icekit.run.progress import ImageProgress, Progress
 from icekit.words import MAX_WORD, MAX_WORDS, read_vocabulary
 
 Run = Callable[..., tuple[int, str, str]]

@@ -104,7 +104,7 @@ def test_what_changes_the_result_may_not(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     with pytest.raises(InputError) as error:
         extract(photo, run, settings(**given), resume=True, installed=plugins)
-    assert f"{key} was " in str(error.value) and "--overwrite" in str(error.value)
+    assert f"{key} was " in str(error.value) and "overwrite=True" in str(error.value)
     assert all(path.read_bytes() == data for path, data in before.items())
 
 

@@ -161,7 +161,7 @@ def test_a_manifest_with_a_wrong_value(
     manifest = json.loads((whole / "manifest.json").read_text())
     change(manifest, place, value)
     (spoilt / "manifest.json").write_text(json.dumps(manifest))
-    refused_by_all(spoilt, plugins, photo, "manifest.json", "--overwrite")
+    refused_by_all(spoilt, plugins, photo, "manifest.json", "overwrite=True")
 
 
 @pytest.mark.parametrize(

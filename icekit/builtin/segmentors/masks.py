@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from icekit import wording
 from icekit.builtin.segmentors.settings import MaskFilesSettings
 from icekit.files import is_hidden, read_bytes
 from icekit.pictures import MAX_BYTES, open_picture, same_proportions
@@ -73,7 +74,8 @@ def mask_paths(files: tuple[Path, ...]) -> list[Path]:
         InputError: nothing given, no such file, or a folder without an image.
     """
     if not files:
-        raise InputError("segmentor 'masks' has no files: give some, as in --set segmentor.files=FOLDER")
+        example = wording.settings({"segmentor": {"files": "FOLDER"}})
+        raise InputError(f"segmentor 'masks' has no files: give some, as in {example}")
     paths: list[Path] = []
     for given in files:
         if given.is_dir():

@@ -16,7 +16,7 @@ ICEKIT_TESTS = Path(__file__).resolve().parents[3] / "tests"
 sys.path.insert(0, str(ICEKIT_TESTS))
 
 torch.set_num_threads(1)
-torch.use_deterministic_algorithms(True)
+torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler: seconds
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from icekit.backbones.settings import StableDiffusionSettings
 from icekit.paths import stored_place
-from icekit.protocols import CHANGES_NO_RESULT, ComponentSettings
+from icekit.protocols import CHANGES_NO_RESULT, ComponentSettings, Demo
 from icekit.protocols.strict import Stored, needs_memory
 
 Split = Literal["train", "held-out", "any"]
@@ -25,6 +25,11 @@ class TabletopSettings(StableDiffusionSettings):
     """As Stable Diffusion's, with the package's own model as the default."""
 
     pipelines: ClassVar[tuple[str, ...]] = ()
+    demo: ClassVar[Demo] = Demo(
+        "package:icekit_tabletop/demo.png",
+        {"load": 4, "localise": 2, "learn": 16, "generate": 37},
+        "one core of a server",
+    )
 
     model: Annotated[str, Stored(_stored_model)] = Field(
         default=OWN_MODEL,
