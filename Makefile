@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard plugins/*/pyproject.toml)
 	$(BIN)/python -m pip install --quiet --upgrade uv
 	$(BIN)/uv pip install --python $(BIN)/python -c constraints.txt --group dev \
 		-e . -e plugins/icekit-tabletop -e plugins/icekit-texture -e plugins/icekit-neighbours \
-		-e plugins/icekit-detector -e plugins/icekit-dit
+		-e plugins/icekit-detector -e plugins/icekit-dit -e plugins/icekit-ui
 	touch $@
 
 demo: setup
