@@ -482,7 +482,7 @@ def test_numbers_that_do_not_fit_into_half_precision(sd_folder: Path) -> None:
     noisy, share, prompt = torch.zeros(1, 4, 16, 16), torch.ones(1), backbone.encode_prompts(["a cup"])
     with torch.no_grad():
         backbone.unet.conv_out.bias.fill_(float("inf"))
-    message = r"^the noise predictor \(unet\) in bfloat16 gives .*--set backbone.dtype=float32$"
+    message = r'^the noise predictor \(unet\) in bfloat16 gives .*try Settings\(backbone={"dtype": "float32"}\)$'
     with torch.no_grad(), pytest.raises(RunError, match=message):
         backbone.predict(noisy, share, prompt, Look(words=(8,)))
     with pytest.raises(RunError, match=message):  # the first prediction of a learner

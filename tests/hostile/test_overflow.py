@@ -27,7 +27,7 @@ from icekit.run.learning import NoCheckpoint
 from icekit.settings import load_settings
 
 PARTS = {"backbone": "sd21", "retriever": "plain", "segmentor": "plain", "learner": "random"}
-WAY_OUT = r"--set backbone\.dtype=float32"
+WAY_OUT = r'Settings\(backbone={"dtype": "float32"}\)'
 HALF = rf"the noise predictor \(unet\) in float16 gives numbers that are NaN or infinite; .*{WAY_OUT}"
 
 

@@ -392,13 +392,11 @@ def test_a_lock_goes_with_its_process(run: Run, place: Path, holder: Callable[..
     assert not (place / "run" / LOCK).exists()
 
 
-def test_parts_of_a_bench_share_it(icekit: Run, place: Path, holder: Callable[..., int]) -> None:
-    process = holder(place / "bench", ".icekit-1-of-2.lock")
-    refused(icekit(*BENCH, "--out", "bench", "--resume", "--part", "1/2"), f"process {process}")
+def test_a_bench_has_one_process(icekit: Run, place: Path, holder: Callable[..., int]) -> None:
+    process = holder(place / "bench", LOCK)
     refused(icekit(*BENCH, "--out", "bench"), f"process {process}")
-    status, _, err = icekit(*BENCH, "--out", "bench", "--resume", "--part", "2/2")
-    assert status == 0, err
-    refused(icekit(*BENCH, "--out", "bench", "--overwrite", "--part", "2/2"), f"process {process}")
+    refused(icekit(*BENCH, "--out", "bench", "--resume"), f"process {process}")
+    refused(icekit(*BENCH, "--out", "bench", "--overwrite"), f"process {process}")
 
 
 def test_what_stays_empty_goes_again(run: Run, place: Path) -> None:
