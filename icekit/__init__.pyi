@@ -1,6 +1,10 @@
 from .batch import BatchResult as BatchResult
 from .batch import extract_batch as extract_batch
 from .hookspecs import hookimpl as hookimpl
+from .library import ConceptLibrary as ConceptLibrary
+from .library import Found as Found
+from .library import Hit as Hit
+from .library import push as push
 from .plugins import Plugins as Plugins
 from .plugins import attributes_from as attributes_from
 from .protocols import Attribute as Attribute
@@ -39,7 +43,6 @@ from .run.events import Event as Event
 from .run.exporting import ExportError as ExportError
 from .run.exporting import export as export
 from .run.extraction import Concept as Concept
-from .run.extraction import ConceptLibrary as ConceptLibrary
 from .run.extraction import Extraction as Extraction
 from .run.extraction import open as open
 from .run.images import SourceImage as SourceImage

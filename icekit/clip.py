@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ TEXT_BATCH = 256
 CACHED_FROM = 1000
 """So many prompts are read once, and their embeddings kept; fewer are read in a second."""
 
+FIRST_NUMBERS = 16
+"""So many numbers of each weight tell a model from others: training changes them all."""
+
 CROP_MARGIN = 0.1
 """A crop is wider than the visible part by this share of its side, on every side."""
 
@@ -58,15 +62,25 @@ class ClipModel:
         pretrained: likewise.
         device: where it runs.
         prefix: of the settings ``model`` and ``pretrained`` in messages.
+        local_files_only: of the hub use the cache alone.
 
     Raises:
         InputError: no such model, weights or folder.
         RunError: the weights cannot be fetched.
     """
 
-    def __init__(self, model: str, pretrained: str, device: torch.device, prefix: str = "") -> None:
-        self._model, self._tokenizer = load_clip(model, pretrained, device, prefix)
+    def __init__(
+        self, model: str, pretrained: str, device: torch.device, prefix: str = "", *, local_files_only: bool = False
+    ) -> None:
+        self._model, self._tokenizer = load_clip(model, pretrained, device, prefix, local_files_only)
         self._device = device
+
+    @cached_property
+    def space(self) -> str:
+        """What tells the space of these embeddings from that of other weights: the first numbers of each of them."""
+        weights = self._model.state_dict()
+        parts = (part for name, one in weights.items() for part in (f"{name} {list(one.shape)}", _first_of(one)))
+        return f"clip {digest_of(parts)[:32]}"
 
     @property
     def sharpness(self) -> float:
@@ -119,6 +133,11 @@ class ClipModel:
             if height * width < crop_below * view.visible.numel():
                 images.append(view.pixels[:, top : top + height, left : left + width])
         return F.normalize(self.embed_images(images).mean(dim=0), dim=-1)
+
+
+def _first_of(weight: Tensor) -> Tensor:
+    """The first numbers of a weight, in float32 whatever the model runs in."""
+    return weight.detach().flatten()[:FIRST_NUMBERS].float()
 
 
 def encode_text(model: Any, ids: Tensor) -> Tensor:
@@ -184,7 +203,9 @@ def preprocess(image: Tensor, model: Any) -> Tensor:
     return transform.normalize(resized, list(config["mean"]), list(config["std"]))
 
 
-def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "") -> tuple[Any, Any]:
+def load_clip(
+    model: str, pretrained: str, device: torch.device, prefix: str = "", local_files_only: bool = False
+) -> tuple[Any, Any]:
     """A frozen open_clip model and its tokenizer, of safetensors and JSON files; no code of theirs is run.
 
     Where models are kept loaded (``icekit.loaded``) it is loaded once.
@@ -195,20 +216,21 @@ def load_clip(model: str, pretrained: str, device: torch.device, prefix: str = "
         pretrained: a tag of that name's weights, or a ``.safetensors`` file; ignored for folders and the hub.
         device: where it runs.
         prefix: of the settings ``model`` and ``pretrained`` in messages.
+        local_files_only: of the hub use the cache alone.
 
     Raises:
         InputError: no such model, weights or folder, damaged ones, or the hub does not give them.
         RunError: it cannot be built, or gives NaN or infinity.
     """
     key = ("clip", model, pretrained, str(device))
-    return loaded(key, lambda: _load_clip(model, pretrained, device, prefix))
+    return loaded(key, lambda: _load_clip(model, pretrained, device, prefix, local_files_only))
 
 
-def _load_clip(model: str, pretrained: str, device: torch.device, prefix: str) -> tuple[Any, Any]:
+def _load_clip(model: str, pretrained: str, device: torch.device, prefix: str, local: bool) -> tuple[Any, Any]:
     import open_clip
 
     setting = f"retriever.{prefix}"
-    found = _find(model, pretrained, setting)
+    found = _find(model, pretrained, setting, local)
     try:
         text = _checked_text(found)
         made = open_clip.create_model_from_pretrained(
@@ -248,6 +270,7 @@ class _Found:
     tokenizer: the folder of transformers' tokenizer; None for a tokenizer of open_clip's own, or one of the hub.
     weights: a safetensors file, where the name does not say.
     preprocessing: what the images of these weights are normalised with, where the name does not say.
+    local: of the hub the cache alone is used.
     """
 
     named: str
@@ -257,6 +280,7 @@ class _Found:
     tokenizer: Path | None = None
     weights: str | None = None
     preprocessing: dict[str, Any] = field(default_factory=dict)
+    local: bool = False
 
     @property
     def text(self) -> dict[str, Any]:
@@ -264,7 +288,7 @@ class _Found:
         return text
 
 
-def _find(model: str, pretrained: str, setting: str) -> _Found:
+def _find(model: str, pretrained: str, setting: str, local_files_only: bool) -> _Found:
     """Where a CLIP model's files are, fetched and checked before open_clip sees them."""
     import open_clip
 
@@ -274,7 +298,7 @@ def _find(model: str, pretrained: str, setting: str) -> _Found:
         model.startswith(("local-dir:", PREFIX)) or (model not in open_clip.list_models() and folder.is_dir())
     )
     if not (hub or local):
-        return _find_named(model, pretrained, setting)
+        return _find_named(model, pretrained, setting, local_files_only)
     if local:
         named = f"{setting}model: {model} is not a folder that open_clip can load"
         if not folder.is_dir():
@@ -284,7 +308,9 @@ def _find(model: str, pretrained: str, setting: str) -> _Found:
         weights = weights_in(folder, f"{setting}model: {model}")
     else:
         named = f"{setting}model: {model} cannot be loaded"
-        repository = Hub(model.removeprefix("hf-hub:"), CONFIGURATION, f"{setting}model: {model}:", WAYS_OUT)
+        named_at_first = f"{setting}model: {model}:"
+        name = model.removeprefix("hf-hub:")
+        repository = Hub(name, CONFIGURATION, named_at_first, WAYS_OUT, local_files_only=local_files_only)
         weights = repository.file(HUB_WEIGHTS)
         folder = repository.folder(TOKENIZER_FILES)
     check_folder(folder, named)
@@ -296,7 +322,8 @@ def _find(model: str, pretrained: str, setting: str) -> _Found:
         if not isinstance(configuration.get(part), dict):
             raise InputError(f"{where}: its model_cfg.{part} should be a JSON object")
     check_counts(configuration, count_tensors(weights, named), where)
-    return _Found(named, f"local-dir:{folder}", configuration, folder, folder if local else None)
+    tokenizer = folder if local else None
+    return _Found(named, f"local-dir:{folder}", configuration, folder, tokenizer, local=local_files_only)
 
 
 def weights_in(folder: Path, named: str) -> Path:
@@ -320,7 +347,7 @@ def weights_in(folder: Path, named: str) -> Path:
     return weights[0]
 
 
-def _find_named(model: str, pretrained: str, setting: str) -> _Found:
+def _find_named(model: str, pretrained: str, setting: str, local_files_only: bool) -> _Found:
     """A name of open_clip with a tag of its weights or a file."""
     import open_clip
 
@@ -331,14 +358,15 @@ def _find_named(model: str, pretrained: str, setting: str) -> _Found:
     if not tag:
         file = resolved_path(pretrained, f"{setting}pretrained")
         count_tensors(file, named)
-        return _Found(named, model, configuration, weights=str(file))
+        return _Found(named, model, configuration, weights=str(file), local=local_files_only)
     place = safe_weights(tag)
     if place is None:
         raise InputError(f"{named}: they are pickled, and pickled weights are not loaded; take another tag")
-    hub = Hub(*place, f"{named}:", f"{WAYS_OUT}; weights that are pickled alone are not loaded: take another tag then")
+    ways_out = f"{WAYS_OUT}; weights that are pickled alone are not loaded: take another tag then"
+    hub = Hub(*place, f"{named}:", ways_out, local_files_only=local_files_only)
     count_tensors(hub.first, named)
     normalised = {f"image_{key}": tag[key] for key in ("mean", "std", "interpolation", "resize_mode") if tag.get(key)}
-    return _Found(named, model, configuration, weights=str(hub.first), preprocessing=normalised)
+    return _Found(named, model, configuration, weights=str(hub.first), preprocessing=normalised, local=local_files_only)
 
 
 def safe_weights(tag: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -373,7 +401,8 @@ def _checked_text(found: _Found) -> dict[str, Any]:
         return {}
     if not isinstance(name, str) or Path(name).exists():
         raise InputError(f"{CONFIGURATION}: text_cfg.hf_model_name should be the owner/name of a hub model: {name!r}")
-    file = Hub(name, "config.json", f"{found.named}: its text encoder {name}:", WAYS_OUT).first
+    named = f"{found.named}: its text encoder {name}:"
+    file = Hub(name, "config.json", named, WAYS_OUT, local_files_only=found.local).first
     read_json(file, found.named)
     return {**found.text, "hf_model_name": str(file.parent), "hf_model_pretrained": False}
 
@@ -388,7 +417,8 @@ def _load_tokenizer(found: _Found) -> Any:
     folder = found.tokenizer
     if folder is None:
         named = f"{found.named}: its tokenizer {name}"
-        folder = Hub(str(name), "tokenizer_config.json", f"{named}:", WAYS_OUT).folder(TOKENIZER_FILES)
+        hub = Hub(str(name), "tokenizer_config.json", f"{named}:", WAYS_OUT, local_files_only=found.local)
+        folder = hub.folder(TOKENIZER_FILES)
         check_folder(folder, named)
     return open_clip.tokenizer.HFTokenizer(
         str(folder),

@@ -256,18 +256,18 @@ class Hub:
     def __init__(
         self,
         repository: str,
-        filename: str,
+        filename: str | None,
         named: str,
         ways_out: str,
         *,
         revision: str | None = None,
         local_files_only: bool = False,
     ) -> None:
-        """Ask for one file.
+        """Ask for one file, or whether the repository is there.
 
         Args:
             repository: owner/name.
-            filename: a file that every repository of this kind has.
+            filename: a file that every repository of this kind has; None where there is none such.
             named: how messages begin: what comes before "the Hugging Face hub does not give it".
             ways_out: what to do without the hub, for messages.
             revision: branch, tag or commit.
@@ -285,8 +285,9 @@ class Hub:
         """Whether the cache alone is used."""
         if not self.offline:
             self._ask(filename)
-        self.first = self.file(filename)
-        """The file that was asked for, in the cache."""
+        if filename is not None:
+            self.first = self.file(filename)
+            """The file that was asked for, in the cache."""
 
     def file(self, name: str) -> Path:
         """One of its files, fetched where the cache has not got it.
@@ -301,8 +302,10 @@ class Hub:
             lambda: hf_hub_download(self._repository, name, revision=self._revision, local_files_only=self.offline),
         )
 
-    def folder(self, patterns: Sequence[str]) -> Path:
+    def folder(self, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
         """The folder of its files of these patterns, fetched where the cache has not got them.
+
+        without: patterns of files that are left out.
 
         Raises:
             InputError: they cannot be fetched.
@@ -312,7 +315,11 @@ class Hub:
         return self._fetched(
             "its files",
             lambda: snapshot_download(
-                self._repository, revision=self._revision, allow_patterns=list(patterns), local_files_only=self.offline
+                self._repository,
+                revision=self._revision,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(without),
+                local_files_only=self.offline,
             ),
         )
 
@@ -324,17 +331,20 @@ class Hub:
         except Exception as error:  # the hub's, the network's, the file system's
             self._refuse(what, error)
 
-    def _ask(self, filename: str) -> None:
+    def _ask(self, filename: str | None) -> None:
         """One request, without the library's retries; name look-up and every address of the host are in the time."""
-        from huggingface_hub import get_hf_file_metadata, hf_hub_url
+        from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
         answers: queue.Queue[BaseException | None] = queue.Queue(1)
 
         def ask() -> None:
             try:
-                url = hf_hub_url(self._repository, filename, revision=self._revision)
-                get_hf_file_metadata(url, timeout=HUB_SECONDS, retry_on_errors=False)
+                if filename is None:
+                    HfApi().model_info(self._repository, revision=self._revision, timeout=HUB_SECONDS)
+                else:
+                    url = hf_hub_url(self._repository, filename, revision=self._revision)
+                    get_hf_file_metadata(url, timeout=HUB_SECONDS, retry_on_errors=False)
                 answers.put(None)
             except BaseException as error:  # handed to the thread that waits
                 answers.put(error)
@@ -345,7 +355,7 @@ class Hub:
         except queue.Empty:
             answer = TimeoutError(f"no answer in {HUB_SECONDS:g} s")
         if isinstance(answer, HfHubHTTPError | EntryNotFoundError | HFValidationError):
-            self._refuse(filename, answer)
+            self._refuse(filename or "its files", answer)
         if answer is not None:
             self.offline, self._no_answer = True, f"no network: {one_line(answer)}"
 

@@ -191,6 +191,30 @@ class DescribingRetriever(PlainRetriever):
         return {words[0]: 0.75, words[1]: 0.25}
 
 
+class EmbeddingRetriever(PlainRetriever):
+    """Places a quadrant where its word is, and a text at the mean of its words."""
+
+    space = "plain words"
+
+    def embed(self, view: View) -> Tensor:
+        shares = [float((quadrant(word, view.visible.shape) & view.visible).sum()) for word in WORDS]
+        return PlainTexts().embed([WORDS[shares.index(max(shares))]])[0]
+
+    @staticmethod
+    def text_encoder(settings: PlainRetriever.Settings, device: torch.device) -> PlainTexts:
+        return PlainTexts()
+
+
+class PlainTexts:
+    """Texts as the mean of their words."""
+
+    space = EmbeddingRetriever.space
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        means = [torch.stack([embedding_of(word) for word in text.split()]).mean(dim=0) for text in texts]
+        return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+
 def write_data_set(folder: Path, words: Sequence[str] = ("cup",)) -> None:
     """A folder for the data set ``folder``: one picture, ``one``, with the words' quadrants as masks."""
     masks = folder / "masks" / "one"
@@ -374,6 +398,7 @@ def register_backbones(register: Callable[[str, type], None]) -> None:
 def register_retrievers(register: Callable[[str, type], None]) -> None:
     register("plain", PlainRetriever)
     register("describing", DescribingRetriever)
+    register("embedding", EmbeddingRetriever)
 
 
 @hookimpl

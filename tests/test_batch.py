@@ -165,6 +165,10 @@ def test_a_worker_that_dies_and_a_disk_that_is_full(place: Path, call: Call) -> 
         (["photos", "--set", "executor=2"], "setting 'executor' cannot be 2: it should be a table"),
         (["photos", "--set", "learner.stps=2"], "unknown setting 'learner.stps': did you mean 'learner.steps'?"),
         (["photos", "--out", "photos"], "photos is not empty and no batch of icekit's"),
+        (
+            ["photos", "--out", "s3://bucket/runs"],
+            "a batch is written into a folder that all workers see, and this is a",
+        ),
         (["photos", "--device", "cuda"], "device 'cuda' is not available here"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,15 @@ class OneWord:
 
     def describe(self, view: Any, noun: str, words: Sequence[str]) -> Mapping[str, float]:
         return dict.fromkeys(words, 1 / len(words)) if words else {}
+
+    space = "one word"
+
+    def embed(self, view: Any) -> torch.Tensor:
+        return torch.tensor([0.0, 1.0])
+
+    @staticmethod
+    def text_encoder(settings: Any, device: torch.device) -> Any:
+        return SimpleNamespace(space="one word", embed=lambda texts: torch.tensor([[1.0, 0.0]] * len(texts)))
 
 
 class Half:
@@ -404,6 +414,15 @@ FAULTS: dict[str, tuple[str, Any]] = {
     "no colour": ("check_one_colour", failing("retrieve", "retriever", lambda view, _: view.original.std() == 0)),
     "two in all": ("check_description", after("describe", "retriever", lambda said: {key: 1.0 for key in said})),
     "words not asked for": ("check_description", after("describe", "retriever", lambda said: {"griffin": 1.0})),
+    "a long vector": ("check_vectors", after("embed", "retriever", lambda vector: 2 * vector)),
+    "vectors by chance": (
+        "check_vectors",
+        after("embed", "retriever", lambda vector: torch.nn.functional.normalize(torch.rand(2), dim=0)),
+    ),
+    "texts elsewhere": (
+        "check_vectors",
+        changed("retriever", text_encoder=staticmethod(lambda *_: SimpleNamespace(space="another"))),
+    ),
     "a soft mask": ("check_masks", after("segment", "segmentor", lambda mask: mask.float())),
     "a batch of masks": ("check_masks", after("segment", "segmentor", lambda mask: mask[None])),
     "what is erased": ("check_masks", after("segment", "segmentor", torch.logical_not)),

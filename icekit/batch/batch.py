@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from icekit.run.origins import origins_of
 from icekit.run.ownership import refuse_if_busy
 from icekit.run.workers import IMPORTS, Surroundings, Trouble, versions
 from icekit.settings import Settings, flatten
-from icekit.wording import option
+from icekit.wording import named, option
 
 PAGE_EVERY_S = 120.0
 """Seconds between two pages of a batch that is under way."""
@@ -117,6 +118,11 @@ def extract_batch(
         InputError: something that was given is wrong, or no worker could start.
         RunError: the executor failed, or a disk is full; what is done is kept.
     """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(out)):
+        raise InputError(
+            f"{named('out')} {out}: a batch is written into a folder that all workers see, and this is a URL: mount "
+            "the storage, or copy the folder when the batch is done"
+        )
     directory = BatchDirectory(user_path(out, "out"))
     refuse_if_busy(directory.path)
     directory.check_usable(overwrite=overwrite)

@@ -24,8 +24,10 @@ from icekit.cli.compose import compose
 from icekit.cli.demo import demo
 from icekit.cli.doctor import doctor
 from icekit.cli.export import export
+from icekit.cli.find import find
 from icekit.cli.import_ import import_files
 from icekit.cli.plugins import plugins_group
+from icekit.cli.push import push
 from icekit.cli.report import report
 from icekit.cli.run import run
 from icekit.cli.streams import ResultsLost, guarded_streams
@@ -51,7 +53,7 @@ def cli() -> None:
     """
 
 
-for command in (demo, run, batch, compose, run_bench, export, import_files, report, plugins_group, doctor):
+for command in (demo, run, batch, compose, run_bench, export, import_files, report, find, push, plugins_group, doctor):
     cli.add_command(command)
 
 

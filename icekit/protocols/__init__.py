@@ -38,10 +38,12 @@ from icekit.protocols.components import (
     Checkpoint,
     ComponentSettings,
     Describer,
+    Embedder,
     Learner,
     Proposer,
     Retriever,
     Segmentor,
+    TextEncoder,
 )
 from icekit.protocols.errors import InputError, RunError, StopRun
 from icekit.protocols.executing import Executor, ExecutorSettings, JobResult, Work
@@ -104,6 +106,7 @@ __all__ = [
     "Dataset",
     "Demo",
     "Describer",
+    "Embedder",
     "Executor",
     "ExecutorSettings",
     "Exporter",
@@ -132,6 +135,7 @@ __all__ = [
     "ShapedBackbone",
     "Step",
     "StopRun",
+    "TextEncoder",
     "Token",
     "Tokens",
     "Trained",

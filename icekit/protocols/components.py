@@ -52,6 +52,55 @@ class Describer(Protocol):
         ...
 
 
+class TextEncoder(Protocol):
+    """Texts as points of the space in which an ``Embedder`` places what it sees.
+
+    space: as the ``Embedder``'s.
+    """
+
+    @property
+    def space(self) -> str: ...
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> float32 ``[N, D]`` on the CPU, each row of length one; the same each time."""
+        ...
+
+
+@runtime_checkable
+class Embedder(Protocol):
+    """A retriever that places pictures and texts in one space, as CLIP does: a run keeps a vector of each concept, and
+    ``icekit find`` compares them with words and with one another.
+
+    space: what tells this space from all others, a line of at most 200 characters: vectors of two models are never
+    compared, and those of one are, wherever its files are.
+    """
+
+    @property
+    def space(self) -> str: ...
+
+    def embed(self, view: View) -> Tensor:
+        """What is visible -> float32 ``[D]`` on the CPU, of length one; the same each time.
+
+        It is asked about regions that ``retrieve`` and ``describe`` were asked about: what was computed then is
+        computed once.
+        """
+        ...
+
+    @staticmethod
+    def text_encoder(settings: Any, device: torch.device) -> TextEncoder:
+        """What embeds texts in the same space, without a backbone, and of what is on this machine: nothing is fetched.
+
+        Args:
+            settings: the retriever's ``Settings``.
+            device: where it runs.
+
+        Raises:
+            InputError: its model is not on this machine.
+            RunError: it cannot be loaded.
+        """
+        ...
+
+
 class Segmentor(Protocol):
     """Image, word -> mask (ICE's S). A segmentor offers ``segment``, or else it is a ``Proposer``.
 

@@ -28,7 +28,7 @@ from icekit.protocols import (
     TrueConcept,
     View,
 )
-from icekit.run.directory import WEIGHTS_FOLDERS
+from icekit.run.directory import MAX_DIMENSIONS, WEIGHTS_FOLDERS, is_space
 
 Component = tuple[str, str]
 """Role and registered name."""
@@ -145,6 +145,24 @@ def check_hints(who: Component, hints: object, words: Collection[str]) -> None:
         _check_number(who, f"the probability of {word!r:.{SHOWN}}", share)
         if not 0 <= share <= 1:
             raise BreachError(*who, f"returned {share} as the probability of {word!r:.{SHOWN}}: 0 to 1 is right")
+
+
+def check_space(who: Component, space: object) -> None:
+    """What an ``Embedder`` calls its space."""
+    if not is_space(space):
+        raise BreachError(*who, f"has {kind_of(space)} as its space: a line of at most 200 characters is right")
+
+
+def check_vector(who: Component, vector: object, length: int | None) -> None:
+    """What ``embed`` returned; length: that of the vectors before."""
+    if length is None and isinstance(vector, Tensor):
+        length = vector.numel()
+    _check_tensor(who, "a vector", vector, torch.float32, (length or 0,))
+    if length and length > MAX_DIMENSIONS:
+        raise BreachError(*who, f"returned a vector of {length} numbers: {MAX_DIMENSIONS} at most are kept")
+    norm = float(vector.norm())  # type: ignore[attr-defined]
+    if not abs(norm - 1) < 1e-3:  # not so where it is NaN, either
+        raise BreachError(*who, f"returned a vector of length {norm:.4g}: 1 is right")
 
 
 # --- Stage two -------------------------------------------------------------------------------------------------------

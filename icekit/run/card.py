@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from icekit.protocols import is_instance, object_tokens
 from icekit.protocols.errors import printable
-from icekit.run.directory import RunDirectory, sample_name
+from icekit.run.directory import VECTORS, RunDirectory, sample_name
 from icekit.run.in_diffusers import python_code
 from icekit.run.records import ConceptRecord, Manifest
 from icekit.settings import Settings
@@ -71,6 +71,7 @@ def model_card(run: RunDirectory, manifest: Manifest, settings: Settings) -> str
         "- `embeddings/`: a file a token; `embeddings.safetensors`: all of them together",
         *(["- `lora.safetensors`: a LoRA adapter, with which the tokens were learned"] * ("lora.safetensors" in tuned)),
         *(f"- `{one}/`: the noise predictor, all weights of which were trained" for one in _folders(tuned)),
+        *([f"- `{VECTORS}`: where CLIP places each concept, for `icekit find`"] * bool(run.files.find(VECTORS))),
         "- `masks/`: where each concept is in `image.png`, white",
         "- `manifest.json`, `settings.toml`: what it was made of, and with which settings",
         *(["- `report.html`: the run, explained"] * ("report" in settings.exporters)),

@@ -31,6 +31,7 @@ from icekit.run.atomic import write_image_atomically, write_json_atomically
 from icekit.run.border import draw
 from icekit.run.directory import SCHEMA_VERSION
 from icekit.run.extraction import Concept, Extraction
+from icekit.run.hub import PREFIX, is_of_hub
 from icekit.run.machine import enough_memory
 from icekit.run.models import load_backbone, reproducible, resolve_device
 from icekit.run.origins import check_origins
@@ -447,11 +448,14 @@ def bind(name: str, reference: str | Path | Extraction) -> Bound:
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
-    """``"runs/photo:cup"`` -> (``"runs/photo"``, ``"cup"``). A folder may have a colon in its own name."""
-    path, colon, concept = reference.rpartition(":")
-    if not colon or os.path.exists(user_path(reference)):
+    """``"runs/photo:cup"`` -> (``"runs/photo"``, ``"cup"``). A folder may have a colon in its own name, and ``hub:``
+    begins the name of a run of the hub.
+    """
+    of_hub = PREFIX if is_of_hub(reference) else ""
+    path, colon, concept = reference.removeprefix(of_hub).rpartition(":")
+    if not colon or (not of_hub and os.path.exists(user_path(reference))):
         return reference, None
-    return path, concept
+    return of_hub + path, concept
 
 
 def drawing_run(bound: Mapping[str, Bound]) -> Extraction:

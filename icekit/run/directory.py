@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from icekit.protocols import FineTuning, InputError, Learned, Region, Step
@@ -68,10 +69,15 @@ WEIGHTS_FOLDERS = ("unet", "transformer")
 """What pipelines call their noise predictor: the folder of fine-tuned weights, in diffusers' format, is named so."""
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
+MAX_DIMENSIONS, MAX_SPACE = 8192, 200
+"""Most numbers of a vector (sqlite-vec's own bound), and most characters of the name of their space."""
+
 _RECORD = "checkpoint/written.jsonl"
 _STARTED = "checkpoint/run.json"
 CARD = "README.md"
 """The model card, which hubs show of a directory; see ``card``."""
+VECTORS = "vectors.safetensors"
+"""Where each concept lies in the space of the retriever's CLIP, see ``protocols.Embedder``."""
 _IN_EVERY_RUN = ("manifest.json", "image.png", "settings.toml", "log.jsonl", "embeddings.safetensors", CARD)
 _CHECKPOINT = (
     "checkpoint/learner.safetensors",
@@ -84,7 +90,7 @@ _CHECKPOINT = (
 """In the order in which they are deleted: as long as the last is there, the rest is icekit's."""
 EXPORTED_BEFORE = ("report.html",)
 """What every run wrote before exporters were plugins; where the manifest names it, it is the run's own to this day."""
-_OWN_FILES = (*_IN_EVERY_RUN, *EXPORTED_BEFORE, "lora.safetensors", EXPORTS, *_CHECKPOINT)
+_OWN_FILES = (*_IN_EVERY_RUN, *EXPORTED_BEFORE, VECTORS, "lora.safetensors", EXPORTS, *_CHECKPOINT)
 _OWN_PATTERNS = {
     "masks": r"\d+-.+\.png",
     "masks/original": r"\d+-.+\.png",
@@ -124,6 +130,21 @@ class Located:
             and bool((one.mask == two.mask).all())
             for one, two in zip(self.regions, other.regions, strict=True)
         )
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Concepts of a run as points of a space. space: see ``protocols.Embedder``. rows: float32 ``[N, D]``, of length
+    one, in the order of the manifest's concepts.
+    """
+
+    space: str
+    rows: NDArray[np.float32]
+
+
+def is_space(name: object) -> bool:
+    """Whether this can be the name of a space: a line of at most 200 characters that can be printed."""
+    return isinstance(name, str) and 0 < len(name) <= MAX_SPACE and name == printable(name, MAX_SPACE)
 
 
 def check_place(path: Path, what: str, *, resume: bool, overwrite: bool) -> None:
@@ -318,8 +339,8 @@ class RunDirectory:
 
     def _names_by_pattern(self) -> set[str]:
         paths = [path for path in self._files_by_pattern() if not becomes(path)]
-        # Versions that kept no record wrote no card: one that is there is the user's.
-        return {path.relative_to(self.path).as_posix() for path in paths if path.name != CARD}
+        # Versions that kept no record wrote no card and no vectors: those that are there are the user's.
+        return {path.relative_to(self.path).as_posix() for path in paths if path.name not in (CARD, VECTORS)}
 
     def _files_by_pattern(self) -> list[Path]:
         """Files whose names icekit gives, half-written ones among them, and folders of such."""
@@ -454,6 +475,41 @@ class RunDirectory:
                 raise self.files.damaged(name, f"erased: {error}") from error
         rounds = len(record.regions) + len(record.refused) if record.rounds is None else record.rounds
         return Located(tuple(regions), tuple(record.refused), record.finished, rounds, record.last, erased)
+
+    def save_vectors(self, space: str, vectors: Sequence[Tensor]) -> None:
+        """Keep where each region lies in the space of the retriever's CLIP.
+
+        space: see ``protocols.Embedder``. vectors: float32 ``[D]`` of length one, a region each, in their order.
+        """
+        import torch
+        from safetensors.torch import save
+
+        self._write(VECTORS, save({"vectors": torch.stack([_plain(one) for one in vectors])}, {"space": space}))
+
+    def load_vectors(self, count: int) -> Vectors | None:
+        """Where each concept lies; None where the run did not keep it. count: of the concepts.
+
+        Raises:
+            DamagedError: the file is damaged, or of something else.
+        """
+        found = self.files.arrays(VECTORS)
+        if found is None:
+            return None
+        rows, space = found[0].get("vectors"), found[1].get("space", "")
+        if len(found[0]) != 1 or rows is None or rows.dtype != np.float32 or rows.ndim != 2 or len(rows) != count:
+            raise self.files.damaged(VECTORS, f"it should hold one tensor, vectors: float32 [{count}, D]")
+        if not 1 <= rows.shape[1] <= MAX_DIMENSIONS:
+            raise self.files.damaged(VECTORS, f"its vectors have {rows.shape[1]} numbers: 1 to {MAX_DIMENSIONS} it is")
+        if not bool((np.abs(np.linalg.norm(rows.astype(np.float64), axis=1) - 1) < 1e-3).all()):
+            raise self.files.damaged(VECTORS, "its vectors should be of length one")
+        if not is_space(space):
+            raise self.files.damaged(VECTORS, "it does not say of which space its vectors are")
+        return Vectors(space, rows)
+
+    def forget_vectors(self) -> None:
+        """Delete them: the regions are others by now."""
+        if VECTORS in self.own_names():
+            delete_files(self.path, [VECTORS])
 
     def forget_learned(self) -> None:
         """Delete what was learned and shown of the regions: they are others by now."""

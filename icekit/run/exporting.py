@@ -21,6 +21,7 @@ from icekit.run.atomic import CannotWrite
 from icekit.run.directory import EXPORTED_BEFORE, RunDirectory, is_own_name
 from icekit.run.exports import STAGING, Exports
 from icekit.run.extraction import Extraction
+from icekit.run.hub import linked_files_of
 from icekit.run.ownership import EXPORTS_LOCK, NEXT, check_way, is_inside, refuse_if_busy, writing_into
 from icekit.run.reading import listed
 from icekit.run.records import ExportRecord
@@ -70,6 +71,8 @@ def export(
     found = installed or plugins.installed()
     found.component("exporter", exporter)
     extraction = run if isinstance(run, Extraction) else Extraction.open(run)
+    if out is None and linked_files_of(extraction.run_dir):
+        raise InputError(f"{run} is in the hub's cache, where nothing is written: give {option('out', 'DIR')}")
     folder = extraction.run_dir if out is None else user_path(out, "out")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: {named('out')} takes a folder")

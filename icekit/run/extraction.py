@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from icekit.paths import user_path
 from icekit.protocols import FineTuning, InputError
 from icekit.protocols.errors import printable
-from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, RunDirectory
+from icekit.run.directory import OLDEST_SCHEMA_VERSION, SCHEMA_VERSION, RunDirectory, Vectors
+from icekit.run.hub import run_path
 from icekit.run.reading import Files
 from icekit.run.records import Header, Manifest
 from icekit.settings import Settings, of_run_before, read_settings_file, validate
@@ -80,7 +80,7 @@ class Extraction:
     home: Path = field(repr=False)
 
     def __repr__(self) -> str:
-        return f"<Extraction {printable(str(self.run_dir), 200)}: {_listed(self.concepts)}>"
+        return f"<Extraction {printable(str(self.run_dir), 200)}: {listed_concepts(self.concepts)}>"
 
     def _repr_html_(self) -> str:
         from icekit.run.in_notebooks import of_run
@@ -89,29 +89,18 @@ class Extraction:
 
     @classmethod
     def open(cls, run_dir: str | Path) -> Extraction:
-        """Read a run directory.
+        """Read a run directory, or a run of the hub: ``hub:user/run``, see ``hub``.
 
         Raises:
-            InputError: there is none, it is not complete or damaged, or a newer version of icekit wrote it.
+            InputError: there is none, it is not complete or damaged, or a newer version of icekit wrote it; or the hub
+                does not give it.
         """
-        path = user_path(run_dir)
+        path = run_path(run_dir)
         directory = RunDirectory(path)
-        files = directory.files
         if not path.is_dir():
             raise InputError(f"no such run directory: {path}")
         directory.finish_exchange()
-        manifest = directory.read_manifest()
-        if not manifest:
-            if directory.is_ours:
-                raise InputError(f"the run in {path} is not complete: {run_into(path, 'resume')} goes on")
-            raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
-        header = files.check("manifest.json", Header, manifest)
-        if not OLDEST_SCHEMA_VERSION <= header.schema_version <= SCHEMA_VERSION:
-            raise InputError(
-                f"{path} has schema version {header.schema_version} (icekit {header.icekit_version}); this "
-                f"icekit reads up to version {SCHEMA_VERSION}: use that one, or {run_into(path, 'overwrite')}"
-            )
-        return cls.of(directory, manifest)
+        return cls.of(directory, readable_manifest(directory))
 
     @classmethod
     def of(cls, directory: RunDirectory, manifest: dict[str, Any]) -> Extraction:
@@ -176,6 +165,14 @@ class Extraction:
             problem = str(error).removeprefix(f"settings file {path}").removeprefix(":").strip()
             raise files.damaged(name, printable(problem, 400)) from error
 
+    def vectors(self) -> Vectors | None:
+        """Where the retriever's CLIP places each concept; None where the run did not keep it.
+
+        Raises:
+            InputError: ``vectors.safetensors`` is damaged, or outside the run.
+        """
+        return RunDirectory(self.run_dir).load_vectors(len(self.concepts))
+
     @property
     def is_fine_tuned(self) -> bool:
         """Whether the run has trained weights of the noise predictor, by an adapter or as a whole."""
@@ -212,34 +209,25 @@ class Extraction:
         return found[0]
 
 
-class ConceptLibrary:
-    """The concepts of one or several complete runs.
+def readable_manifest(directory: RunDirectory) -> dict[str, Any]:
+    """The manifest of a complete run that this version reads, and nothing else of it.
 
     Raises:
-        InputError: one of the directories is not a complete run.
+        InputError: it is not complete or damaged, or a newer version of icekit wrote it.
     """
-
-    def __init__(self, *run_dirs: str | Path) -> None:
-        self.runs = tuple(Extraction.open(run_dir) for run_dir in run_dirs)
-
-    @property
-    def concepts(self) -> tuple[Concept, ...]:
-        """All concepts, run by run."""
-        return tuple(concept for run in self.runs for concept in run.concepts)
-
-    def __repr__(self) -> str:
-        return f"<ConceptLibrary of {len(self.runs)} runs: {_listed(self.concepts)}>"
-
-    def _repr_html_(self) -> str:
-        from icekit.run.in_notebooks import of_run
-
-        return "".join(of_run(run) for run in self.runs)
-
-    def __iter__(self) -> Iterator[Concept]:
-        return iter(self.concepts)
-
-    def __len__(self) -> int:
-        return len(self.concepts)
+    path, files = directory.path, directory.files
+    manifest = directory.read_manifest()
+    if not manifest:
+        if directory.is_ours:
+            raise InputError(f"the run in {path} is not complete: {run_into(path, 'resume')} goes on")
+        raise InputError(f"{path} is not a run directory: it has no manifest.json of icekit's")
+    header = files.check("manifest.json", Header, manifest)
+    if not OLDEST_SCHEMA_VERSION <= header.schema_version <= SCHEMA_VERSION:
+        raise InputError(
+            f"{path} has schema version {header.schema_version} (icekit {header.icekit_version}); this "
+            f"icekit reads up to version {SCHEMA_VERSION}: use that one, or {run_into(path, 'overwrite')}"
+        )
+    return manifest
 
 
 def open(run_dir: str | Path) -> Extraction:
@@ -251,7 +239,7 @@ def open(run_dir: str | Path) -> Extraction:
     return Extraction.open(run_dir)
 
 
-def _listed(concepts: Sequence[Concept]) -> str:
+def listed_concepts(concepts: Sequence[Concept]) -> str:
     """Concepts in one line."""
     named = [f"{concept.index} {printable(concept.label, 40)}" for concept in concepts[:MOST_NAMED]]
     return ", ".join([*named, *(["..."] if len(concepts) > MOST_NAMED else [])]) or "no concepts"

@@ -83,7 +83,7 @@ width:{{ one.width_at(side) }}px;max-width:100%;{{ "image-rendering:pixelated;" 
 )  # fmt: skip
 
 
-class _Picture:
+class InlinePicture:
     """A picture inside the HTML."""
 
     def __init__(self, picture: Image.Image, side: int) -> None:
@@ -107,7 +107,7 @@ def of_run(run: Extraction) -> str:
     picture = _read(files, "image.png", size)
     shown = run.concepts[:MOST]
     masks = [_mask(concept) for concept in shown]
-    marked = None if picture is None else _Picture(_marked(picture, masks), PICTURE_SIDE)
+    marked = None if picture is None else InlinePicture(_marked(picture, masks), PICTURE_SIDE)
     steps = run.record.learning_steps
     facts = [
         run.record.components.get("backbone", ""),
@@ -136,7 +136,7 @@ def of_composition(made: Composition) -> str:
     names = [made.sheet.name] if made.sheet else [path.name for path in made.images[:MOST]]
     side = SHEET_SIDE if made.sheet else PICTURE_SIDE
     read = [(name, _read(_files(made.out), name)) for name in names]
-    pictures = [(name, _Picture(one, side)) for name, one in read if one is not None]
+    pictures = [(name, InlinePicture(one, side)) for name, one in read if one is not None]
     # A sheet of few small pictures is not blown up.
     largest = max((max(one.width, one.height) for _, one in pictures), default=side)
     return _TEMPLATES.get_template("composition").render(
@@ -155,15 +155,15 @@ def _of(
     for part in ("object", *concept.tokens):
         sample = _read(files, f"samples/{concept.index}-{part}-0.png", picture.size if picture else None)
         if sample is not None:
-            samples.append((f"generated: {part}", _Picture(sample, THUMBNAIL_SIDE)))
-    cut_out = _cut_out(picture, mask)
+            samples.append((f"generated: {part}", InlinePicture(sample, THUMBNAIL_SIDE)))
+    shown = cut_out(picture, mask)
     return {
         "index": concept.index,
         "label": concept.label,
         "colour": "#{:02x}{:02x}{:02x}".format(*_colour(concept.index)),
         "area": f"{concept.area:.0%}",
         "score": f"{concept.score:.2f}",
-        "cut_out": None if cut_out is None else _Picture(cut_out, THUMBNAIL_SIDE),
+        "cut_out": None if shown is None else InlinePicture(shown, THUMBNAIL_SIDE),
         "samples": samples,
         "parts": [
             {"name": part, "token": token, "words": ", ".join(concept.words.get(part, []))}
@@ -209,7 +209,7 @@ def _marked(picture: Image.Image, masks: Sequence[NDArray[np.bool_] | None]) -> 
     return Image.fromarray(pixels.round().astype(np.uint8))
 
 
-def _cut_out(picture: Image.Image | None, mask: NDArray[np.bool_] | None) -> Image.Image | None:
+def cut_out(picture: Image.Image | None, mask: NDArray[np.bool_] | None) -> Image.Image | None:
     """What a mask shows, on white, cut to it."""
     if picture is None or mask is None or mask.shape != picture.size[::-1] or not mask.any():
         return None

@@ -18,6 +18,7 @@ from icekit.protocols import (
     Attribute,
     Candidate,
     Describer,
+    Embedder,
     Proposal,
     Proposer,
     Region,
@@ -84,6 +85,26 @@ def locate(
         BreachError: the retriever or the segmentor returned what its protocol does not allow, see ``border``.
     """
     return _StageOne(image, retriever, segmentor, settings).to_the_end(located, attributes, on_change)
+
+
+def embedded(image: Tensor, regions: Sequence[Region], embedder: Embedder, name: str) -> list[Tensor]:
+    """Where each region lies in the retriever's space, looked at alone: float32 ``[D]``, of length one.
+
+    image: float32 ``[3, H, W]`` in [0, 1]. name: the retriever's.
+
+    Raises:
+        BreachError: it returned what its protocol does not allow.
+    """
+    who: border.Component = ("retriever", name)
+    border.check_space(who, embedder.space)
+    vectors: list[Tensor] = []
+    for region in regions:
+        view = View(image, isolate(image, region.mask), region.mask)
+        with border.view_unchanged(who, view):
+            vector = embedder.embed(view)
+        border.check_vector(who, vector, len(vectors[0]) if vectors else None)
+        vectors.append(vector)
+    return vectors
 
 
 class _StageOne:

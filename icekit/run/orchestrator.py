@@ -23,7 +23,17 @@ from icekit.foreign import is_of_the_machine, said
 from icekit.paths import user_path
 from icekit.pixels import to_tensor
 from icekit.plugins import ComponentError, Observers, Plugins
-from icekit.protocols import Backbone, InputError, Learned, Region, RunError, Step, World
+from icekit.protocols import (
+    Backbone,
+    Embedder,
+    InputError,
+    Learned,
+    Region,
+    Retriever,
+    RunError,
+    Step,
+    World,
+)
 from icekit.randomness import seeded_generator
 from icekit.run import directory, images
 from icekit.run.atomic import CannotWrite
@@ -36,7 +46,7 @@ from icekit.run.exporting import ExportError, write_export
 from icekit.run.extraction import Extraction
 from icekit.run.familiarity import denoising_error, unlike
 from icekit.run.learning import learn, tokens_of
-from icekit.run.locating import UNNAMED, locate
+from icekit.run.locating import UNNAMED, embedded, locate
 from icekit.run.log import read_log
 from icekit.run.machine import enough_memory
 from icekit.run.models import (
@@ -343,6 +353,7 @@ class _Run:
             if located.finished:
                 self.run.forget_learned()
             located = self.located
+            self.run.forget_vectors()
             self.run.save_located(located)
         told: dict[int, str] = {}
 
@@ -354,14 +365,17 @@ class _Run:
 
         def keep(located: Located) -> None:
             self.counter.book("localise")
+            if located.finished:  # first: what is finished is not looked at again
+                self._keep_vectors(located.regions, retriever)
             self.run.save_located(located)
             tell(located)
 
         tell(located)
         if not located.finished:
+            retriever = self._build("retriever")
             located = locate(
                 self.image,
-                self._build("retriever"),
+                retriever,
                 self._build("segmentor"),
                 self.settings,
                 attributes=self.attributes,
@@ -375,6 +389,13 @@ class _Run:
                 f"no concept found in {self.source.source}: {tried}; try another {named('retriever')} or min_area"
             )
         return located.regions
+
+    def _keep_vectors(self, regions: Sequence[Region], retriever: Retriever) -> None:
+        """Keep where the retriever's CLIP places each region, if it has one."""
+        if not isinstance(retriever, Embedder) or not regions:
+            return
+        vectors = embedded(self.image, regions, retriever, self.settings.name_of("retriever"))
+        self.run.save_vectors(retriever.space, vectors)
 
     def _check_prompts(self, regions: Sequence[Region]) -> None:
         """Whether all that will be drawn fits into a prompt: to be known before anything is learned.

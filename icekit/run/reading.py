@@ -20,6 +20,7 @@ from icekit.files import read_bytes
 from icekit.foreign import is_of_the_machine
 from icekit.protocols import InputError
 from icekit.protocols.errors import printable
+from icekit.run.hub import linked_files_of
 from icekit.run.records import explain
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Files:
             inside = real.is_relative_to(self.path.resolve())
         except (OSError, RuntimeError) as error:
             self._refuse(name, error)
-        if not inside:
+        if not inside and real.parent != linked_files_of(self.path):
             raise self.damaged(name, "it is a link to something outside, and nothing outside is read")
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a device"
@@ -171,13 +172,20 @@ class Files:
         Raises:
             DamagedError: see ``find``; or it is cut, empty or something else.
         """
+        return self._tensors(name, "pt")
+
+    def arrays(self, name: str) -> tuple[dict[str, Any], dict[str, str]] | None:
+        """As ``tensors``, NumPy arrays: it needs no torch, which takes seconds to import. Raises DamagedError."""
+        return self._tensors(name, "np")
+
+    def _tensors(self, name: str, framework: str) -> tuple[dict[str, Any], dict[str, str]] | None:
         from safetensors import safe_open
 
         path = self.find(name)
         if path is None:
             return None
         try:
-            with _named_in_utf8(path) as readable, safe_open(readable, framework="pt") as file:
+            with _named_in_utf8(path) as readable, safe_open(readable, framework=framework) as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
                 return tensors, dict(file.metadata() or {})
         except MemoryError:

@@ -9,7 +9,7 @@ from unittest import SkipTest
 
 import torch
 
-from icekit.protocols import Candidate, Describer, View
+from icekit.protocols import Candidate, Describer, Embedder, View
 from icekit.testing import components
 from icekit.testing.asserting import (
     assert_backbone_unchanged,
@@ -120,6 +120,52 @@ def check_description(subject: RetrieverUnderTest) -> None:
     _is_description(retriever.describe(scene.view(), "ball", ("red",)), ("red",))
 
 
+def check_vectors(subject: RetrieverUnderTest) -> None:
+    """An ``Embedder`` has a vector of length one for any view, the same each time, and texts of the same space, which
+    ``text_encoder`` gives without a backbone.
+    """
+    scene = two_objects(subject.on().image_size)
+    retriever = subject.build(scene)
+    if not isinstance(retriever, Embedder):
+        raise SkipTest("it does not embed")
+    assert_text("the retriever's space", retriever.space)
+    assert len(retriever.space) <= 200, f"its space has a name of {len(retriever.space)} characters; 200 are kept"
+    view = scene.view(scene.concepts[0].mask)
+    first = retriever.embed(view)
+    _is_vector("embed", first)
+    length = len(first)
+    first += 1  # the caller's own
+    with other_random_numbers(1):
+        again, other = retriever.embed(view), subject.build(scene)
+    _is_vector("embed", again, length)
+    assert isinstance(other, Embedder)
+    assert other.space == retriever.space, f"another instance has the space {other.space}, this one {retriever.space}"
+    assert torch.equal(other.embed(view), again), "another instance embeds the same view elsewhere"
+    _is_vector("embed", retriever.embed(one_colour(subject.on().image_size).view()), length)
+    nothing = scene.view(torch.zeros(scene.size, dtype=torch.bool))
+    _is_vector("where nothing is visible embed", retriever.embed(nothing), length)
+    texts = retriever.text_encoder(subject.settings_for(scene), torch.device("cpu"))
+    assert texts.space == retriever.space, f"text_encoder is of the space {texts.space}, embed of {retriever.space}"
+    words = ("a red ball", "cup")
+    rows = texts.embed(words)
+    assert isinstance(rows, torch.Tensor) and tuple(rows.shape) == (2, length), (
+        f"for two texts text_encoder's embed gives {kind_of(rows)}; it should be float32 [2, {length}]"
+    )
+    for row in rows:
+        _is_vector("text_encoder's embed", row, length)
+    assert torch.equal(texts.embed(words), rows), "the same texts are embedded elsewhere a second time"
+
+
+def _is_vector(what: str, vector: Any, length: int | None = None) -> None:
+    right = f"float32 [{length or 'D'}] on the CPU"
+    plain = isinstance(vector, torch.Tensor) and vector.dtype == torch.float32 and vector.device.type == "cpu"
+    assert plain and vector.ndim == 1 and len(vector) == (length or len(vector)) > 0, (
+        f"{what} gives {kind_of(vector)}; it should be {right}"
+    )
+    norm = float(vector.norm())
+    assert abs(norm - 1) < 1e-3, f"{what} gives a vector of length {norm:.4g}; it should be 1"
+
+
 def _words(retriever: Any, view: View, used: Sequence[str] = (), what: str = "the picture") -> list[Candidate]:
     """The words for a view, which are as they must be."""
     found = retriever.retrieve(view, list(used))
@@ -161,5 +207,6 @@ CHECKS = (
     check_what_it_is_given,
     check_used_words,
     check_description,
+    check_vectors,
 )
 """All checks of a retriever, cheap ones first."""

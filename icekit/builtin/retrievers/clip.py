@@ -6,15 +6,21 @@ here the words are ranked by one CLIP alone, against words for the background, w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from icekit.builtin.retrievers.settings import ClipSettings
+from icekit.cache import digest_of
 from icekit.clip import ClipModel
 from icekit.protocols import Backbone, Candidate, InputError, View
 from icekit.waiting import told
 from icekit.words import read_vocabulary
+
+VIEWS_KEPT = 64
+"""Views whose embeddings are kept: a region is looked at for its word, for each attribute, and for its vector."""
 
 
 class ClipRetriever:
@@ -43,6 +49,7 @@ class ClipRetriever:
         self._clip = ClipModel(settings.model, settings.pretrained, backbone.device)
         self._words, self._background = known, background
         self._knows = backbone.knows
+        self._seen: OrderedDict[str, Tensor] = OrderedDict()
         self._plain: dict[str, Tensor] = {}
         self._prompted = self._clip.embed_words(known + background, settings.templates)
 
@@ -101,7 +108,49 @@ class ClipRetriever:
         return self._plain[word]
 
     def _embed_view(self, view: View, model: ClipModel) -> Tensor:
-        return model.embed_view(view, self.settings.crop_below if self.settings.crop else 0.0)
+        """``[D]``; of the views that it was asked about last it is computed once."""
+        key = digest_of([str(id(model)), view.pixels, view.visible])
+        if key not in self._seen:
+            self._seen[key] = model.embed_view(view, self.settings.crop_below if self.settings.crop else 0.0)
+            if len(self._seen) > VIEWS_KEPT:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        return self._seen[key].clone()
+
+    # --- Vectors that a run keeps: ``protocols.Embedder`` ------------------------------------------------------------
+
+    @property
+    def space(self) -> str:
+        """CLIP's own, by its weights."""
+        return self._clip.space
+
+    def embed(self, view: View) -> Tensor:
+        """CLIP's embedding of what is visible, as words are compared with: ``[D]``."""
+        return self._embed_view(view, self._clip)
+
+    @staticmethod
+    def text_encoder(settings: ClipSettings, device: torch.device) -> ClipTexts:
+        """The same CLIP for texts, from this machine."""
+        return ClipTexts(settings, device)
+
+
+class ClipTexts:
+    """Texts in CLIP's space, each put into the retriever's prompts. See ``protocols.TextEncoder``.
+
+    Raises:
+        InputError: the model is not on this machine.
+        RunError: it cannot be loaded.
+    """
+
+    def __init__(self, settings: ClipSettings, device: torch.device) -> None:
+        check_templates("templates", settings.templates)
+        self._clip = ClipModel(settings.model, settings.pretrained, device, local_files_only=True)
+        self._templates = settings.templates
+        self.space = self._clip.space
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> ``[N, D]``."""
+        return self._clip.embed_words(texts, self._templates)
 
 
 def check_templates(setting: str, templates: Sequence[str]) -> None:
