@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -225,6 +226,18 @@ def test_all_of_it_ended_and_started_again(place: Path, call: Call, how: signal.
     assert status == 0, err
     for colour in COLOURS:
         assert tokens(place / "cut" / "runs" / colour) == tokens(place / "whole" / "runs" / colour)
+
+
+def test_a_run_that_was_about_to_begin_when_all_was_killed(place: Path, call: Call) -> None:
+    status, _, err = call("batch", "photos", "--out", "made", "--workers", "1", *QUICK, *FILE)
+    assert status == 0, err
+    run, before = place / "made" / "runs" / "blue", tokens(place / "made" / "runs" / "blue")
+    shutil.rmtree(run)
+    (run / "checkpoint").mkdir(parents=True)
+    (run / "checkpoint" / "run.json").write_text('{"schema_version": 2, "ready": false}')
+    status, _, err = call("batch", "photos", "--out", "made", "--workers", "1", *QUICK, *FILE)
+    assert status == 0, err
+    assert tokens(run) == before and not (run / "checkpoint").exists()
 
 
 @pytest.mark.slow

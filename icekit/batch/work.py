@@ -164,7 +164,7 @@ class _Worker:
                     return self._key_of(one) == (source.sha256, self.hash)
                 except InputError:
                     return False
-        return None
+        return False if run.is_ours else None  # a killed process may have been about to begin it
 
     def _key_of(self, run: RunDirectory) -> tuple[str, str] | None:
         if run.is_complete:

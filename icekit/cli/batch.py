@@ -10,19 +10,9 @@ from typing import Any
 import click
 
 from icekit import plugins
-from icekit.cli.common import (
-    LOW_MEMORY,
-    Invocation,
-    executor_options,
-    executor_values,
-    low_memory_option,
-    preset_option,
-    print_json,
-    typed_again,
-)
-from icekit.cli.completion import DEVICES, complete_setting, names
-from icekit.cli.parameters import COUNT, SEED, UserPath
-from icekit.cli.run import component_option
+from icekit.cli.common import Invocation, executor_options, executor_values, print_json, typed_again
+from icekit.cli.parameters import UserPath
+from icekit.cli.settings_options import layers_of, settings_options
 from icekit.foreign import aside
 from icekit.settings import Settings, merge, parse_assignment, read_settings_file, validate
 
@@ -31,27 +21,7 @@ from icekit.settings import Settings, merge, parse_assignment, read_settings_fil
 @click.argument("pictures", type=UserPath(), nargs=-1, required=True, metavar="IMAGE|FOLDER|LIST.txt|GLOB...")
 @click.option("--out", type=UserPath(), required=True, metavar="DIR", help="Batch directory")
 @executor_options
-@preset_option
-@component_option("backbone", "Text-to-image model", "sd21")
-@click.option("--model", type=str, metavar="ID|FOLDER|FILE", help="Model of the hub, folder in "
-              "diffusers' format or .safetensors file; says by itself which backbone it needs")  # fmt: skip
-@component_option("retriever", "What finds words for the images", "clip")
-@component_option("segmentor", "What finds a word's place in an image", "xattn")
-@component_option("learner", "What learns the tokens", "ice")
-@click.option("--attribute", "attributes", multiple=True, metavar="NAME", shell_complete=names("attribute"),
-              help="Learn this attribute; give it once for "
-              "each [default: colour and material]")  # fmt: skip
-@click.option("--max-concepts", type=COUNT, metavar="N", help="Stop looking after this many concepts [default: 10]")
-@click.option("--seed", type=SEED, metavar="N", help="Every random choice follows from it [default: 0]")
-@click.option(
-    "--device", metavar="auto|cpu|cuda|mps", shell_complete=DEVICES, help="Where the models run [default: auto]"
-)
-@low_memory_option
-@click.option("--config", type=UserPath(), metavar="FILE.toml", help="Settings file, of all runs; the settings.toml "
-              "of a run directory is one")  # fmt: skip
-@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE",
-              shell_complete=complete_setting, help="One setting, as in learner.steps=400 or executor.threads=2; "
-              "`icekit plugins show NAME` lists a component's")  # fmt: skip
+@settings_options
 @click.option("--resume", is_flag=True, help="Go on with the batch in DIR: what happens without it, too.")
 @click.option("--overwrite", is_flag=True, help="Replace the batch in DIR, each run when its new one is complete.")
 @click.option("--json", "as_json", is_flag=True, help="Print what is in batch.json, and the failures, as JSON.")
@@ -62,19 +32,10 @@ def batch(
     out: Path,
     executor: str | None,
     workers: int | None,
-    preset: str | None,
-    model: str | None,
-    attributes: Sequence[str],
-    max_concepts: int | None,
-    seed: int | None,
-    device: str | None,
-    low_memory: bool,
-    config: Path | None,
-    assignments: Sequence[str],
     resume: bool,
     overwrite: bool,
     as_json: bool,
-    **components: str | None,
+    **options: Any,
 ) -> int:
     """Extract the concepts of many pictures, a run directory each, with the models loaded once a worker.
 
@@ -84,11 +45,7 @@ def batch(
 
     icekit batch photos --workers 2 --out runs/photos
     """
-    chosen = {role: name for role, name in components.items() if name is not None}
-    options: dict[str, Any] = {"preset": preset, "attributes": attributes, "max_concepts": max_concepts, "seed": seed}
-    options |= {"device": device, "components": chosen}
-    options["backbone"] = ({"model": model} if model is not None else {}) | (LOW_MEMORY if low_memory else {})
-    given = {key: value for key, value in options.items() if value not in (None, (), {})}
+    config, assignments, given = layers_of(options)
     values = read_settings_file(config) if config is not None else {}
     for assignment in assignments:
         values = merge(values, parse_assignment(assignment))
