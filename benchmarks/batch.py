@@ -47,10 +47,11 @@ def draw(folder: Path, count: int, bad: int) -> None:
             Image.new("RGB", (8, 8)).save(torn)
 
 
-def command(pictures: Path, out: Path, workers: int, assignments: Sequence[str]) -> list[str]:
+def command(pictures: Path, out: Path, workers: int, assignments: Sequence[str], executor: str = "local") -> list[str]:
     """``icekit batch`` on the tabletop's backbone."""
     words = [sys.executable, "-m", "icekit", "batch", str(pictures), "--out", str(out), "--backbone", "tabletop"]
-    return [*words, "--workers", str(workers), *(word for one in assignments for word in ("--set", one))]
+    words += ["--executor", executor, "--workers", str(workers)]
+    return [*words, *(word for one in assignments for word in ("--set", one))]
 
 
 def run(words: Sequence[str], status: int) -> float:
@@ -105,13 +106,16 @@ def main() -> None:
 @click.option("--pictures", default=40, show_default=True, help="Good ones")
 @click.option("--bad", default=5, show_default=True)
 @click.option("--set", "assignments", multiple=True, help="Settings of the runs")
-def measure(out: Path, pictures: int, bad: int, assignments: tuple[str, ...]) -> None:
+@click.option("--also", "others", multiple=True, help="Another executor, with two workers")
+def measure(out: Path, pictures: int, bad: int, assignments: tuple[str, ...], others: tuple[str, ...]) -> None:
     """One worker, two, and two that were killed."""
     draw(out / "pictures", pictures, bad)
     status = int(bad > 0)
     driver: dict[int, float] = {}
     for workers in (1, 2):
         driver[workers] = run(command(out / "pictures", out / f"by-{workers}", workers, assignments), status)
+    for other in others:
+        run(command(out / "pictures", out / other, 2, assignments, other), status)
     again = command(out / "pictures", out / "killed", 2, assignments)
     finished = killed(again, out / "killed", max(1, pictures // 2))
     before = {file: file.stat().st_mtime_ns for file in (out / "killed").glob("runs/*/manifest.json")}
@@ -121,6 +125,10 @@ def measure(out: Path, pictures: int, bad: int, assignments: tuple[str, ...]) ->
     # What a driver costs that has nothing to hand out is no cost of a picture.
     idle = run(command(out / "pictures", out / "by-2", 2, assignments), status)
     print_measured(out, pictures, bad, driver, idle, finished, kept)
+    for other in others:
+        took, equal = elapsed(out / other), tokens(out / other) == tokens(out / "by-1")
+        click.echo(f"{other}, two workers: {took:.1f} s, {took / elapsed(out / 'by-2'):.2f} of what local took; "
+                   f"tokens {'equal bit for bit' if equal else 'DIFFERENT'}")  # fmt: skip
 
 
 def print_measured(
