@@ -65,7 +65,8 @@ def test_both_ways_out_are_told_within_seconds(place: Path, silent_hub: str) -> 
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "no network: no answer in 3 s, and the cache has not got" in done.stderr
     assert re.search(BOTH_WAYS, done.stderr.strip())
-    assert seconds < 5 + 10 * (os.getloadavg()[0] > os.cpu_count())  # type: ignore[operator]
+    alone = os.getloadavg()[0] < 1  # other tests run beside this one, and the program starts slowly
+    assert seconds < (5 if alone else 20)
     assert not (place / "runs").exists()
 
 
