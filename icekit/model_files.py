@@ -295,12 +295,19 @@ class Hub:
         Raises:
             InputError: there is no such file, or it cannot be fetched.
         """
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        return self._fetched(
-            name,
-            lambda: hf_hub_download(self._repository, name, revision=self._revision, local_files_only=self.offline),
-        )
+        def fetch() -> str:
+            if not self.offline:
+                return hf_hub_download(self._repository, name, revision=self._revision)
+            # hf_hub_download asks the hub for something of its own even where it is to use the cache alone.
+            found = try_to_load_from_cache(self._repository, name, revision=self._revision)
+            if not isinstance(found, str):
+                raise LocalEntryNotFoundError(f"the cache has not got {name}")
+            return found
+
+        return self._fetched(name, fetch)
 
     def folder(self, patterns: Sequence[str], without: Sequence[str] = ()) -> Path:
         """The folder of its files of these patterns, fetched where the cache has not got them.
