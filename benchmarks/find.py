@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from icekit.library.index import Entry, Index, Query
+from icekit.concept_library.index import Entry, Index, Query
 
 COLOURS = ("red", "green", "blue", "yellow", "white", "black", "brown", "orange", "pink", "grey")
 MATERIALS = ("glass", "wood", "metal", "plastic", "clay", "stone", "paper", "leather", "wool", "rubber")

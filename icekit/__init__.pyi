@@ -1,10 +1,10 @@
 from .batch import BatchResult as BatchResult
 from .batch import extract_batch as extract_batch
+from .concept_library import ConceptLibrary as ConceptLibrary
+from .concept_library import Found as Found
+from .concept_library import Hit as Hit
+from .concept_library import push as push
 from .hookspecs import hookimpl as hookimpl
-from .library import ConceptLibrary as ConceptLibrary
-from .library import Found as Found
-from .library import Hit as Hit
-from .library import push as push
 from .plugins import Plugins as Plugins
 from .plugins import attributes_from as attributes_from
 from .protocols import Attribute as Attribute

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from icekit import ConceptLibrary, Extraction, InputError, extract, load_settings
-from icekit.library.index import Entry, Index, Query
+from icekit.concept_library.index import Entry, Index, Query
 from icekit.run import orchestrator
 from icekit.run.directory import VECTORS, Located, RunDirectory
 

@@ -16,7 +16,7 @@ from icekit.protocols import InputError
 from icekit.protocols.errors import printable
 
 if TYPE_CHECKING:
-    from icekit.library import Found
+    from icekit.concept_library import Found
 
 DEFAULT_DIR = "runs"
 """Where `icekit run` puts its runs."""
@@ -65,8 +65,8 @@ def find(
             raise InputError(f"{one!r}: the attribute {name.strip()!r} is given twice")
         conditions[name.strip()] = word.strip()
 
-    from icekit.library import ConceptLibrary
-    from icekit.library.page import check_page, write_page
+    from icekit.concept_library import ConceptLibrary
+    from icekit.concept_library.page import check_page, write_page
 
     with aside():
         if page is not None:

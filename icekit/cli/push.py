@@ -24,7 +24,7 @@ def push(run_dir: Path, repository: str, private: bool) -> None:
 
     icekit compose "a photo of {a}" a=hub:user/photo:0
     """
-    from icekit.library.pushing import push as push_run
+    from icekit.concept_library.pushing import push as push_run
 
     with aside():
         pushed = push_run(run_dir, repository, private=private)

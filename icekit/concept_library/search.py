@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from icekit import plugins
 from icekit.cache import cache_folder
-from icekit.library.index import BATCH, MOST_FOUND, Entry, Index, Query, Row, terms_in
-from icekit.library.places import Place, places_of, stamp_of
+from icekit.concept_library.index import BATCH, MOST_FOUND, Entry, Index, Query, Row, terms_in
+from icekit.concept_library.places import Place, places_of, stamp_of
 from icekit.paths import user_path
 from icekit.plugins import Plugins
 from icekit.protocols import InputError, RunError

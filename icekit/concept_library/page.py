@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from icekit.library.library import Found, Hit
+from icekit.concept_library.search import Found, Hit
 from icekit.protocols import InputError
 from icekit.protocols.errors import printable
 from icekit.run.atomic import write_text_atomically
@@ -57,7 +57,7 @@ def _is_ours(file: Path) -> bool:
 def render_page(asked: str, found: Found) -> str:
     """The page as HTML. asked: what was looked for, in words."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("icekit.library"),
+        loader=jinja2.PackageLoader("icekit.concept_library"),
         autoescape=True,  # by file ending, jinja2 would not take .html.jinja for HTML
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
