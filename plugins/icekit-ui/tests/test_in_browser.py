@@ -39,11 +39,7 @@ QUICK = {
 }
 SETTINGS = [word for key, value in QUICK.items() for word in ("--set", f"{key}={value}")]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(1800),
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium is installed: apt-get install chromium"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 class Browser:
@@ -107,6 +103,7 @@ def url(runs: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[playwright.Browser]:
+    assert CHROMIUM, "these tests, run by name, need Chromium: apt-get install chromium"
     with playwright.sync_playwright() as program:
         browser = program.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
