@@ -31,13 +31,23 @@ FAMILIES: dict[str, tuple[str, dict[str, int]]] = {
     "SD 3 without T5": ("StableDiffusion3Pipeline", {"clip_l": 768, "clip_g": 1280}),
     "FLUX.1": ("FluxPipeline", {"clip_l": 768, "t5xxl": 4096}),
     "Sana": ("SanaPipeline", {"gemma2_2b": 2304}),
+    "FLUX.2-klein 4B": ("Flux2KleinPipeline", {"qwen3_4b": 2560}),
+    "FLUX.2-klein 9B": ("Flux2KleinPipeline", {"qwen3_8b": 4096}),
     "Z-Image": ("ZImagePipeline", {"qwen3_4b": 2560}),
 }
 UNETS = ("SD 1", "SD 2", "SD XL")
 KNOWN = {
     "Diffusers": tuple(FAMILIES),
     "A1111": UNETS,
-    "ComfyUI": (*UNETS, "SD 3", "SD 3 without T5", "FLUX.1", "Z-Image"),
+    "ComfyUI": (
+        *UNETS,
+        "SD 3",
+        "SD 3 without T5",
+        "FLUX.1",
+        "FLUX.2-klein 4B",
+        "FLUX.2-klein 9B",
+        "Z-Image",
+    ),
     "InvokeAI": UNETS,
 }
 PARTS = ("category", "instance", "colour")

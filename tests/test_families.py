@@ -65,7 +65,8 @@ def test_what_is_known_of_plugins_is_so() -> None:
         for one in installed().offered("backbone").values()
         for pipeline in getattr(one.settings, "pipelines", ())
     }
-    for pipeline in ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "ZImagePipeline"):
+    known = ("StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "Flux2KleinPipeline", "ZImagePipeline")
+    for pipeline in known:
         assert plugin_for(pipeline) == takes[pipeline]
     assert plugin_for("StableDiffusionPipeline") is None
 

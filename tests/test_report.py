@@ -233,7 +233,7 @@ def test_the_diffusers_snippet_of_two_text_encoders(tmp_path: Path, sdxl_folder:
     how = "num_inference_steps=3, guidance_scale=5.0, generator=torch.Generator().manual_seed(1)"
     sampler = "pipe.scheduler = Sampler.from_config(pipe.scheduler.config)\nimage = pipe("
     exec(found[0].replace("image = pipe(", sampler).replace(").images", f", {how}).images"), scope)
-    prompt = found[0].partition('image = pipe("')[2].partition('"')[0]
+    prompt = found[0].partition('image = pipe(prompt="')[2].partition('"')[0]
     [own] = backbone.generate([prompt], seeds=[1], tokens=rows)
     assert np.abs(np.asarray(own, float) - np.asarray(scope["image"], float)).max() <= 1
 

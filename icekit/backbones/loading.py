@@ -45,7 +45,7 @@ class Family:
     name: what people call it. pipeline: its class in diffusers. parts: the library of each part, and its classes there;
     where a scheduler has none, any that DDPM can stand in for. options: of the pipeline's constructor, beside its
     parts. optional: parts that a model need not have; its index then says null for them, and its pipeline is made with
-    None.
+    None. told: of the options those, true or false, that a model's index may say.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Family:
     parts: Mapping[str, tuple[str, tuple[str, ...]]]
     options: Mapping[str, Any]
     optional: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
 
     @property
     def weights(self) -> dict[str, str]:
@@ -80,9 +81,8 @@ STABLE_DIFFUSION_XL = Family(
         "text_encoder_2": ("transformers", ("CLIPTextModelWithProjection",)),
     },
     {"add_watermarker": False},
+    told=("force_zeros_for_empty_prompt",),
 )
-EMPTY_IS_ZERO = "force_zeros_for_empty_prompt"
-"""In a model's index: it was trained with zeros for the empty prompt."""
 PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 MOST_STEPS = 100_000
 """Steps of the noise schedule that a model was trained with, at most; all known ones have 1000."""
@@ -153,9 +153,8 @@ def load_pipeline(
                 )
             found, index, folder = _from_folder(settings, family, wanted, dtypes, named)
             source = str(folder) if _is_local(settings.model) else settings.model
-        options = dict(family.options)
-        if isinstance(index.get(EMPTY_IS_ZERO), bool):
-            options[EMPTY_IS_ZERO] = index[EMPTY_IS_ZERO]
+        told_by_index = {option: index[option] for option in family.told if isinstance(index.get(option), bool)}
+        options = {**family.options, **told_by_index}
         try:
             pipeline = getattr(diffusers, family.pipeline)(**{**parts, **found}, **options)
         except Exception as error:  # it looks into the configurations, and brings old ones up to date

@@ -171,7 +171,7 @@ def register_exporters(register: Register) -> None:
     for name, component, whom in (
         ("diffusers", "Diffusers", "diffusers: load_textual_inversion, load_lora_weights"),
         ("a1111", "A1111", "AUTOMATIC1111's web UI and Forge (SD 1, 2, XL)"),
-        ("comfyui", "ComfyUI", "ComfyUI (SD 1, 2, XL, 3, FLUX.1, Z-Image)"),
+        ("comfyui", "ComfyUI", "ComfyUI (SD 1, 2, XL, 3, FLUX.1, FLUX.2-klein, Z-Image)"),
         ("invokeai", "InvokeAI", "InvokeAI (SD 1, 2, XL)"),
     ):
         register(

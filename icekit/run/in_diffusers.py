@@ -47,7 +47,7 @@ def python_code(run: RunDirectory, place: str, model: str, backbone: BackboneRec
         f"from pathlib import Path\nfrom diffusers import {', '.join(imports)}\n{more}\n"
         f"pipe = {pipeline}.from_pretrained({_quoted(model)}{without})\n"
         f'for file in sorted(Path({_quoted(f"{place}/embeddings")}).glob("*.safetensors")):\n'
-        f"{loading}{tuned}image = pipe({_quoted(prompt)}).images[0]\n"
+        f"{loading}{tuned}image = pipe(prompt={_quoted(prompt)}).images[0]\n"
     )
 
 

@@ -22,7 +22,15 @@ from torch import Tensor
 Rows = Mapping[str, Tensor]
 """Text encoder -> the rows of one embedding, float32 ``[n, dim]``."""
 
-ROW_LENGTHS = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280, "t5xxl": 4096, "gemma2_2b": 2304, "qwen3_4b": 2560}
+ROW_LENGTHS = {
+    "clip_l": 768,
+    "clip_h": 1024,
+    "clip_g": 1280,
+    "t5xxl": 4096,
+    "gemma2_2b": 2304,
+    "qwen3_4b": 2560,
+    "qwen3_8b": 4096,
+}
 """Numbers of a row of the text encoders that other programs know."""
 
 SINGLE = "emb_params"

@@ -34,12 +34,14 @@ log = logging.getLogger(__name__)
 
 SD, SDXL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD3, FLUX, SANA, Z_IMAGE = "StableDiffusion3Pipeline", "FluxPipeline", "SanaPipeline", "ZImagePipeline"
+FLUX2_KLEIN = "Flux2KleinPipeline"
 FAMILIES = {
     SD: "Stable Diffusion 1 and 2",
     SDXL: "Stable Diffusion XL",
     SD3: "Stable Diffusion 3",
     FLUX: "FLUX.1",
     SANA: "Sana",
+    FLUX2_KLEIN: "FLUX.2-klein",
     Z_IMAGE: "Z-Image",
 }
 """Pipelines of diffusers, by which a run says of which family its model is, and what people call them."""
@@ -271,7 +273,7 @@ class ComfyUI(TokenFiles):
     """For ComfyUI: copy the folders into its ``models``, or export there with ``--out``."""
 
     title = "ComfyUI"
-    families = (SD, SDXL, SD3, FLUX, Z_IMAGE)
+    families = (SD, SDXL, SD3, FLUX, FLUX2_KLEIN, Z_IMAGE)
     loras = "loras"
 
     def in_prompt(self, name: str) -> str:
@@ -334,6 +336,7 @@ def _family(extraction: Extraction) -> str:
         (FLUX, {"clip_l", "t5xxl"}),
         (SANA, {"gemma2_2b"}),
         (Z_IMAGE, {"qwen3_4b"}),
+        (FLUX2_KLEIN, {"qwen3_8b"}),
     )
     found = next((family for family, names in known if names == {*encoders}), None)
     return found or f"a model with the text encoders {', '.join(encoders)}"

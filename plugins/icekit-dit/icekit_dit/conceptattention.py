@@ -34,7 +34,7 @@ class ConceptAttentionSegmentor(SoftMapSegmentor):
     def __init__(self, settings: ConceptAttentionSettings, backbone: Backbone) -> None:
         if not isinstance(backbone, ConceptBackbone):
             raise InputError(
-                "this segmentor needs a model that tells where concepts are, as Stable Diffusion 3.x and FLUX.1 do: "
+                "this segmentor needs a model that tells where concepts are, as Stable Diffusion 3.x and FLUX do: "
                 "choose another backbone, or another segmentor"
             )
         self.settings = settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from icekit_dit.transformer import TransformerBackbone
 class LanguageBackbone(TransformerBackbone):
     """A diffusion transformer that is shown the states of a language model. A token has one row."""
 
-    encoder: ClassVar[str]
+    encoder: str
     """The name of the row."""
     large_encoders = ("text_encoder",)
     pipeline_takes_space = True

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from icekit.backbones.text_encoder import EXTRA_TOKEN, NO_ROWS, TextEncoder
 from icekit.model_files import check_vocabulary, one_line
@@ -245,6 +245,70 @@ class LanguageModel(TextEncoder):
         lengths = torch.tensor([len(one) for one in pieces], device=ids.device)
         words = (places > 0) & (places < lengths[:, None])
         return mean_of_words(self._read(ids, rows).last_hidden_state.float(), words)
+
+
+class PaddedLanguageModel(LanguageModel):
+    """A language model whose prompts are padded to one length, and whose padding the noise predictor is shown, too.
+
+    The padding reads the prompt, and the prompt does not read the padding. Handed out are the states after some of the
+    layers, side by side.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+        length: int,
+        layers: Sequence[int],
+        *,
+        before: str = "",
+        after: str = "",
+    ) -> None:
+        """Take the model over.
+
+        Args:
+            tokenizer: of the model.
+            model: without its head.
+            length: positions of a prompt with all that is around it, and of its padding.
+            layers: after which of the model's layers the states are handed out; the first is 1.
+            before: words before every prompt.
+            after: words after it.
+
+        Raises:
+            InputError: the tokenizer is not the one that the model was trained with, or has files missing; the model
+                has too few layers.
+        """
+        count = int(model.config.num_hidden_layers)
+        if count < max(layers):
+            raise InputError(f"its text encoder has {count} layers; it should have {max(layers)} or more")
+        self._layers = tuple(layers)
+        super().__init__(tokenizer, model, length, before=before, after=after)
+
+    def encode_words(self, prompts: Sequence[str], rows: Mapping[str, Tensor] = NO_ROWS) -> tuple[Tensor, Tensor]:
+        """What the noise predictor is shown of prompts: states ``[B, length, layers * D]``; gradients flow to extra
+        rows. And which positions are a prompt's, not padding: bool ``[B, length]``.
+
+        Raises:
+            InputError: see ``token_ids``.
+        """
+        pieces = self._pieces(prompts, rows)
+        lengths = torch.tensor([len(one) for one in pieces], device=self.device)[:, None]
+        ids = pad(self._padded(pieces), (0, self.length - max(map(len, pieces))), value=self.tokenizer.pad_token_id)
+        mask = torch.arange(self.length, device=self.device) < lengths
+        if self._at_left:
+            places = (torch.arange(self.length, device=self.device) + lengths) % self.length
+            ids, mask = ids.gather(1, places), mask.flip(1)
+        states = self._read(ids, rows, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        return torch.cat([states[layer] for layer in self._layers], dim=-1), mask
+
+    @property
+    def _at_left(self) -> bool:
+        """Whether the padding is before the prompt."""
+        return str(self.tokenizer.padding_side) == "left"
+
+    def _spans(self, prompt: str) -> list[tuple[int, int]]:
+        spans = super()._spans(prompt)
+        return [(0, 0)] * (self.length - len(spans)) + spans if self._at_left else spans
 
 
 def chat_around(tokenizer: PreTrainedTokenizerBase, **options: Any) -> tuple[str, str]:

@@ -29,6 +29,30 @@ class SanaSettings(TransformerSettings):
     )
 
 
+class Flux2KleinSettings(TransformerSettings):
+    """Which model, and how it is run."""
+
+    pipelines: ClassVar[tuple[str, ...]] = ("Flux2KleinPipeline",)
+
+    gradient_checkpointing: bool = checkpointing(True)
+
+    model: Annotated[str, PLACE] = Field(
+        "black-forest-labs/FLUX.2-klein-4B", description=f"a FLUX.2-klein model, distilled or base: {MODEL}"
+    )
+    steps: int | None = Field(  # type: ignore[assignment]  # none: the model says which it is
+        None,
+        ge=1,
+        le=1000,
+        description="denoising steps of a generated image; none: 50 with a base model, 4 with a distilled one",
+    )
+    guidance_scale: float = Field(
+        4.0,
+        ge=0,
+        le=100,
+        description="classifier-free guidance of a base model; 1 or less turns it off. Distilled ones have none",
+    )
+
+
 class ZImageSettings(TransformerSettings):
     """Which model, and how it is run."""
 

@@ -38,7 +38,8 @@ class ModulationLearner(TaskLearner[ModulationSettings]):
         if MODULATION not in backbone.rows:
             raise InputError(
                 f"learner 'modulation' learns offsets, and this backbone's tokens have rows for "
-                f"{', '.join(backbone.rows)} alone: take --backbone {' or '.join(settings.backbones.values())}"
+                f"{', '.join(backbone.rows)} alone: with a model of {' or '.join(settings.backbones)} take --backbone "
+                f"{' or '.join(settings.backbones.values())}, with another one another learner"
             )
 
     @staticmethod

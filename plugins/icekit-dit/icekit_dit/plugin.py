@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def register_backbones(register: Register) -> None:
-    """Stable Diffusion 3.x, FLUX.1, Sana and Z-Image."""
+    """Stable Diffusion 3.x, FLUX.1, Sana, FLUX.2-klein and Z-Image."""
     register(
         "sd3",
         "icekit_dit.sd3:StableDiffusion3",
@@ -31,6 +31,12 @@ def register_backbones(register: Register) -> None:
         "icekit_dit.sana:Sana",
         settings=llm_settings.SanaSettings,
         summary="Any Sana model, from the hub or a folder.",
+    )
+    register(
+        "flux2-klein",
+        "icekit_dit.flux2_klein:Flux2Klein",
+        settings=llm_settings.Flux2KleinSettings,
+        summary="Any FLUX.2-klein model, distilled or base, from the hub or a folder.",
     )
     register(
         "z-image",

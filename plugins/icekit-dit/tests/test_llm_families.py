@@ -184,6 +184,6 @@ def test_a_run_and_two_mixed(name: str, tmp_path: Path) -> None:
     exec(code.replace(").images", f", {how}).images"), scope)
     kind = Sana if name == "sana" else ZImage
     backbone = kind(kind.Settings(model=str(folder(name)), image_size=64), "cpu")
-    prompt = code.partition('image = pipe("')[2].partition('"')[0]
+    prompt = code.partition('image = pipe(prompt="')[2].partition('"')[0]
     [own] = backbone.generate([prompt], seeds=[1], tokens=run.tokens, steps=2, guidance_scale=3.0)
     assert np.abs(np.asarray(own, float) - np.asarray(scope["image"], float)).max() <= 2

@@ -165,7 +165,7 @@ def test_gradients_are_the_same_where_blocks_are_computed_again(make: Any) -> No
 
 
 def test_a_backbone_without_offsets_is_refused_in_one_line() -> None:
-    with pytest.raises(InputError, match="take --backbone flux-modulation or sd3-modulation"):
+    with pytest.raises(InputError, match="take --backbone flux-modulation or sd3-modulation, with another"):
         ModulationLearner(ModulationLearner.Settings(), tiny_backbone((64, 64)))
 
 

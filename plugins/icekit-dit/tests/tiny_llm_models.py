@@ -10,23 +10,35 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     SanaPipeline,
     SanaTransformer2DModel,
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer, Qwen2Tokenizer, Qwen3Config, Qwen3Model
+from transformers import (
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 
 from icekit.testing.tiny import VOCABULARY
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
-"""What Qwen 3's template makes of one message while thinking is on."""
+"""What Qwen 3's template makes of one message."""
 
 
 def _trained(
@@ -191,6 +203,57 @@ def tiny_z_image_pipeline(*, seed: int = 0) -> ZImagePipeline:
     )
 
 
+def tiny_flux2_klein_pipeline(*, distilled: bool = False, seed: int = 0) -> Flux2KleinPipeline:
+    """A FLUX.2-klein pipeline with random weights: rows of 16 numbers, latents ``[4, h, w]``, places of 8 pixels."""
+    tokenizer = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=16,
+                num_hidden_layers=28,  # the states after the 27th are asked for
+                num_attention_heads=1,
+                num_key_value_heads=1,
+                head_dim=8,
+                tie_word_embeddings=True,
+                initializer_range=0.1,
+            )
+        )
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(8, 8, 16),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=64,
+        )
+        # 0 and 1 as they are made; trained ones are not.
+        torch.nn.init.normal_(vae.bn.running_mean)
+        torch.nn.init.uniform_(vae.bn.running_var, 0.5, 2.0)
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        transformer=transformer.eval(),
+        is_distilled=distilled,
+    )
+
+
 def write_sana(folder: Path, *, flow_match: bool = False) -> Path:
     """Write ``tiny_sana_pipeline`` to ``folder`` in diffusers' format, weights as safetensors."""
     tiny_sana_pipeline(flow_match=flow_match).save_pretrained(folder)
@@ -200,4 +263,10 @@ def write_sana(folder: Path, *, flow_match: bool = False) -> Path:
 def write_z_image(folder: Path) -> Path:
     """Write ``tiny_z_image_pipeline`` to ``folder`` in diffusers' format, weights as safetensors."""
     tiny_z_image_pipeline().save_pretrained(folder)
+    return folder
+
+
+def write_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
+    """Write ``tiny_flux2_klein_pipeline`` to ``folder`` in diffusers' format, weights as safetensors."""
+    tiny_flux2_klein_pipeline(distilled=distilled).save_pretrained(folder)
     return folder
