@@ -23,8 +23,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import inspect
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
@@ -259,12 +261,16 @@ def sana(maker: Maker) -> Any:
     """Sana 1.6B, 1024 pixels."""
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
     from icekit_dit.sana import Sana
-    from tokenizers import normalizers, processors
+    from tokenizers import AddedToken, normalizers, processors
     from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
     letters = ["\u2581", "\n", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
-    vocabulary = filled(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters], 256000)
+    instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    # The words of the pipeline's instruction are a piece each: it is about as long as the real tokenizer makes it.
+    words = sorted(set(re.findall(r"[A-Za-z]{2,}", " ".join(instruction))))
+    vocabulary = filled(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *letters, *words], 256000)
     tokenizer = GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.add_tokens([AddedToken(word, lstrip=True, single_word=True, normalized=False) for word in words])
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
     begin = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", vocabulary["<bos>"])])
     tokenizer.backend_tokenizer.post_processor = begin
@@ -296,12 +302,10 @@ def sana(maker: Maker) -> Any:
     )
 
 
-def z_image(maker: Maker) -> Any:
-    """Z-Image, 1024 pixels."""
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-    from icekit_dit.z_image import ZImage
+def qwen_tokenizer() -> Any:
+    """A tokenizer with as many tokens as Qwen 3's, and a chat's marks."""
     from tokenizers import AddedToken, pre_tokenizers
-    from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+    from transformers import Qwen2Tokenizer
 
     tokenizer = Qwen2Tokenizer(
         vocab=filled([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<|endoftext|>"], 151643),
@@ -315,7 +319,14 @@ def z_image(maker: Maker) -> Any:
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    qwen = Qwen3Config(
+    return tokenizer
+
+
+def qwen3_4b() -> Any:
+    """The configuration of Qwen 3 4B."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
         vocab_size=151936,
         hidden_size=2560,
         intermediate_size=9728,
@@ -324,6 +335,13 @@ def z_image(maker: Maker) -> Any:
         num_key_value_heads=8,
         head_dim=128,
     )
+
+
+def z_image(maker: Maker) -> Any:
+    """Z-Image, 1024 pixels."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from icekit_dit.z_image import ZImage
+    from transformers import Qwen3Model
 
     def transformer() -> Any:
         made = ZImageTransformer2DModel()
@@ -334,9 +352,35 @@ def z_image(maker: Maker) -> Any:
     return ZImage, ZImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=kl_autoencoder(maker, scaling_factor=0.3611, shift_factor=0.1159),
-        text_encoder=maker.part(lambda: Qwen3Model(qwen), maker.text),
-        tokenizer=tokenizer,
+        text_encoder=maker.part(lambda: Qwen3Model(qwen3_4b()), maker.text),
+        tokenizer=qwen_tokenizer(),
         transformer=maker.part(transformer, maker.predictor),
+    )
+
+
+def flux2_klein(maker: Maker) -> Any:
+    """FLUX.2-klein 4B, distilled, 1024 pixels."""
+    from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+    from diffusers import Flux2Transformer2DModel as Transformer
+    from icekit_dit.flux2_klein import Flux2Klein
+    from transformers import Qwen3ForCausalLM
+
+    return Flux2Klein, Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=maker.part(AutoencoderKLFlux2),
+        text_encoder=maker.part(lambda: Qwen3ForCausalLM(qwen3_4b()), maker.text),
+        tokenizer=qwen_tokenizer(),
+        transformer=maker.part(
+            lambda: Transformer(
+                num_layers=5,
+                num_single_layers=20,
+                num_attention_heads=24,
+                joint_attention_dim=7680,
+                guidance_embeds=False,
+            ),
+            maker.predictor,
+        ),
+        is_distilled=True,
     )
 
 
@@ -351,7 +395,7 @@ def tiny(maker: Maker) -> Any:
 FAMILIES: dict[str, Callable[[Maker], Any]] = {"sd21": sd21, "sdxl": sdxl}
 """What is measured if nothing is named. Each gives the class of a backbone and a pipeline that it is made from."""
 if importlib.util.find_spec("icekit_dit") is not None:
-    FAMILIES |= {"sd3": sd3, "sana": sana, "z-image": z_image, "flux": flux}
+    FAMILIES |= {"sd3": sd3, "sana": sana, "z-image": z_image, "flux": flux, "flux2-klein": flux2_klein}
 OTHERS: dict[str, Callable[[Maker], Any]] = {"tiny": tiny}
 
 

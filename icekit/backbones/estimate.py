@@ -1,4 +1,4 @@
-"""What a model will need of a device's memory, before it is loaded: its weights are counted, the rest was measured.
+"""What a model will need of a device's memory, before it is loaded: its weights are counted, the rest is known.
 
 Quick to import: without torch.
 """
@@ -30,7 +30,7 @@ class Measured:
         float32. checkpointed: the same with gradient checkpointing.
     drawing: what the noise predictor needs to draw one picture, likewise.
     decoding: what the autoencoder needs, in float32, for one picture.
-    source: where and when it was measured.
+    source: where and when it was measured, or counted by shapes.
     """
 
     learning: float
