@@ -175,7 +175,7 @@ def page(source: Path, out: Path, count: int, query: str) -> None:
     """Open the page of many runs, and search in it."""
     from playwright.sync_api import sync_playwright
 
-    from icekit.batch.batch import Progress
+    from icekit.batch import Progress
     from icekit.batch.index import render_index
     from icekit.batch.record import DoneRecord
 

@@ -14,7 +14,7 @@ from icekit_process import start, with_what_is_installed
 from PIL import Image
 
 from icekit import Extraction, InputError, plugins
-from icekit.batch.batch import Progress
+from icekit.batch import Progress
 from icekit.batch.index import json_in_html, render_index
 from icekit.batch.pictures import find_pictures, name_pictures
 from icekit.batch.record import DoneRecord, SeenRecord

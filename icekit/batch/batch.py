@@ -19,6 +19,7 @@ from icekit import plugins
 from icekit.batch.directory import BatchDirectory
 from icekit.batch.index import render_index
 from icekit.batch.pictures import find_pictures, name_pictures
+from icekit.batch.progress import Progress
 from icekit.batch.record import BatchRecord, DoneRecord, FailureRecord, PictureRecord, Summary
 from icekit.batch.work import PictureJob, PictureResult, SetUp, settings_hash
 from icekit.paths import user_path
@@ -37,30 +38,6 @@ from icekit.wording import named, option
 PAGE_EVERY_S = 120.0
 """Seconds between two pages of a batch that is under way."""
 EXECUTOR = "local"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a batch is.
-
-    pictures: that were given. done: of them, those with a complete run; before: how many of these had one when the
-    batch began. failed: in this call. per_minute: pictures that end in a minute; left_s: seconds to the end at that
-    rate; None before there is one. name: the picture that has just ended, and why if it failed.
-    """
-
-    pictures: int
-    done: int
-    before: int
-    failed: int
-    per_minute: float | None = None
-    left_s: float | None = None
-    name: str | None = None
-    error: str | None = None
-
-    @property
-    def left(self) -> int:
-        """Pictures that have not ended yet."""
-        return self.pictures - self.done - self.failed
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
 from icekit.batch.directory import thumbnail_name
+from icekit.batch.progress import Progress
 from icekit.batch.record import DoneRecord
-
-if TYPE_CHECKING:
-    from icekit.batch.batch import Progress
 
 TEMPLATES = Path(__file__).parent / "templates"
 

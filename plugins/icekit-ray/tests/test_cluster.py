@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 import ray  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
-from icekit.batch.batch import Progress  # noqa: E402
+from icekit.batch import Progress  # noqa: E402
 
 SMALL: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 PICTURES = 12
