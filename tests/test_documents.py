@@ -88,6 +88,12 @@ def test_memory_counted_by_shapes_is_what_a_card_was_measured_to_take(tmp_path: 
     assert counted[0]["step"] == pytest.approx(counted[0]["measured_step"], rel=0.05)
 
 
+@pytest.mark.parametrize("settings", sorted(ROOT.glob("plugins/*/pyproject.toml")), ids=lambda path: path.parent.name)
+def test_type_hints_of_each_plugin_are_shipped(settings: Path) -> None:
+    packages = [folder for folder in settings.parent.iterdir() if (folder / "__init__.py").exists()]
+    assert all((package / "py.typed").exists() for package in packages if package.name != "tests")
+
+
 def test_every_hook_has_its_place_on_a_page() -> None:
     hooks = {name for name, value in vars(hookspecs).items() if hasattr(value, "icekit_spec")}
     pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "hooks").glob("*.md"))
