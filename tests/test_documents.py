@@ -47,6 +47,7 @@ def comparison() -> click.Command:
         ("docs/bench.md", LEARNING, ["--against", "described"]),
         ("docs/bench.md", TEXTURE, ["--across", "--against", "described"]),
         ("docs/bench.md", TABLE, ["--across", *columns(PARTS), "--against", "described"]),
+        ("docs/bench.md", ("ice-published-seed-6607",), ["--across", "--against", "described"]),
         ("docs/method.md", DEPARTURES, ["--across", "--against", "ice"]),
         ("docs/method.md", FREE_DEPARTURES, ["--across", "--against", "free-rows"]),
         ("docs/bench.md", ("tabletop-seed-7",), ["--across", *columns(LONG)]),
