@@ -262,10 +262,14 @@ class PipelineBackbone(ABC):
         """Latents as that pipeline gives them -> ``[B, C, h, w]``."""
         return latents
 
+    @property
+    def _own_steps(self) -> int | None:
+        """Denoising steps that the model was trained to take, in a family whose settings may leave it open."""
+        return None
+
     def _sampling_steps(self, steps: int | None) -> int:
-        """Denoising steps of a picture, as a call says it, or else the settings."""
-        wanted: int = self._settings.steps if steps is None else steps
-        return wanted
+        """Denoising steps of a picture, as a call says it, or else the settings, or else the model."""
+        return next(one for one in (steps, self._settings.steps, self._own_steps) if one is not None)
 
     @torch.no_grad()
     def generate(

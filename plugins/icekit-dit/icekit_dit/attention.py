@@ -102,6 +102,31 @@ class Capture:
         return (next(means) if self._words else None), (next(means) if self._pixels else None)
 
 
+class RotaryProcessor:
+    """What diffusers attention processors of one joint sequence share, the prompt first: a ``Capture`` at their side,
+    and rotary position embedding (Su et al., 2021).
+
+    length: positions of the prompt.
+    """
+
+    def __init__(self, capture: Capture, layer: int, length: int) -> None:
+        self._capture = capture
+        self._layer = layer
+        self._length = length
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, rotary: tuple[Tensor, Tensor] | None, length: int
+    ) -> Tensor:
+        """``[B, M, heads, d]`` each, turned by their places -> what they attend to, ``[B, M, heads * d]``."""
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        if rotary is not None:
+            query = apply_rotary_emb(query, rotary, sequence_dim=1)
+            key = apply_rotary_emb(key, rotary, sequence_dim=1)
+        query, key, value = (one.transpose(1, 2) for one in (query, key, value))
+        return self._capture.attend(self._layer, query, key, value, slice(0, length), slice(length, None))
+
+
 @contextmanager
 def processors_of(attentions: Sequence[Any], processors: Sequence[Any], capture: Capture) -> Iterator[None]:
     """Attention layers of diffusers with other processors until the block ends; their capture listens so long."""

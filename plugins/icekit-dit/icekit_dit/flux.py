@@ -19,7 +19,7 @@ from icekit.backbones.loading import Family
 from icekit.backbones.lora import ATTENTION_PROJECTIONS
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.protocols import NO_TOKENS, Conditioning, InputError, Tokens
-from icekit_dit.attention import Capture, processors_of
+from icekit_dit.attention import Capture, RotaryProcessor, processors_of
 from icekit_dit.concepts import ConceptTransformerBackbone
 from icekit_dit.encoders import CLIP_TOKENIZERS, T5_TOKENIZERS, ClipEncoder, T5Encoder
 from icekit_dit.settings import FluxSettings
@@ -177,10 +177,10 @@ class Flux(ConceptTransformerBackbone, KLTransformerBackbone):
             "pooled_prompt_embeds": prompts.parts["pooled"].to(dtype),
         }
 
-    def _sampling_steps(self, steps: int | None) -> int:
-        """As many as it was trained to take, where nobody says it: schnell, which is told of no guidance, takes few."""
-        own = STEPS if self.transformer.config.guidance_embeds else STEPS_OF_SCHNELL
-        return next(one for one in (steps, self._settings.steps, own) if one is not None)
+    @property
+    def _own_steps(self) -> int:
+        """Schnell, which is told of no guidance, takes few."""
+        return STEPS if self.transformer.config.guidance_embeds else STEPS_OF_SCHNELL
 
     def passes(self, steps: int | None, guidance_scale: float) -> int:
         """See ``protocols.Backbone``: one a step, whatever the guidance."""
@@ -196,16 +196,8 @@ def image_ids(grid: tuple[int, int]) -> Tensor:
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1)
 
 
-class FluxProcessor:
-    """A diffusers attention processor: what ``FluxAttnProcessor`` computes, with a ``Capture`` at its side.
-
-    length: positions of the prompt, for blocks where it and the picture are one sequence.
-    """
-
-    def __init__(self, capture: Capture, layer: int, length: int) -> None:
-        self._capture = capture
-        self._layer = layer
-        self._length = length
+class FluxProcessor(RotaryProcessor):
+    """What ``FluxAttnProcessor`` computes; ``length`` is for blocks where prompt and picture are one sequence."""
 
     def __call__(
         self,
@@ -216,7 +208,6 @@ class FluxProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attend from positions and places to all of them; the positions come first."""
-        from diffusers.models.embeddings import apply_rotary_emb
 
         def heads(projected: Tensor) -> Tensor:
             return projected.unflatten(-1, (-1, attn.head_dim))
@@ -230,13 +221,8 @@ class FluxProcessor:
             query = torch.cat([attn.norm_added_q(heads(attn.add_q_proj(text))), query], dim=1)
             key = torch.cat([attn.norm_added_k(heads(attn.add_k_proj(text))), key], dim=1)
             value = torch.cat([heads(attn.add_v_proj(text)), value], dim=1)
-        if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        joint = [one.transpose(1, 2) for one in (query, key, value)]
-        positions, places = slice(0, length), slice(length, None)
-        attended = self._capture.attend(self._layer, joint[0], joint[1], joint[2], positions, places)
+        attended = self._attend(query, key, value, image_rotary_emb, length)
         if text is None:
             return attended
-        of_places = attn.to_out[1](attn.to_out[0](attended[:, places].contiguous()))
-        return of_places, attn.to_add_out(attended[:, positions].contiguous())
+        of_places = attn.to_out[1](attn.to_out[0](attended[:, length:].contiguous()))
+        return of_places, attn.to_add_out(attended[:, :length].contiguous())

@@ -23,7 +23,7 @@ from icekit.backbones.pipeline import DAMAGED
 from icekit.backbones.text_encoder import TextEncoder
 from icekit.model_files import check_finite
 from icekit.protocols import Conditioning
-from icekit_dit.attention import Capture, processors_of
+from icekit_dit.attention import Capture, RotaryProcessor, processors_of
 from icekit_dit.concepts import ConceptTransformerBackbone
 from icekit_dit.flux import PACKED, FluxProcessor, image_ids, pack, unpack
 from icekit_dit.language import LanguageBackbone
@@ -252,26 +252,13 @@ class Flux2Klein(ConceptTransformerBackbone, KLTransformerBackbone, LanguageBack
     def _own_steps(self) -> int:
         return STEPS_OF_DISTILLED if self._distilled else STEPS
 
-    def _sampling_steps(self, steps: int | None) -> int:
-        """As many as it was trained to take, where nobody says it."""
-        return next(one for one in (steps, self._settings.steps, self._own_steps) if one is not None)
-
     def passes(self, steps: int | None, guidance_scale: float) -> int:
         """See ``protocols.Backbone``: one a step where it was distilled, whatever the guidance."""
         return self._sampling_steps(steps) * (2 if guidance_scale > 1 and not self._distilled else 1)
 
 
-class ParallelProcessor:
-    """A diffusers attention processor: what ``Flux2ParallelSelfAttnProcessor`` computes, with a ``Capture`` at its
-    side. The layer is attention and feed-forward in one, on the prompt and the picture in one sequence.
-
-    length: positions of the prompt, which come first.
-    """
-
-    def __init__(self, capture: Capture, layer: int, length: int) -> None:
-        self._capture = capture
-        self._layer = layer
-        self._length = length
+class ParallelProcessor(RotaryProcessor):
+    """What ``Flux2ParallelSelfAttnProcessor`` computes: attention and feed-forward in one, on one sequence."""
 
     def __call__(
         self,
@@ -281,17 +268,9 @@ class ParallelProcessor:
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Attend from positions and places to all of them."""
-        from diffusers.models.embeddings import apply_rotary_emb
-
         projected: Tensor = attn.to_qkv_mlp_proj(hidden_states)
         attending, feeding = projected.tensor_split([3 * attn.inner_dim], dim=-1)
         query, key, value = attending.unflatten(-1, (3, -1, attn.head_dim)).unbind(dim=-3)
-        query, key = attn.norm_q(query), attn.norm_k(key)
-        if image_rotary_emb is not None:
-            query = apply_rotary_emb(query, image_rotary_emb, sequence_dim=1)
-            key = apply_rotary_emb(key, image_rotary_emb, sequence_dim=1)
-        joint = [one.transpose(1, 2) for one in (query, key, value)]
-        positions, places = slice(0, self._length), slice(self._length, None)
-        attended = self._capture.attend(self._layer, joint[0], joint[1], joint[2], positions, places)
+        attended = self._attend(attn.norm_q(query), attn.norm_k(key), value, image_rotary_emb, self._length)
         output: Tensor = attn.to_out(torch.cat([attended, attn.mlp_act_fn(feeding)], dim=-1))
         return output

@@ -26,7 +26,7 @@ from icekit_dit.flux2_klein import Flux2Klein, ParallelProcessor, position_ids, 
 from icekit_dit.transformer import shifted
 from icekit_process import with_what_is_installed
 from PIL import Image
-from tiny_transformers import change
+from tiny_transformers import change, write_photo
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
 
@@ -346,11 +346,7 @@ def test_the_prompt_itself_as_concepts(backbone: Flux2Klein, monkeypatch: pytest
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider than high, with a red square."""
-    pixels = np.full((48, 64, 3), 200, dtype=np.uint8)
-    pixels[16:40, 20:44] = (180, 30, 40)
-    file = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(pixels).save(file)
-    return file
+    return write_photo(tmp_path_factory.mktemp("photo") / "photo.png", width=64)
 
 
 def picture_in_the_pipeline(run: Path, record: BackboneRecord, prompt: str) -> Any:

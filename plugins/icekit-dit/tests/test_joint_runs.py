@@ -17,6 +17,7 @@ from icekit_dit.flux import Flux
 from icekit_dit.sd3 import StableDiffusion3
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_transformers import write_photo
 
 from icekit import Settings, extract
 from icekit.plugins import installed
@@ -32,11 +33,7 @@ from icekit.testing.scenes import two_objects
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wider than high, with a red square."""
-    pixels = np.full((48, 96, 3), 200, dtype=np.uint8)
-    pixels[16:40, 20:44] = (180, 30, 40)
-    file = tmp_path_factory.mktemp("photo") / "photo.png"
-    Image.fromarray(pixels).save(file)
-    return file
+    return write_photo(tmp_path_factory.mktemp("photo") / "photo.png", width=96)
 
 
 def options(folder: Path, segmentor: str, **backbone: Any) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 from tiny_models import tiny_t5_encoder, tiny_t5_tokenizer, write_joint
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -101,3 +103,11 @@ def change(file: Path, **values: object) -> None:
     """Write other values into a JSON file."""
     content = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+def write_photo(file: Path, *, width: int) -> Path:
+    """Write a grey picture of 48 rows with a red square, and say where."""
+    pixels = np.full((48, width, 3), 200, dtype=np.uint8)
+    pixels[16:40, 20:44] = (180, 30, 40)
+    Image.fromarray(pixels).save(file)
+    return file
